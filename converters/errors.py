@@ -1,0 +1,27 @@
+"""Errors that a user can act on. Each message is one sentence: what, where, and what to do instead."""
+
+from __future__ import annotations
+
+
+class MixMixError(Exception):
+    """Base of every error that the command line shows as one sentence with exit status 2."""
+
+
+class ModelError(MixMixError):
+    """A file that is missing, damaged, not ONNX, or not an image classifier."""
+
+
+class UnsupportedOperatorError(ModelError):
+    """An operator that cannot be converted; names the node, the operator and the opset."""
+
+
+class ConversionError(ModelError):
+    """The torch module and onnxruntime disagree; names the first value that differs."""
+
+
+class SpecError(MixMixError):
+    """An input specification that is malformed or does not fit the model."""
+
+
+class OutputError(MixMixError):
+    """An output that exists already or cannot be written."""

@@ -1,0 +1,185 @@
+"""How pixels become a model's input: the one place that knows.
+
+An image batch is canonical everywhere else: float32 [N, C, H, W] in pixel range [0, 1], RGB or gray. `InputSpec` turns
+it into what one model was trained on: resize, channel order, `scale`, mean and standard deviation, layout.
+
+Sources, first that applies: options, `MODEL.toml` beside `MODEL.onnx` (table `[input]`), the file's own metadata
+(`mixmix.input.*`), and otherwise an assumption that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from converters.errors import SpecError
+
+METADATA_PREFIX = "mixmix.input."
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+Channels = Literal["rgb", "bgr", "gray"] | int
+
+
+class InputSpec(BaseModel):
+    """Input specification of one model.
+
+    `size` is (height, width) in pixels; `scale` is what pixel value 1.0 becomes before mean and std, 1 or 255; `mean`
+    and `std` have one entry a channel, in the model's channel order. `labels` names the label space; `offset` is 1
+    where class 0 is a background class. `source` tells where the specification came from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[int, int]
+    channels: Channels = "rgb"
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    scale: float = Field(default=1.0, gt=0)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    labels: str | None = None
+    offset: int = 0
+    source: Literal["options", "sidecar", "metadata", "assumed"] = "assumed"
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: tuple[int, int]) -> tuple[int, int]:
+        if min(size) < 1:
+            raise ValueError("height and width must be positive")
+        return size
+
+    @field_validator("std")
+    @classmethod
+    def _nonzero(cls, std: tuple[float, ...]) -> tuple[float, ...]:
+        if min(std, default=1.0) <= 0:
+            raise ValueError("standard deviations must be positive")
+        return std
+
+    def model_post_init(self, _context: Any) -> None:
+        if not len(self.mean) == len(self.std) == self.channel_count:
+            raise ValueError(
+                f"mean has {len(self.mean)} and std {len(self.std)} entries for {self.channel_count} channels"
+            )
+
+    @property
+    def channel_count(self) -> int:
+        """Number of channels, both of the canonical image and of the model's input."""
+        if isinstance(self.channels, int):
+            return self.channels
+        return 1 if self.channels == "gray" else 3
+
+    def to_input(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Canonical images [N, C, H, W] in [0, 1] to the model's input, differentiably.
+
+        The images are brought to `size`, by default the model's own (a model run below its full resolution gets a
+        smaller one). Raises SpecError when the channels cannot be adapted.
+        """
+        size = size or self.size
+        if tuple(images.shape[-2:]) != size:
+            images = torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        images = self._adapt_channels(images)
+        shape = (1, -1, 1, 1)
+        mean = images.new_tensor(self.mean).view(shape)
+        std = images.new_tensor(self.std).view(shape)
+        normalised = (images * self.scale - mean) / std
+        return normalised if self.layout == "NCHW" else normalised.permute(0, 2, 3, 1)
+
+    def _adapt_channels(self, images: Tensor) -> Tensor:
+        have, want = images.shape[1], self.channel_count
+        if have == 1 and want == 3:
+            images = images.expand(-1, 3, -1, -1)
+        elif have == 3 and want == 1:
+            images = (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        elif have != want:
+            raise SpecError(f"images have {have} channels and the model takes {want}: give images that fit the model")
+        return images.flip(1) if self.channels == "bgr" else images
+
+    def to_metadata(self) -> dict[str, str]:
+        """The ONNX `metadata_props` entries that `from_metadata` reads back."""
+        values = self.model_dump(exclude={"source"}, exclude_none=True)
+        return {
+            METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in values.items()
+        }
+
+
+def read_sidecar(model_path: Path) -> dict[str, Any] | None:
+    """Table `[input]` of `MODEL.toml` beside `MODEL.onnx`, or None where there is no such file."""
+    path = model_path.with_suffix(".toml")
+    if not path.is_file():
+        return None
+    try:
+        table = tomllib.loads(path.read_text())["input"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not valid TOML ({error}): mend it or remove it") from error
+    except KeyError:
+        raise SpecError(f"{path} has no table [input]: add one or remove the file") from None
+    if not isinstance(table, dict):
+        raise SpecError(f"{path}: [input] must be a table: write keys such as size and mean below it")
+    return table
+
+
+def read_metadata(properties: Mapping[str, str]) -> dict[str, Any]:
+    """Input-spec entries of a model's `metadata_props`; lists and numbers are JSON, anything else is text."""
+    found: dict[str, Any] = {}
+    for key, text in properties.items():
+        if key.startswith(METADATA_PREFIX):
+            try:
+                found[key.removeprefix(METADATA_PREFIX)] = json.loads(text)
+            except json.JSONDecodeError:
+                found[key.removeprefix(METADATA_PREFIX)] = text
+    return found
+
+
+def resolve(
+    model_path: Path,
+    shape: Sequence[int | None],
+    properties: Mapping[str, str],
+    options: Mapping[str, Any] | None = None,
+) -> InputSpec:
+    """The input spec of a model whose image input has `shape` (4 entries, None where the file leaves it open).
+
+    Options override single keys of whatever the sidecar or the metadata say. Raises SpecError when a key is unknown or
+    malformed, or contradicts the shape in the file.
+    """
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    sidecar, metadata = read_sidecar(model_path), read_metadata(properties)
+    stated = {**(sidecar if sidecar is not None else metadata), **given}
+    layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
+    height, width, channels = (shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2])  # type: ignore[operator]
+    values = _assumed(height, width, channels, stated) | {"layout": layout} | stated
+    values["source"] = "options" if given else "sidecar" if sidecar is not None else "metadata" if metadata else "assumed"
+    where = f"{model_path.with_suffix('.toml')}" if sidecar is not None and not given else f"{model_path}"
+    try:
+        spec = InputSpec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "input"
+        raise SpecError(f"{where}: the input spec's {key} cannot be used ({first['msg']}): correct it") from error
+    for name, fixed, wanted in (
+        ("height", height, spec.size[0]),
+        ("width", width, spec.size[1]),
+        ("channel count", channels, spec.channel_count),
+    ):
+        if fixed is not None and fixed != wanted:
+            raise SpecError(f"{where}: the input spec says {name} {wanted}, the model takes {fixed}: correct the spec")
+    return spec
+
+
+def _assumed(
+    height: int | None, width: int | None, channels: int | None, stated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What to believe of a model that says nothing: ImageNet for 3 channels, half and half otherwise."""
+    named = stated.get("channels")
+    count = channels if channels is not None else {"gray": 1}.get(named, 3) if isinstance(named, str) else named or 3
+    values: dict[str, Any] = {"size": (height or 224, width or 224)}
+    if count == 3:
+        return values | {"channels": "rgb", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return values | {"channels": "gray" if count == 1 else count, "mean": (0.5,) * count, "std": (0.5,) * count}

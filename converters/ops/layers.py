@@ -1,0 +1,84 @@
+"""Operators with weights: the weight stays an operand.
+
+onnx2torch moves weights into modules, sometimes transposed or scaled. Here Conv, Gemm and BatchNormalization take them
+as operands under the name and in the layout of the file, so a changed weight is passed in by name and goes back to
+the file as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from converters.ops.registry import Attributes, Body, operator
+
+CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def same_pads(
+    sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], *, upper: bool
+) -> list[int]:
+    """ONNX `pads` (all begins, then all ends) of auto_pad SAME_UPPER or SAME_LOWER for one input size."""
+    begins, ends = [], []
+    for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+        small = total // 2
+        begins.append(small if upper else total - small)
+        ends.append(total - small if upper else small)
+    return begins + ends
+
+
+def torch_pads(pads: Sequence[int]) -> list[int]:
+    """ONNX order (begins, then ends, first axis first) to torch.nn.functional.pad's (pairs, last axis first)."""
+    rank = len(pads) // 2
+    return [pads[axis + side * rank] for axis in reversed(range(rank)) for side in (0, 1)]
+
+
+@operator("Conv", 1, 11, 22)
+def conv(attributes: Attributes) -> Body:
+    auto_pad = attributes.get("auto_pad", "NOTSET")
+    groups = attributes.get("group", 1)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rank = weight.dim() - 2
+        strides = attributes.get("strides", [1] * rank)
+        dilations = attributes.get("dilations", [1] * rank)
+        pads = attributes.get("pads", [0] * 2 * rank)
+        if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            pads = same_pads(x.shape[2:], weight.shape[2:], strides, dilations, upper=auto_pad == "SAME_UPPER")
+        elif auto_pad == "VALID":
+            pads = [0] * 2 * rank
+        if pads[:rank] != pads[rank:]:
+            x, pads = F.pad(x, torch_pads(pads)), [0] * 2 * rank
+        return CONVOLUTIONS[rank](x, weight, bias, tuple(strides), tuple(pads[:rank]), tuple(dilations), groups)
+
+    return run
+
+
+@operator("Gemm", 7, 9, 11, 13)
+def gemm(attributes: Attributes) -> Body:
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+
+    def run(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        a = a.T if attributes.get("transA", 0) else a
+        b = b.T if attributes.get("transB", 0) else b
+        if c is None:
+            return alpha * (a @ b) if alpha != 1 else a @ b
+        return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+
+    return run
+
+
+@operator("BatchNormalization", 7, 9, 14, 15)
+def batch_normalization(attributes: Attributes) -> Body:
+    """Inference form at every version: exports that keep BatchNorm trainable are used with their stored statistics."""
+    epsilon = attributes.get("epsilon", 1e-5)
+
+    def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
+
+    return run

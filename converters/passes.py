@@ -1,0 +1,213 @@
+"""Graph passes: an ordered, visible list, each saying whether it changed the model.
+
+`NORMALISE` makes a private copy easy to convert (one spelling for everything, constants folded); nothing of it is ever
+written to a user's file. `fold_batchnorm` is what `quantize` and `prune` do to the graph that they write.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+import onnxscript.version_converter
+from onnx_ir.passes import common
+
+from converters.errors import ModelError
+
+Pass = Callable[[ir.Model], bool]
+"""Changes the model in place and returns whether it did."""
+
+BATCHNORM_EPSILON = 1e-5  # the operator's default
+FOLD_LIMIT = 1 << 26  # bytes: fold whatever is constant; the shape arithmetic of exporters is far below this
+
+
+def normalise(model: ir.Model) -> list[str]:
+    """Run NORMALISE on `model` in place; the names of the passes that changed it."""
+    return [name for name, change in NORMALISE if change(model)]
+
+
+def _shared(pass_: ir.passes.PassBase) -> Pass:
+    return lambda model: bool(pass_(model).modified)
+
+
+def open_batch(model: ir.Model) -> bool:
+    """A batch dimension fixed in the file becomes symbolic, and stale inferred shapes are forgotten."""
+    changed = False
+    inputs = set(model.graph.inputs)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and len(value.shape) > 0 and isinstance(value.shape[0], int):
+            value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
+            changed = True
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in inputs and not value.is_graph_output():
+                value.shape = None
+    return changed
+
+
+def fold_constants(model: ir.Model) -> bool:
+    """Evaluate what does not depend on the input: the shape arithmetic, casts and identities of exporters."""
+    result = onnxscript.optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=FOLD_LIMIT,
+        output_size_limit=FOLD_LIMIT,
+        should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,  # it leaves those by default
+    )
+    return bool(result.modified)
+
+
+def unshare_weights(model: ir.Model) -> bool:
+    """Give every operand of a weighted layer an initializer of its own, so that layers are changed one by one."""
+    seen: set[ir.Value] = set()
+    changed = False
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            if index == 0 or value is None or not is_constant(value) or node.op_type not in LAYERS:
+                continue
+            if value in seen:
+                copy = add_initializer(model.graph, unused_name(model.graph, str(value.name)), to_numpy(value))
+                node.replace_input_with(index, copy)
+                changed = True
+            seen.add(value)
+    return changed
+
+
+LAYERS = ("Conv", "Gemm", "MatMul")
+"""Operators whose second operand, when constant, is the weight of a layer that can be quantized or pruned."""
+
+NORMALISE: tuple[tuple[str, Pass], ...] = (
+    ("inline functions", _shared(common.InlinePass())),
+    ("initializers are not inputs", _shared(common.RemoveInitializersFromInputsPass())),
+    ("open batch", open_batch),
+    ("fold constants", fold_constants),
+    ("constants are initializers", _shared(common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))),
+    ("remove identities", _shared(common.IdentityEliminationPass())),
+    ("remove unused nodes", _shared(common.RemoveUnusedNodesPass())),
+    ("one initializer a layer", unshare_weights),
+    ("sort", _shared(common.TopologicalSortPass())),
+    ("fix names", _shared(common.NameFixPass())),
+)
+
+
+def fold_batchnorm(model: ir.Model) -> bool:
+    """Fold every BatchNormalization that alone follows a Conv into that Conv's weight and bias.
+
+    W' = W * gamma / sqrt(var + eps) per output channel, b' = beta + (b - mean) * gamma / sqrt(var + eps). Shared
+    initializers are copied on write; the value that the BatchNormalization wrote keeps its name.
+    """
+    changed = False
+    for node in list(model.graph):
+        if node.op_type != "BatchNormalization" or not node.inputs or node.inputs[0] is None:
+            continue
+        source = node.inputs[0]
+        conv = source.producer()
+        parameters = [constant_behind(value) for value in node.inputs[1:5]]
+        training = node.attributes.get("training_mode")
+        foldable = (
+            conv is not None
+            and conv.op_type == "Conv"
+            and len(source.uses()) == 1
+            and not source.is_graph_output()
+            and all(value is not None for value in parameters)
+            and (training is None or training.as_int() == 0)
+        )
+        if foldable and conv is not None:
+            changed |= _fold_into(model.graph, conv, node, [to_numpy(v) for v in parameters if v is not None])
+    if changed:
+        common.RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _fold_into(graph: ir.Graph, conv: ir.Node, norm: ir.Node, parameters: list[np.ndarray]) -> bool:
+    weight_value = constant_behind(conv.inputs[1])
+    bias_value = constant_behind(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    if weight_value is None or (bias_value is None and len(conv.inputs) > 2 and conv.inputs[2] is not None):
+        return False
+    gamma, beta, mean, variance = (p.astype(np.float64) for p in parameters)
+    attribute = norm.attributes.get("epsilon")
+    factor = gamma / np.sqrt(variance + (attribute.as_float() if attribute else BATCHNORM_EPSILON))
+    weight = to_numpy(weight_value)
+    folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    bias = beta + ((to_numpy(bias_value) if bias_value is not None else 0.0) - mean) * factor
+    weight_name, bias_name = str(weight_value.name), str(norm.inputs[2].name)  # type: ignore[union-attr]
+    new_weight = add_initializer(graph, unused_name(graph, weight_name + ".folded"), folded.astype(weight.dtype))
+    new_bias = add_initializer(graph, unused_name(graph, bias_name + ".folded"), bias.astype(weight.dtype))
+    conv.resize_inputs(3)
+    conv.replace_input_with(1, new_weight)
+    conv.replace_input_with(2, new_bias)
+    replaced, kept = norm.outputs[0], conv.outputs[0]
+    name, was_output = replaced.name, replaced.is_graph_output()
+    if was_output:
+        outputs = graph.outputs
+        outputs[outputs.index(replaced)] = kept
+        kept.shape, kept.type = replaced.shape, replaced.type
+    replaced.replace_all_uses_with(kept)
+    graph.remove(norm, safe=True)
+    kept.name = name
+    return True
+
+
+def raise_opset(model: ir.Model, least: int, path: str) -> bool:
+    """Bring the default domain to at least opset `least`. Raises ModelError when the converter cannot."""
+    if model.opset_imports.get("", 1) >= least:
+        return False
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        onnxscript.version_converter.convert_version(model, least, fallback=True)
+    except Exception as error:  # the converters raise whatever their adapters raise
+        raise ModelError(f"{path}: cannot be raised to opset {least} ({error}): export it at that opset") from error
+    if model.opset_imports.get("", 1) < least:
+        raise ModelError(f"{path}: cannot be raised to opset {least}: export it at that opset")
+    return True
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def constant_behind(value: ir.Value | None) -> ir.Value | None:
+    """The constant that a value is, looking through Identity and Constant nodes; None where it is computed."""
+    while value is not None:
+        if is_constant(value):
+            return value
+        producer = value.producer()
+        if producer is None:
+            return None
+        if producer.op_type == "Constant":
+            return value if ir.convenience.get_const_tensor(value) is not None else None
+        value = producer.inputs[0] if producer.op_type == "Identity" else None
+    return None
+
+
+def to_numpy(value: ir.Value) -> np.ndarray:
+    """The array of a constant value."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        raise ValueError(f"{value.name} is not constant")
+    return tensor.numpy()
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Register a new initializer. The name must be unused (`unused_name`)."""
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def unused_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or `name.N` with the least N that no value of the graph has."""
+    taken = set(graph.initializers) | {v.name for v in graph.inputs} | set(value_names(graph))
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}.{count}"
+    return candidate
+
+
+def value_names(graph: ir.Graph) -> Iterable[str]:
+    return (str(value.name) for node in graph for value in node.outputs)

@@ -1,0 +1,302 @@
+"""An ONNX classifier as a differentiable torch module in which every value keeps its ONNX name.
+
+The module runs nodes in order over an environment of named values. Any value can be read (a tap), any stretch between
+named values can be run alone (a `Segment`: how a block is reconstructed), any initializer can be given another tensor
+for one call, and any value can be passed through a function when it appears (how activations are quantized). Weights
+are operands, in the file's own layout, so results go back to the file under the name they came with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx2torch.onnx_graph import OnnxGraph
+from torch import Tensor, nn
+
+from converters import passes
+from converters.errors import ConversionError, ModelError, UnsupportedOperatorError
+from converters.load import Classifier
+from converters.ops import registry
+from converters.runtime import Session
+
+Transform = Callable[[Tensor], Tensor]
+
+TOLERANCE = 1e-4
+"""Largest difference from onnxruntime, relative to the largest magnitude of the output, that a conversion may have."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: `outputs` = `operator.body` of `operator.inputs`."""
+
+    name: str
+    op: str
+    operator: registry.Operator
+    attributes: Mapping[str, object]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.operator.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.operator.outputs
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node with a constant weight: Conv, Gemm or MatMul.
+
+    `output` identifies the layer (ONNX values are unique); `weight` and `bias` name initializers; `axis` is the weight's
+    output-channel axis (Conv [O, I/g, kh, kw]: 0; Gemm transB=1 [O, I]: 0; Gemm and MatMul [I, O]: 1).
+    """
+
+    name: str
+    op: str
+    input: str
+    output: str
+    weight: str
+    bias: str | None
+    axis: int
+    shape: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def parameters(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def depthwise(self) -> bool:
+        return self.op == "Conv" and self.groups > 1 and self.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A BatchNormalization: the value it reads and the statistics [C] it stored of that value in training."""
+
+    input: str
+    output: str
+    mean: Tensor
+    variance: Tensor
+
+
+class TorchClassifier(nn.Module):
+    """The differentiable module. `forward` takes the model's input tensor and gives its logits [N, classes]."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.spec = classifier.spec
+        self.input_name, self.logits_name = classifier.input_name, classifier.logits
+        self._buffer_of: dict[str, str] = {}
+        self.steps = self._convert(classifier)
+        self.whole = Segment(self, [self.input_name], [self.logits_name])
+
+    def _convert(self, classifier: Classifier) -> list[Step]:
+        for index, (name, value) in enumerate(classifier.normal.graph.initializers.items()):
+            array = np.array(passes.to_numpy(value))  # a copy: the proto's memory is read-only
+            self._buffer_of[name] = f"constant_{index}"
+            self.register_buffer(f"constant_{index}", torch.from_numpy(array))
+        proto = ir.to_proto(classifier.normal)
+        graph = OnnxGraph(proto.graph)
+        versions = {entry.domain: entry.version for entry in proto.opset_import}
+        steps = []
+        for name, node in graph.nodes.items():
+            try:
+                operator = registry.find(node, graph, versions.get(node.domain, 1))
+            except UnsupportedOperatorError as error:
+                raise UnsupportedOperatorError(f"{classifier.path}: {error}") from error
+            if operator.module is not None:
+                self.add_module(f"node_{len(steps)}", operator.module)
+            steps.append(Step(name, node.operation_type, operator, node.attributes))
+        return steps
+
+    def constant(self, name: str) -> Tensor:
+        """The tensor of an initializer."""
+        return self.get_buffer(self._buffer_of[name])
+
+    def is_constant(self, name: str) -> bool:
+        return name in self._buffer_of
+
+    @property
+    def device(self) -> torch.device:
+        return next((b.device for b in self.buffers()), torch.device("cpu"))
+
+    def segment(self, inputs: Iterable[str], outputs: Iterable[str]) -> Segment:
+        """The stretch of the graph that computes `outputs` from `inputs`."""
+        return Segment(self, list(inputs), list(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole({self.input_name: x})[self.logits_name]
+
+    def layers(self) -> list[Layer]:
+        """Weighted layers on the way from input to logits, in order."""
+        found = []
+        for step in self.whole.steps:
+            if step.op not in passes.LAYERS or not self.is_constant(step.inputs[1]) or self.is_constant(step.inputs[0]):
+                continue
+            weight = self.constant(step.inputs[1])
+            bias = step.inputs[2] if len(step.inputs) > 2 and self.is_constant(step.inputs[2]) else None
+            rows_first = step.op == "Conv" or (step.op == "Gemm" and step.attributes.get("transB", 0) == 1)
+            if step.op == "MatMul" and weight.dim() != 2:
+                continue
+            groups = step.attributes.get("group", 1)
+            found.append(
+                Layer(
+                    name=step.name,
+                    op=step.op,
+                    input=step.inputs[0],
+                    output=step.outputs[0],
+                    weight=step.inputs[1],
+                    bias=bias,
+                    axis=0 if rows_first else 1,
+                    shape=tuple(weight.shape),
+                    groups=groups if isinstance(groups, int) else 1,
+                )
+            )
+        return found
+
+    def batchnorms(self) -> list[BatchNorm]:
+        """BatchNormalization nodes with stored statistics, in order."""
+        return [
+            BatchNorm(step.inputs[0], step.outputs[0], self.constant(step.inputs[3]), self.constant(step.inputs[4]))
+            for step in self.whole.steps
+            if step.op == "BatchNormalization" and all(self.is_constant(name) for name in step.inputs[3:5])
+        ]
+
+
+class Segment:
+    """A stretch of a TorchClassifier's graph, compiled once: which nodes, in which order, and when a value is done."""
+
+    def __init__(self, owner: TorchClassifier, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self.owner, self.inputs, self.outputs = owner, tuple(inputs), tuple(outputs)
+        needed, chosen = set(outputs) - set(inputs), []
+        for step in reversed(owner.steps):
+            if needed.intersection(step.outputs):
+                chosen.append(step)
+                needed.difference_update(step.outputs)
+                needed.update(n for n in step.inputs if n and n not in self.inputs and not owner.is_constant(n))
+        if needed - set(owner._buffer_of):
+            missing = ", ".join(sorted(needed))
+            raise ModelError(f"{owner.classifier.path}: {missing} cannot be computed from {', '.join(self.inputs)}")
+        self.steps = chosen[::-1]
+        self.constants = sorted({n for s in self.steps for n in s.inputs if n and owner.is_constant(n)})
+        last_use = {name: index for index, step in enumerate(self.steps) for name in step.inputs}
+        self._done: list[list[str]] = [[] for _ in self.steps]
+        for name, index in last_use.items():
+            if name and name not in self.outputs and not owner.is_constant(name):
+                self._done[index].append(name)
+
+    def __call__(
+        self,
+        values: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor] | None = None,
+        transforms: Mapping[str, Transform] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run on named `values`; returns the outputs by name.
+
+        `parameters` replaces initializers by name; `transforms` maps a value's name to what is done to it when it
+        appears, before anyone reads it.
+        """
+        transforms = transforms or {}
+        env: dict[str, Tensor | None] = {"": None}
+        env.update((name, self.owner.constant(name)) for name in self.constants)
+        env.update(parameters or {})
+        for name in self.inputs:
+            env[name] = transforms[name](values[name]) if name in transforms else values[name]
+        for step, done in zip(self.steps, self._done, strict=True):
+            result = step.operator.body(*[env[name] for name in step.inputs])
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            for name, value in zip(step.outputs, results, strict=False):
+                env[name] = transforms[name](value) if name in transforms else value
+            for name in done:
+                env.pop(name, None)
+        return {name: env[name] for name in self.outputs}  # type: ignore[misc]
+
+
+def to_torch(classifier: Classifier, *, check: bool = True) -> TorchClassifier:
+    """Convert and, unless `check` is False, compare with onnxruntime on random input.
+
+    Raises UnsupportedOperatorError, or ConversionError naming the first value that differs.
+    """
+    module = TorchClassifier(classifier).eval().requires_grad_(False)
+    if check:
+        check_against_runtime(module)
+    return module
+
+
+@torch.no_grad()
+def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0) -> float:
+    """Largest relative difference from onnxruntime on seeded noise through the input spec.
+
+    onnxruntime runs the ORIGINAL graph with optimisations off. Raises ConversionError above TOLERANCE.
+    """
+    classifier = module.classifier
+    declared = next(v for v in classifier.original.graph.inputs if v.name == classifier.input_name)
+    fixed = declared.shape[0] if declared.shape is not None else None
+    height, width = module.spec.size
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(
+        fixed if isinstance(fixed, int) else batch, module.spec.channel_count, height, width, generator=generator
+    )
+    x = module.spec.to_input(pixels)
+    session = Session(serialise(classifier.original), optimise=False, name=str(classifier.path))
+    expected = session.run(x.contiguous().numpy())[0]
+    if expected.ndim != 2:
+        raise ModelError(
+            f"{classifier.path}: output {classifier.output_name} has shape {list(expected.shape)}, not [batch, classes]:"
+            " it is not an image classifier"
+        )
+    try:
+        whole = Segment(module, [module.input_name], [classifier.output_name])
+        actual = whole({module.input_name: x})[classifier.output_name]
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(f"{classifier.path}: the converted model does not run ({reason}): please report it") from error
+    difference = relative_difference(actual.numpy(), expected)
+    if not difference <= TOLERANCE:
+        name, worst = _first_difference(module, x)
+        raise ConversionError(
+            f"{classifier.path}: the converted model differs from onnxruntime by {difference:.1e},"
+            f" first at value {name!r} ({worst:.1e}): please report it"
+        )
+    return difference
+
+
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """max |actual - expected| / max |expected|; infinite where shapes differ, NaN where either is."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    scale = float(np.abs(expected).max(initial=0.0))
+    return float(np.abs(actual - expected).max(initial=0.0)) / max(scale, 1e-12)
+
+
+def serialise(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _first_difference(module: TorchClassifier, x: Tensor) -> tuple[str, float]:
+    """The first value, in order, that onnxruntime computes differently from the normalised graph."""
+    classifier = module.classifier
+    probe = classifier.normal.clone()
+    names = [n for s in module.whole.steps for n in s.outputs if n and n != classifier.output_name]
+    values = {str(v.name): v for node in probe.graph for v in node.outputs}
+    floats = [n for n in names if values[n].dtype in (ir.DataType.FLOAT, None)]
+    probe.graph.outputs.extend(values[n] for n in floats)
+    for name in floats:
+        values[name].type = ir.TensorType(ir.DataType.FLOAT)
+    session = Session(serialise(probe), optimise=False, name=str(classifier.path))
+    expected = dict(zip(session.output_names, session.run(x.contiguous().numpy()), strict=True))
+    actual = Segment(module, [module.input_name], floats)({module.input_name: x})
+    for name in floats:
+        difference = relative_difference(actual[name].numpy(), expected[name])
+        if not difference <= TOLERANCE:
+            return name, difference
+    return classifier.output_name, float("nan")
+
+

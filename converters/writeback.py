@@ -1,0 +1,233 @@
+"""Results go into a copy of the original graph: quantized weights, activation Q/DQ pairs, changed float tensors.
+
+A weight is replaced at the node that reads it, not at the initializer: DequantizeLinear of a new integer initializer
+is wired to that operand. Shared, Identity-hidden and Constant-node weights need no care of their own that way: others
+go on reading the old tensor, and what nobody reads any more is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from converters import passes
+from converters.errors import ModelError, OutputError
+from converters.load import Classifier, build
+from converters.runtime import Session
+from converters.targets import Container, activation_container, weight_container
+from converters.torch_module import relative_difference, serialise
+
+WEIGHT, BIAS = 1, 2  # operand positions
+
+
+@dataclass(frozen=True)
+class WeightEdit:
+    """Integers for the weight of the node that writes `output`.
+
+    `values` has the weight's own shape; `scale` (float32, > 0) and `zero_point` have one entry a channel of `axis`.
+    The file holds `values` in the smallest container for `bits`; real = (value - zero_point) * scale.
+    """
+
+    output: str
+    values: NDArray[np.int32]
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+    axis: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class FloatEdit:
+    """A new float tensor for operand `index` of the node that writes `output`; a bias that was absent is added."""
+
+    output: str
+    index: int
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ActivationEdit:
+    """QuantizeLinear and DequantizeLinear on the named value, per tensor, for everything that reads it."""
+
+    value: str
+    scale: float
+    zero_point: int
+    bits: int
+
+
+Edit = WeightEdit | FloatEdit | ActivationEdit
+
+
+def prepare_for_quantization(classifier: Classifier, *, four_bit: bool) -> Classifier:
+    """The graph that quantization writes into: the original with BatchNorm folded, at the opset its types need.
+
+    Per-channel weight quantization commutes with the fold, the file loses four vectors a layer, and Conv stands next
+    to what follows it, which is what fusing runtimes look for.
+    """
+    model = classifier.original.clone()
+    container = weight_container(4 if four_bit else 8)
+    passes.raise_opset(model, container.opset, str(classifier.path))
+    model.ir_version = max(model.ir_version or 0, container.ir_version)
+    passes.fold_batchnorm(model)
+    return build(classifier.path, model, classifier.spec, classifier.sha256)
+
+
+def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
+    """A copy of `model` with the edits made. Raises KeyError for a value that the graph does not have."""
+    edited = model.clone()
+    graph = edited.graph
+    values = {str(v.name): v for node in graph for v in node.outputs} | {str(v.name): v for v in graph.inputs}
+    for edit in edits:
+        match edit:
+            case WeightEdit():
+                _wire(values[edit.output], WEIGHT, _dequantized_weight(graph, values[edit.output], edit))
+            case FloatEdit():
+                node = _producer(values[edit.output])
+                name = _operand_name(node, edit.index) or f"{edit.output}.bias"
+                new = passes.add_initializer(graph, passes.unused_name(graph, name), edit.values)
+                _wire(values[edit.output], edit.index, new)
+            case ActivationEdit():
+                _quantize_activation(graph, values[edit.value], edit)
+    common.RemoveUnusedNodesPass()(edited)
+    return edited
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    if node is None:
+        raise KeyError(f"{value.name} is an input, not a node's output")
+    return node
+
+
+def _operand_name(node: ir.Node, index: int) -> str | None:
+    operand = node.inputs[index] if index < len(node.inputs) else None
+    return str(operand.name) if operand is not None else None
+
+
+def _wire(output: ir.Value, index: int, new: ir.Value) -> None:
+    node = _producer(output)
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, new)
+
+
+def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Container) -> ir.Value:
+    """An initializer of the container's type. Raises ValueError when a value is outside its range."""
+    if values.min(initial=0) < container.low or values.max(initial=0) > container.high:
+        raise ValueError(f"{name}: integers outside [{container.low}, {container.high}]")
+    tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=passes.unused_name(graph, name))
+    return passes.add_initializer(graph, str(tensor.name), tensor)
+
+
+def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> ir.Value:
+    node = _producer(output)
+    name = _operand_name(node, WEIGHT) or f"{edit.output}.weight"
+    container = weight_container(edit.bits)
+    operands = [
+        _integers(graph, f"{name}.q", edit.values, container),
+        passes.add_initializer(graph, passes.unused_name(graph, f"{name}.scale"), edit.scale),
+        _integers(graph, f"{name}.zero", edit.zero_point, container),
+    ]
+    dequantize = ir.node(
+        "DequantizeLinear", operands, attributes={"axis": edit.axis}, name=f"{node.name or edit.output}/weight/DQ"
+    )
+    dequantize.outputs[0].name = passes.unused_name(graph, f"{name}.dequantized")
+    graph.insert_before(node, dequantize)
+    return dequantize.outputs[0]
+
+
+def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit) -> None:
+    container = activation_container(edit.bits)
+    readers = [(node, index) for node, index in value.uses()]
+    scale = np.array(edit.scale, np.float32)
+    parameters = [
+        passes.add_initializer(graph, passes.unused_name(graph, f"{edit.value}.scale"), scale),
+        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), container),
+    ]
+    quantize = ir.node("QuantizeLinear", [value, *parameters], name=f"{edit.value}/Q")
+    quantize.outputs[0].name = passes.unused_name(graph, f"{edit.value}.q")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=f"{edit.value}/DQ")
+    dequantize.outputs[0].name = passes.unused_name(graph, f"{edit.value}.dequantized")
+    producer = value.producer()
+    if producer is None:
+        first = next(iter(graph))
+        graph.insert_before(first, [quantize, dequantize])
+    else:
+        graph.insert_after(producer, [quantize, dequantize])
+    for node, index in readers:
+        node.replace_input_with(index, dequantize.outputs[0])
+
+
+def save(
+    model: ir.Model,
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    check: Callable[[bytes], None] | None = None,
+) -> None:
+    """Write the model with `metadata` added; nothing appears under `path` unless all went well.
+
+    onnxruntime loads the bytes, `check` may judge them, and only then is the temporary file renamed. Raises
+    OutputError when `path` exists (without `overwrite`) or cannot be written.
+    """
+    ensure_writable(path, overwrite=overwrite)
+    model.metadata_props.update(metadata)
+    content = serialise(model)
+    Session(content, name=str(path))
+    if check is not None:
+        check(content)
+    write_atomically(path, content)
+
+
+def ensure_writable(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError, before any work is done, when the file exists or its folder cannot be written to."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists: choose another name with -o, or pass --force to replace it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder: create it or choose another output")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}): choose another output") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name in the same folder, flush to disk, rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def matches(content: bytes, x: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> float:
+    """Relative difference between the written file in onnxruntime, optimisations off, and `expected` logits.
+
+    Raises ModelError when the file does not run.
+    """
+    actual = Session(content, optimise=False, name=name).run(x)[0]
+    difference = relative_difference(np.asarray(actual), expected)
+    if not np.isfinite(difference):
+        raise ModelError(f"{name}: the written model gives another shape or NaN: please report it")
+    return difference

@@ -1,0 +1,191 @@
+"""Image sets: the one format in which images travel between recipes, and on disk.
+
+In memory: pixels float32 [N, C, H, W] in [0, 1] and, where there are any, labels [N]. On disk: what `synth` writes
+(`images/NNNNN/*.png`, `metadata.jsonl`, `manifest.json`), any ImageFolder, or an `.npz`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from converters.errors import MixMixError
+
+LabelKind = Literal["real", "targets", "none"]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".npy")
+MANIFEST, METADATA, PREVIEW = "manifest.json", "metadata.jsonl", "preview.png"
+
+
+class DataError(MixMixError):
+    """An image set that is missing, empty or malformed."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`pixels` float32 [N, C, H, W] in [0, 1]; `labels` int64 [N] or None.
+
+    `label_kind` says what labels are worth: `real` is ground truth, `targets` is what a synthesized image was made
+    for, which is never ground truth.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None = None
+    label_kind: LabelKind = "none"
+    source: str = "memory"
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, count: int | None) -> ImageSet:
+        """The first `count` images (all, for None)."""
+        labels = self.labels[:count] if self.labels is not None else None
+        return ImageSet(self.pixels[:count], labels, self.label_kind, self.source)
+
+
+def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """Pixels in [0, 1] to 8 bits, [N, H, W, C]: rounded and clipped."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def from_bytes(pixels: NDArray[np.uint8]) -> Tensor:
+    """8-bit pixels [N, H, W, C] to float32 [N, C, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def gaussian_noise(count: int, channels: int, size: tuple[int, int], seed: int) -> ImageSet:
+    """Pixels drawn from N(0.5, 0.25^2) and clipped: the reference that any synthesis has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = (0.5 + 0.25 * torch.randn(count, channels, *size, generator=generator)).clamp(0, 1)
+    return ImageSet(from_bytes(to_bytes(pixels)), source=f"gaussian noise, seed {seed}")
+
+
+def load_images(path: Path, limit: int | None = None) -> ImageSet:
+    """Read an image set. Raises DataError with what is wrong, where, and what to do instead."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a folder of images, a folder that synth wrote, or an .npz file")
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise DataError(f"{path} is neither a folder nor an .npz file: give one of these")
+        return _load_npz(path).take(limit)
+    if (path / METADATA).is_file():
+        return _load_synthesized(path, limit)
+    return _load_folder(path, limit)
+
+
+def _load_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as .npz ({error}): write it with numpy.savez") from error
+    images = arrays.get("images")
+    if images is None:
+        raise DataError(f"{path} has no array 'images' (it has {', '.join(arrays) or 'none'}): add one")
+    if images.ndim != 4 or not len(images):
+        raise DataError(f"{path}: images have shape {list(images.shape)}, not [N, H, W, C] or [N, C, H, W]: reshape them")
+    if images.shape[3] not in (1, 3) and images.shape[1] in (1, 3) or images.shape[3] > max(images.shape[1:3]):
+        images = images.transpose(0, 2, 3, 1)
+    if images.dtype == np.uint8:
+        pixels = from_bytes(images)
+    elif np.issubdtype(images.dtype, np.floating):
+        pixels = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+        if not bool(torch.isfinite(pixels).all()) or float(pixels.min()) < 0 or float(pixels.max()) > 1:
+            raise DataError(f"{path}: float images must lie in [0, 1]: scale them, or store uint8")
+    else:
+        raise DataError(f"{path}: images are {images.dtype}, not uint8 or float in [0, 1]: convert them")
+    labels = arrays.get("labels")
+    if labels is None:
+        return ImageSet(pixels, source=str(path))
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: labels are {labels.dtype} {list(labels.shape)}, not integers [{len(images)}]: correct them")
+    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), "real", str(path))
+
+
+def _load_synthesized(path: Path, limit: int | None) -> ImageSet:
+    try:
+        rows = [json.loads(line) for line in (path / METADATA).read_text().splitlines() if line.strip()][:limit]
+        files, labels = [path / row["file_name"] for row in rows], [int(row["label"]) for row in rows]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path / METADATA} is damaged ({error}): synthesize the set again") from error
+    if not files:
+        raise DataError(f"{path} holds no images yet: finish it with synth --resume")
+    return ImageSet(_stack(files), torch.tensor(labels), "targets", str(path))
+
+
+def _load_folder(path: Path, limit: int | None) -> ImageSet:
+    classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    flat = _image_files(path)
+    if flat:
+        return ImageSet(_stack(flat[:limit]), source=str(path))
+    found = [(file, index) for index, folder in enumerate(classes) for file in _image_files(folder)]
+    if not found:
+        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}): name a folder with images in it")
+    if limit is not None and limit < len(found):  # evenly over the classes, not the first class alone
+        found = [found[position * len(found) // limit] for position in range(limit)]
+    return ImageSet(_stack([file for file, _ in found]), torch.tensor([i for _, i in found]), "real", str(path))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES)
+
+
+def _stack(files: Sequence[Path]) -> Tensor:
+    images = [_read_image(file) for file in files]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        odd = next(file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape)
+        raise DataError(
+            f"{odd} has another size than {files[0]}: bring all images of a set to one height, width and channel count"
+        )
+    return from_bytes(np.stack(images))
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    try:
+        if file.suffix == ".npy":
+            array = np.load(file, allow_pickle=False)
+            if array.ndim != 3 or array.dtype != np.uint8:
+                raise DataError(f"{file}: expected uint8 [H, W, C], found {array.dtype} {list(array.shape)}: convert it")
+            return array
+        with Image.open(file) as image:
+            array = np.asarray(image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB"))
+        return array[:, :, None] if array.ndim == 2 else array
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as an image ({error}): remove or replace it") from error
+
+
+def encode_image(pixels: NDArray[np.uint8]) -> tuple[str, bytes]:
+    """(suffix, file content) of one image [H, W, C]: PNG for 1 and 3 channels, `.npy` otherwise."""
+    buffer = io.BytesIO()
+    if pixels.shape[2] not in (1, 3):
+        np.save(buffer, pixels)
+        return ".npy", buffer.getvalue()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return ".png", buffer.getvalue()
+
+
+def contact_sheet(images: NDArray[np.uint8], columns: int = 8, least: int = 64) -> bytes:
+    """PNG of a grid of images [N, H, W, C]; small ones are enlarged to at least `least` pixels, by whole numbers."""
+    count, height, width, channels = images.shape
+    if channels not in (1, 3):
+        images = images[:, :, :, :1]
+    factor = max(1, -(-least // max(height, width)))
+    images = images.repeat(factor, 1).repeat(factor, 2)
+    height, width, gap = height * factor, width * factor, 2
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, images.shape[3]), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return encode_image(sheet)[1]

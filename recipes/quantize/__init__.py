@@ -1,0 +1,1 @@
+"""Post-training quantization by nearest rounding and by layer or block reconstruction."""

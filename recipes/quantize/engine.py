@@ -1,0 +1,343 @@
+"""From a classifier and images to a quantized ONNX file.
+
+The way: images -> model inputs -> placement of bits -> block by block: float input and output, input through the
+blocks quantized so far, reconstruction, hard rounding -> edits -> a copy of the original graph -> onnxruntime.
+Because a block has one input value and one output value, two tensors are all that is kept between blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import converters.writeback as writeback
+from converters.errors import ConversionError, MixMixError
+from converters.load import Classifier, file_size
+from converters.targets import MAX_BITS, MIN_BITS
+from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
+from recipes.blocks import Block, find_blocks
+from recipes.images import ImageSet
+from recipes.progress import Progress, Silent, Task
+from recipes.quantize.plan import LayerPlan, plan_bits
+from recipes.quantize.quantizers import LearnedTensor, QuantizedActivation, QuantizedWeight
+from recipes.quantize.settings import QuantizeSettings
+from recipes.reconstruct import Loop, Reconstruction, reconstruct, run_batched
+
+ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
+WRITTEN_TOLERANCE = 1e-4
+"""Largest relative difference between the written file in onnxruntime and the torch fake-quantized model."""
+
+
+@dataclass(frozen=True)
+class LayerAccount:
+    """What became of one layer."""
+
+    name: str
+    bits: int
+    act_bits: int | None
+    error: float
+    """Relative squared error of the weight."""
+    undecided: float
+    """Share of roundings that training had not settled."""
+    reason: str | None
+
+
+@dataclass
+class Quantization:
+    """The result: where, what, and how well. `logits` [N, classes] are the fake-quantized model's on the images."""
+
+    input: Path
+    output: Path
+    bits: int
+    act_bits: int | None
+    blocks: list[tuple[str, Reconstruction]]
+    layers: list[LayerAccount]
+    size_before: int
+    size_after: int
+    seconds: float
+    written_difference: float
+    kept: list[LayerPlan] = field(default_factory=list)
+
+
+def check_bits(bits: int, act_bits: int | None) -> None:
+    """Raise MixMixError for widths that cannot be written."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise MixMixError(f"--bits {bits} cannot be used: choose {MIN_BITS} to {MAX_BITS} bits for weights")
+    if act_bits is not None and not 2 <= act_bits <= MAX_BITS:
+        raise MixMixError(f"--act-bits {act_bits} cannot be used: choose 2 to {MAX_BITS} bits for activations")
+
+
+def output_path(model: Path, bits: int, act_bits: int | None) -> Path:
+    """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input."""
+    return model.with_suffix(f".w{bits}{'' if act_bits is None else f'a{act_bits}'}.onnx")
+
+
+def quantize(
+    classifier: Classifier,
+    images: ImageSet,
+    output: Path,
+    settings: QuantizeSettings,
+    bits: int,
+    act_bits: int | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> Quantization:
+    """Quantize `classifier` on `images` and write it to `output`.
+
+    Raises MixMixError for bits, images or an output that cannot be used, before any long work starts.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    check_bits(bits, act_bits)
+    writeback.ensure_writable(output, overwrite=overwrite)
+    prepared = writeback.prepare_for_quantization(classifier, four_bit=min(bits, act_bits or bits) <= 4)
+    module = to_torch(prepared).to(device or torch.device("cpu"))
+    run = _Run(module, images, settings, bits, act_bits, seed)
+    run.place(progress)
+    run.reconstruct_all(progress)
+    edits = run.edits()
+    metadata = classifier.spec.to_metadata() | {
+        "mixmix.quantize": json.dumps({"bits": bits, "act_bits": act_bits, "images": len(images), "seed": seed}),
+        **(provenance or {}),
+    }
+    difference = math.nan
+
+    def check(content: bytes) -> None:
+        nonlocal difference
+        sample = run.inputs[: min(8, len(run.inputs))]
+        expected = run.fake_quantized(sample)
+        difference = writeback.matches(content, sample.cpu().numpy(), expected.cpu().numpy(), str(output))
+        if act_bits is None and difference > WRITTEN_TOLERANCE:
+            raise ConversionError(
+                f"{output}: the written model differs from the quantized one by {difference:.1e}: please report it"
+            )
+
+    writeback.save(
+        writeback.apply(prepared.original, edits), output, metadata, overwrite=overwrite, check=check
+    )
+    return Quantization(
+        input=classifier.path,
+        output=output,
+        bits=bits,
+        act_bits=act_bits,
+        blocks=run.account,
+        layers=run.layer_accounts(),
+        size_before=classifier.size_bytes,
+        size_after=file_size(output),
+        seconds=time.perf_counter() - started,
+        written_difference=difference,
+        kept=[plan for plan in run.plans if plan.reason],
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is reconstructed at once: a stretch from one value to another with its layers."""
+
+    name: str
+    segment: Segment
+    layers: tuple[Layer, ...]
+    values: tuple[str, ...]
+    """Values quantized within it, its input among them."""
+
+
+class _Run:
+    """One quantization in progress: the changes made so far, by initializer and value name."""
+
+    def __init__(
+        self,
+        module: TorchClassifier,
+        images: ImageSet,
+        settings: QuantizeSettings,
+        bits: int,
+        act_bits: int | None,
+        seed: int,
+    ) -> None:
+        self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
+        self.generator = torch.Generator().manual_seed(seed)
+        self.inputs = torch.cat([module.spec.to_input(part) for part in images.pixels.split(64)]).contiguous()
+        self.inputs = self.inputs.to(module.device)
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.biases: dict[str, LearnedTensor] = {}
+        self.values: dict[str, QuantizedActivation] = {}
+        self.plans: list[LayerPlan] = []
+        self.account: list[tuple[str, Reconstruction]] = []
+        self.undecided: dict[str, float] = {}
+
+    def place(self, progress: Progress) -> None:
+        with progress.task("finding the layers that hurt most", len(self.module.layers())) as task:
+            self.plans = plan_bits(
+                self.module, self.inputs, self.bits, self.act_bits, self.settings, lambda: task.advance()
+            )
+        for plan in self.plans:
+            layer = plan.layer
+            self.weights[layer.weight] = QuantizedWeight(
+                self.module.constant(layer.weight), layer.axis, plan.bits, self.settings
+            )
+            if plan.reason and plan.reason.startswith("hurts"):
+                progress.say(f"{layer.name} ({layer.op}) is kept at {plan.bits} bits: {plan.reason}")
+
+    def reconstruct_all(self, progress: Progress) -> None:
+        """Go through the blocks; afterwards every change is hard."""
+        blocks = find_blocks(self.module, self.settings.max_chain)
+        units = len(blocks) if self.settings.unit != "layer" else len(self.plans)
+        steps = self.settings.steps if self.settings.unit != "none" else 0
+        float_stream = changed_stream = self.inputs
+        with progress.task("reconstructing", units * max(steps, 1)) as task:
+            for block in blocks:
+                whole = self.module.segment([block.input], [block.output])
+                self._calibrate(block, changed_stream)
+                for unit in self._units(block):
+                    self._reconstruct(unit, block, float_stream, changed_stream, steps, task)
+                float_stream = run_batched(whole, float_stream, self.settings.batch)
+                changed_stream = run_batched(whole, changed_stream, self.settings.batch, **self._changes())
+
+    def _changes(self) -> dict[str, Mapping[str, object]]:
+        tensors = {name: change.tensor() for name, change in (*self.weights.items(), *self.biases.items())}
+        return {"parameters": tensors, "transforms": self.values}
+
+    def _units(self, block: Block) -> list[_Unit]:
+        """The block itself, or one unit a layer; nothing where there is nothing to train."""
+        quantized = self._quantized_values(block)
+        if self.settings.unit == "layer":
+            return [
+                _Unit(
+                    layer.name,
+                    self.module.segment([layer.input], [layer.output]),
+                    (layer,),
+                    (layer.input,) if layer.input in quantized else (),
+                )
+                for layer in block.layers
+            ]
+        segment = self.module.segment([block.input], [block.output])
+        return [_Unit(block.name, segment, block.layers, tuple(quantized))]
+
+    def _quantized_values(self, block: Block) -> dict[str, int]:
+        """Values to quantize in the block and their bits: the inputs of its layers, the widest where layers share."""
+        inside = {layer.output for layer in block.layers}
+        found: dict[str, int] = {}
+        for plan in self.plans:
+            if plan.layer.output in inside and plan.act_bits is not None:
+                found[plan.layer.input] = max(found.get(plan.layer.input, 0), plan.act_bits)
+        return found
+
+    def _calibrate(self, block: Block, changed_stream: Tensor) -> None:
+        """Search the ranges of the block's activations, in order, on its input as the blocks before leave it."""
+        for name, bits in self._quantized_values(block).items():
+            if name == block.input:
+                sample = changed_stream
+            else:
+                before = self.module.segment([block.input], [name])
+                sample = run_batched(before, changed_stream, self.settings.batch, **self._changes())
+            stride = max(1, sample.numel() // ACTIVATION_SAMPLE)
+            if stride > 1:
+                stride |= 1  # odd, so that it does not run along one column of an image
+            self.values[name] = QuantizedActivation(sample.flatten()[::stride], bits, self.settings)
+
+    def _reconstruct(
+        self, unit: _Unit, block: Block, float_stream: Tensor, changed_stream: Tensor, steps: int, task: Task
+    ) -> None:
+        settings, batch = self.settings, self.settings.batch
+        start = unit.segment.inputs[0]
+        if start == block.input:
+            float_input, changed_input = float_stream, changed_stream
+        else:
+            before = self.module.segment([block.input], [start])
+            float_input = run_batched(before, float_stream, batch)
+            transforms = {name: value for name, value in self.values.items() if name != start}
+            changes = self._changes() | {"transforms": transforms}
+            changed_input = run_batched(before, changed_stream, batch, **changes)
+        target = run_batched(unit.segment, float_input, batch)
+        weights: dict[str, QuantizedWeight | LearnedTensor] = {}
+        for layer in unit.layers:
+            weights[layer.weight] = self.weights[layer.weight]
+            if layer.bias is not None:
+                bias = self.module.constant(layer.bias)
+                typical = float(bias.abs().mean()) + 1e-3
+                self.biases[layer.bias] = LearnedTensor(bias, settings.bias_rate * typical)
+                weights[layer.bias] = self.biases[layer.bias]
+        values = {name: self.values[name] for name in unit.values}
+        if steps:
+            for weight in weights.values():
+                if isinstance(weight, QuantizedWeight):
+                    weight.learn()
+            for value in values.values():
+                value.drop, value.generator = settings.activation_drop, self.generator
+        result = reconstruct(
+            unit.segment,
+            float_input,
+            changed_input,
+            target,
+            weights,
+            values,
+            Loop(steps, batch, settings.input_drop),
+            self.generator,
+            lambda done, loss: task.advance(done, None if math.isnan(loss) else f"{unit.name}: loss {loss:.3f}"),
+        )
+        if not steps:
+            task.advance(1)
+        for layer in unit.layers:
+            self.undecided[layer.weight] = self.weights[layer.weight].undecided()
+            self.weights[layer.weight].harden()
+        for value in values.values():
+            value.harden()
+        hard = {name: change.tensor() for name, change in weights.items()}
+        after = run_batched(unit.segment, changed_input, batch, parameters=hard, transforms=values)
+        error = float((after - target).square().mean() / target.square().mean().clamp_min(1e-12))
+        self.account.append((unit.name, Reconstruction(result.before, error)))
+
+    def fake_quantized(self, inputs: Tensor) -> Tensor:
+        """Logits of the quantized model in torch."""
+        return run_batched(self.module.whole, inputs, self.settings.batch, **self._changes())
+
+    def edits(self) -> list[writeback.Edit]:
+        """What to write into the graph."""
+        found: list[writeback.Edit] = []
+        for plan in self.plans:
+            layer, weight = plan.layer, self.weights[plan.layer.weight]
+            found.append(
+                writeback.WeightEdit(
+                    output=layer.output,
+                    values=weight.integers().cpu().numpy().astype("int32"),
+                    scale=weight.current_scale().flatten().cpu().numpy(),
+                    zero_point=weight.zero.flatten().cpu().numpy().astype("int32"),
+                    axis=layer.axis,
+                    bits=weight.bits,
+                )
+            )
+            if layer.bias in self.biases and self.biases[layer.bias].rate:
+                bias = self.biases[layer.bias].tensor().cpu().numpy()
+                found.append(writeback.FloatEdit(layer.output, writeback.BIAS, bias))
+        for name, value in self.values.items():
+            found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits))
+        return found
+
+    def layer_accounts(self) -> list[LayerAccount]:
+        accounts = []
+        for plan in self.plans:
+            original = self.module.constant(plan.layer.weight)
+            error = (self.weights[plan.layer.weight].tensor() - original).square().sum() / original.square().sum()
+            accounts.append(
+                LayerAccount(
+                    name=plan.layer.name,
+                    bits=plan.bits,
+                    act_bits=plan.act_bits,
+                    error=float(error),
+                    undecided=self.undecided[plan.layer.weight],
+                    reason=plan.reason,
+                )
+            )
+        return accounts
+
+

@@ -1,0 +1,81 @@
+"""Which layer gets how many bits, and why: the placement is what most disputed figures come down to, so it is said.
+
+First and last layer at `end_bits`. Then the layers that hurt most: each remaining layer is rounded alone, and those
+that bring the logits below `sensitive_snr` dB are kept at `sensitive_bits`, worst first, while they fit the share of
+the weights that may be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from converters.torch_module import Layer, TorchClassifier
+from recipes.quantize.quantizers import QuantizedWeight
+from recipes.quantize.settings import QuantizeSettings
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its bits, and the reason where they differ from what was asked for."""
+
+    layer: Layer
+    bits: int
+    act_bits: int | None
+    reason: str | None = None
+    snr: float | None = None
+    """Logit signal-to-noise ratio in dB with this layer alone rounded to the bits asked for."""
+
+
+def signal_to_noise(reference: Tensor, other: Tensor) -> float:
+    """10 log10 of the reference's power over the difference's, in dB; infinite where they are equal."""
+    noise = (other - reference).double().square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+@torch.no_grad()
+def plan_bits(
+    module: TorchClassifier,
+    inputs: Tensor,
+    bits: int,
+    act_bits: int | None,
+    settings: QuantizeSettings,
+    advance: Callable[[], None] = lambda: None,
+) -> list[LayerPlan]:
+    """The placement for every layer, in order. `inputs` [N, ...] are model inputs to measure on."""
+    layers = module.layers()
+    ends = {0: "first layer", len(layers) - 1: "last layer"}
+    plans = []
+    for index, layer in enumerate(layers):
+        if index in ends and bits < settings.end_bits:
+            act = None if act_bits is None else max(act_bits, settings.end_bits)
+            plans.append(LayerPlan(layer, settings.end_bits, act, ends[index]))
+        else:
+            plans.append(LayerPlan(layer, bits, act_bits))
+    if bits >= settings.sensitive_bits or settings.sensitive_share == 0:
+        return plans
+    x = inputs[: settings.sensitive_images]
+    reference = module(x)
+    for index, plan in enumerate(plans):
+        if plan.reason is None:
+            rounded = QuantizedWeight(module.constant(plan.layer.weight), plan.layer.axis, bits, settings)
+            logits = module.whole({module.input_name: x}, {plan.layer.weight: rounded.tensor()})[module.logits_name]
+            plans[index] = replace(plan, snr=signal_to_noise(reference, logits))
+        advance()
+    return _keep_worst(plans, settings)
+
+
+def _keep_worst(plans: Sequence[LayerPlan], settings: QuantizeSettings) -> list[LayerPlan]:
+    budget = settings.sensitive_share * sum(plan.layer.parameters for plan in plans)
+    kept = {}
+    for plan in sorted((p for p in plans if p.snr is not None), key=lambda p: p.snr or 0.0):
+        if plan.snr is None or plan.snr >= settings.sensitive_snr:
+            break
+        if plan.layer.parameters <= budget:
+            budget -= plan.layer.parameters
+            reason = f"hurts most: alone it leaves the logits {plan.snr:.1f} dB"
+            kept[plan.layer.output] = replace(plan, bits=settings.sensitive_bits, reason=reason)
+    return [kept.get(plan.layer.output, plan) for plan in plans]

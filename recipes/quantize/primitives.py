@@ -1,0 +1,102 @@
+"""Numeric primitives of uniform affine quantization: pure functions, tested against independent references.
+
+    q = clip(round(x / s) + z, low, high)        x^ = (q - z) * s
+
+`s` is the scale, `z` the integer zero point; [low, high] the integer range. Weights use the signed range of their bit
+width, activations the unsigned one. Real zero is always exactly representable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # rectified sigmoid (AdaRound, Nagel et al. 2020, eq. 23)
+
+
+def signed_range(bits: int) -> tuple[int, int]:
+    """[-2^(b-1), 2^(b-1) - 1]."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def unsigned_range(bits: int) -> tuple[int, int]:
+    """[0, 2^b - 1]."""
+    return 0, 2**bits - 1
+
+
+def broadcast(values: Tensor, rank: int, axis: int) -> Tensor:
+    """[C] to a shape that broadcasts along `axis`: ([8], rank 4, axis 0) -> [8, 1, 1, 1]."""
+    return values.view([-1 if index == axis else 1 for index in range(rank)])
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """Integers (in x's float type) of x; scale and zero point broadcast against it. Rounds half to even, as ONNX."""
+    return torch.clamp(torch.round(x / scale) + zero_point, low, high)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return (q - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """x rounded to the nearest representable real value."""
+    return dequantize(quantize(x, scale, zero_point, low, high), scale, zero_point)
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round with the gradient of the identity (Bengio et al. 2013)."""
+    return x + (torch.round(x) - x).detach()
+
+
+def affine_parameters(minimum: Tensor, maximum: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range [minimum, maximum], widened to hold zero; shapes are kept.
+
+    A range that is empty or only zero gets scale 1.
+    """
+    minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    scale = (maximum - minimum) / (high - low)
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny * high, scale, torch.ones_like(scale))
+    return scale, torch.clamp(low - torch.round(minimum / scale), low, high)
+
+
+def search_range(
+    rows: Tensor, low: int, high: int, *, norm: float = 2.4, steps: int = 80, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scale [R] and zero point [R] for each row of `rows` [R, K], by shrinking the range (BRECQ's L2.4 search).
+
+    Tries the full range and `steps` - 1 uniform shrinks down to 1/`steps` of it, and keeps for each row the one with
+    the least sum |x - x^|^norm. `symmetric` fixes the zero point at the middle (0 for a signed range).
+    """
+    minimum, maximum = rows.amin(1), rows.amax(1)
+    if symmetric:
+        maximum = torch.maximum(maximum, -minimum)
+        minimum = -maximum
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for step in range(steps):
+        shrink = 1 - step / steps
+        scale, zero = affine_parameters(minimum * shrink, maximum * shrink, low, high)
+        if symmetric:
+            zero = torch.full_like(zero, (low + high + 1) // 2)
+        error = (fake_quantize(rows, scale[:, None], zero[:, None], low, high) - rows).abs_().pow_(norm).sum(1)
+        if best is None:
+            best = (error, scale, zero)
+        else:
+            better = error < best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
+    assert best is not None
+    return best[1], best[2]
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1): which way to round, between down (0) and up (1)."""
+    return torch.clamp(torch.sigmoid(v) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW, 0, 1)
+
+
+def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
+    """The v with h(v) = h, for h in [0, 1]."""
+    return torch.logit((h - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW))
+
+
+def rounding_regulariser(h: Tensor, beta: float) -> Tensor:
+    """Mean of 1 - |2h - 1|^beta: 0 where every h is 0 or 1, 1 where every h is 1/2 (seed, eq. 9)."""
+    return (1 - (2 * h - 1).abs().pow(beta)).mean()

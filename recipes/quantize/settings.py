@@ -1,0 +1,53 @@
+"""Settings of quantization; one TOML file a method stands beside this module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from recipes.settings import Settings
+
+PACKAGE = "recipes.quantize"
+
+
+class QuantizeSettings(Settings):
+    """How bits are chosen and rounding is learned. Rates are Adam learning rates.
+
+    `unit` is what is reconstructed at once: nothing (nearest rounding), a layer (AdaRound) or a block (BRECQ).
+    """
+
+    unit: Literal["none", "layer", "block"]
+    steps: int = Field(default=0, ge=0)
+    """Training steps a unit."""
+    batch: int = Field(default=32, ge=1)
+    max_chain: int = Field(default=3, ge=1)
+    """Single layers in a row that are joined into one block."""
+    rounding_rate: float = Field(default=1e-2, ge=0)
+    bias_rate: float = Field(default=0.0, ge=0)
+    """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
+    scale_rate: float = Field(default=0.0, ge=0)
+    """Rate of the weight scales, relative to their size (GENIE-M); 0 fixes them."""
+    activation_rate: float = Field(default=0.0, ge=0)
+    """Rate of the activation steps, relative to their size (LSQ); 0 fixes them."""
+    regulariser: float = Field(default=0.1, ge=0)
+    """Weight of the rounding regulariser against a block loss that starts at 1."""
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the steps before the regulariser sets in."""
+    beta_start: float = Field(default=20.0, gt=0)
+    beta_end: float = Field(default=2.0, gt=0)
+    input_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of block-input elements taken from the float model (QDrop)."""
+    activation_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of activation elements left unquantized in training (QDrop)."""
+    range_steps: int = Field(default=80, ge=1)
+    range_norm: float = Field(default=2.4, gt=0)
+    end_bits: int = Field(default=8, ge=2, le=8)
+    """Bits of the first and the last layer's weights and inputs."""
+    sensitive_bits: int = Field(default=8, ge=2, le=8)
+    """Bits of the layers that hurt most."""
+    sensitive_share: float = Field(default=0.01, ge=0, le=1)
+    """How much of the model's weights may be kept at `sensitive_bits`, as a share of all weights."""
+    sensitive_snr: float = Field(default=10.0)
+    """Only layers whose rounding alone brings the logits below this signal-to-noise ratio (dB) are kept."""
+    sensitive_images: int = Field(default=32, ge=1)

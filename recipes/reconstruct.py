@@ -1,0 +1,155 @@
+"""The one reconstruction loop: make a block with changed weights answer as the float block does.
+
+For a block with float input x and float output y, and an input x~ that comes through the blocks already changed,
+
+    minimise over theta   mean ||block(x~; theta) - y||^2 / e0  +  sum_l penalty_l(theta, t)
+
+where e0 is the block's error before training (so that every block starts at 1 and one penalty weight serves all), and
+t in [0, 1] is the share of steps done. What theta is, a rounding, a mask, a step size, is the `Change`'s business.
+Elementwise mixing of x into x~ is QDrop's (Wei et al. 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from converters.torch_module import Segment
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trainable tensors with one learning rate; `decay` lets it fall to zero along a half cosine."""
+
+    tensors: Sequence[Tensor]
+    rate: float
+    decay: bool = False
+
+
+class Change(Protocol):
+    """A changed tensor of a block (an initializer's replacement or a value's transform)."""
+
+    def groups(self) -> list[Group]:
+        """What to train."""
+        ...
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """A term to add to the loss at `progress` in [0, 1], or None."""
+        ...
+
+
+class ChangedWeight(Change, Protocol):
+    """A replacement for an initializer."""
+
+    def tensor(self) -> Tensor:
+        """The tensor to compute with, in the initializer's layout."""
+        ...
+
+
+class ChangedValue(Change, Protocol):
+    """A transform of a value."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How to train: number of steps, minibatch, and the share of inputs taken from the float stream (QDrop)."""
+
+    steps: int
+    batch: int
+    input_drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Mean squared error of the block's output before and after, relative to the output's mean square."""
+
+    before: float
+    after: float
+
+
+def run_batched(segment: Segment, x: Tensor, batch: int, **how: object) -> Tensor:
+    """The segment's only output for all of `x` [N, ...], in batches, the last partial one included."""
+    name, output = segment.inputs[0], segment.outputs[0]
+    with torch.no_grad():
+        return torch.cat([segment({name: part}, **how)[output] for part in x.split(batch)])  # type: ignore[arg-type]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """mean (actual - expected)^2 / mean expected^2."""
+    return float((actual - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
+
+
+def reconstruct(
+    segment: Segment,
+    float_input: Tensor,
+    changed_input: Tensor,
+    target: Tensor,
+    weights: Mapping[str, ChangedWeight],
+    values: Mapping[str, ChangedValue],
+    loop: Loop,
+    generator: torch.Generator,
+    advance: Callable[[int, float], None] = lambda steps, loss: None,
+) -> Reconstruction:
+    """Train the changes of one block in place.
+
+    `float_input`, `changed_input` [N, ...] and `target` [N, ...] are the block's inputs on both streams and its float
+    output; `weights` and `values` are its changes by initializer and value name. `advance` is told steps done and loss.
+    """
+    changes: list[Change] = [*weights.values(), *values.values()]
+    groups = [group for change in changes for group in change.groups() if group.tensors]
+    start = _error(segment, changed_input, target, weights, values, loop.batch)
+    if not groups or loop.steps == 0:
+        return Reconstruction(start, start)
+    for group in groups:
+        for tensor in group.tensors:
+            tensor.requires_grad_(True)
+    optimizer = torch.optim.Adam([{"params": list(group.tensors), "lr": group.rate} for group in groups])
+    power = target.square().mean().clamp_min(1e-12)
+    scale = 1 / (power * max(start, 1e-6))
+    order = torch.empty(0, dtype=torch.long)
+    name, output = segment.inputs[0], segment.outputs[0]
+    for step in range(loop.steps):
+        progress = step / loop.steps
+        for entry, group in zip(optimizer.param_groups, groups, strict=True):
+            entry["lr"] = group.rate * (0.5 * (1 + math.cos(math.pi * progress)) if group.decay else 1)
+        if not len(order):
+            order = torch.randperm(len(target), generator=generator)
+        chosen, order = order[: loop.batch], order[loop.batch :]
+        chosen = chosen.to(target.device)
+        x = changed_input[chosen]
+        if loop.input_drop:
+            keep = torch.rand(x.shape, generator=generator).to(x.device) < loop.input_drop
+            x = torch.where(keep, float_input[chosen], x)
+        y = segment({name: x}, {n: w.tensor() for n, w in weights.items()}, values)[output]
+        loss = (y - target[chosen]).square().mean() * scale
+        for change in changes:
+            penalty = change.penalty(progress)
+            loss = loss if penalty is None else loss + penalty
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        advance(1, float(loss.detach()) if step % 16 == 0 else math.nan)
+    for group in groups:
+        for tensor in group.tensors:
+            tensor.requires_grad_(False)
+    return Reconstruction(start, _error(segment, changed_input, target, weights, values, loop.batch))
+
+
+def _error(
+    segment: Segment,
+    x: Tensor,
+    target: Tensor,
+    weights: Mapping[str, ChangedWeight],
+    values: Mapping[str, ChangedValue],
+    batch: int,
+) -> float:
+    with torch.no_grad():
+        parameters = {name: weight.tensor() for name, weight in weights.items()}
+    return relative_error(run_batched(segment, x, batch, parameters=parameters, transforms=values), target)

@@ -1,0 +1,119 @@
+"""Named, strict settings: every recipe is a TOML file beside its engine, and a misspelt key is an error.
+
+A recipe file holds the keys of one settings class at its top level and may hold tables `[effort.fast]`,
+`[effort.default]` and `[effort.paper]` that override some of them. Order: file, effort, `--set`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from converters.errors import MixMixError
+
+Effort = Literal["fast", "default", "paper"]
+
+
+class SettingsError(MixMixError):
+    """A recipe that does not exist, an unknown key, or a value that does not fit."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def recipe_names(package: str) -> list[str]:
+    """Names of the recipes shipped in a package, such as `recipes.synth`."""
+    return sorted(f.name.removesuffix(".toml") for f in resources.files(package).iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(
+    kind: type[S], package: str, recipe: str, effort: Effort = "default", overrides: Iterable[str] = ()
+) -> S:
+    """Settings of a shipped recipe, or of the file that `recipe` names, with `key=value` overrides.
+
+    Raises SettingsError, naming the nearest known key or recipe.
+    """
+    path = Path(recipe)
+    if recipe.endswith(".toml") or path.is_file():
+        if not path.is_file():
+            raise SettingsError(f"recipe {recipe} does not exist: name a .toml file or one of {_listed(package)}")
+        text, where = path.read_text(), str(path)
+    elif recipe in recipe_names(package):
+        text, where = resources.files(package).joinpath(f"{recipe}.toml").read_text(), f"recipe {recipe}"
+    else:
+        hint = _nearest(recipe, recipe_names(package))
+        raise SettingsError(f"there is no recipe {recipe!r}{hint}: choose one of {_listed(package)}")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{where} is not valid TOML ({error}): correct it") from error
+    efforts = values.pop("effort", {})
+    for name, table in efforts.items():
+        if name not in ("fast", "default", "paper"):
+            raise SettingsError(f"{where}: there is no effort {name!r}: use fast, default or paper")
+        _known_keys(kind, table, f"{where}, effort {name}")
+    _known_keys(kind, values, where)
+    values |= efforts.get(effort, {})
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {override}: write it as key=value")
+        _known_keys(kind, {key: value}, "--set")
+        values[key] = _parse(value)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"{where}: {key} cannot be {first['input']!r} ({first['msg']}): correct it") from error
+
+
+def _known_keys(kind: type[Settings], values: dict[str, Any], where: str) -> None:
+    for key in values:
+        if key not in kind.model_fields:
+            raise SettingsError(f"{where}: unknown key {key!r}{_nearest(key, kind.model_fields)}: correct or remove it")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f" (the nearest is {close[0]!r})" if close else ""
+
+
+def _listed(package: str) -> str:
+    return ", ".join(recipe_names(package))
+
+
+def _parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises SettingsError when torch does not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"there is no device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device {name!r} is not there (torch sees {torch.cuda.device_count()} GPUs): use cpu")
+    return device

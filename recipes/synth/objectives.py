@@ -1,0 +1,52 @@
+"""Loss terms of synthesis, and the learned weights that balance them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from converters.torch_module import BatchNorm
+
+
+def batchnorm_loss(values: Mapping[str, Tensor], norms: list[BatchNorm]) -> Tensor:
+    """sum over BatchNorm layers of ||mean(X) - mu||_2 + ||std(X) - sigma||_2.
+
+    `values` holds each layer's input [N, C, ...]; statistics over all axes but 1, with the biased deviation.
+    """
+    terms = []
+    for norm in norms:
+        x = values[norm.input]
+        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        terms.append((mean - norm.mean).norm() + ((variance + 1e-12).sqrt() - norm.variance.sqrt()).norm())
+    return torch.stack(terms).sum()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean squared difference of horizontal and vertical neighbours (the L2 form)."""
+    return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
+
+
+class LearnedWeights:
+    """Balances terms of unlike size (seed, eq. 8): sum_i L_i / (L_i0 alpha_i^2) + alpha_i^2.
+
+    L_i0 is the term's first value. At the optimum alpha_i^2 = sqrt(L_i / L_i0).
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[str, float] = {}
+        self.alpha: dict[str, Tensor] = {}
+
+    def register(self, name: str, first: float, device: torch.device) -> None:
+        """Enter a term with its first value; a term that starts at zero is left as it is."""
+        self.first[name] = first if first > 1e-12 else 1.0
+        self.alpha[name] = torch.ones((), device=device, requires_grad=True)
+
+    def combine(self, terms: Mapping[str, Tensor], factors: Mapping[str, float]) -> Tensor:
+        """The weighted sum of the terms, each of which has been registered."""
+        total = torch.zeros((), device=next(iter(terms.values())).device)
+        for name, term in terms.items():
+            squared = self.alpha[name].square()
+            total = total + factors.get(name, 1.0) * (term / self.first[name] / squared + squared)
+        return total

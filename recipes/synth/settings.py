@@ -1,0 +1,58 @@
+"""Settings of synthesis; recipes (`paper`, `single`, `default`) stand beside this module as TOML files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from recipes.settings import Settings
+
+PACKAGE = "recipes.synth"
+
+
+class Stage(Settings):
+    """A part of the schedule: `steps` at `scale` times the full height and width."""
+
+    scale: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
+
+
+class SynthSettings(Settings):
+    """How images are made. Colour and size amounts are shares; rates are Adam learning rates.
+
+    Images are optimised in normalised units: pixel minus mean, over standard deviation, of the first model's input.
+    """
+
+    images: int = Field(default=128, ge=1)
+    batch: int = Field(default=32, ge=1)
+    """Images optimised together: their joint statistics are what is matched. One batch is one shard on disk."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    rate: float = Field(default=0.25, gt=0)
+    """Learning rate of the images; it falls to zero along a cosine in each stage (seed, B.3)."""
+    betas: tuple[float, float] = (0.5, 0.5)
+    weight_rate: float = Field(default=1e-3, ge=0)
+    """Learning rate of the loss weights alpha (seed, eq. 8); 0 fixes them at 1."""
+    batchnorm: float = Field(default=1.0, ge=0)
+    """Factor of the BatchNorm-statistics terms."""
+    label: float = Field(default=1.0, ge=0)
+    """Factor of the cross-entropy terms."""
+    variation: float = Field(default=0.0, ge=0)
+    """Factor of the total variation (mean squared difference of neighbours, in normalised units)."""
+    magnitude: float = Field(default=0.0, ge=0)
+    """Factor of the mean square of the image, in normalised units."""
+    mixing: Literal["none", "label", "all"] = "all"
+    """What sees the mixed images: nothing, the label loss alone, or the statistics too (the paper)."""
+    box: tuple[float, float] = (0.1, 0.4)
+    """Range of the mixing box's edge, as a share of height and width (seed, B.3)."""
+    flip: bool = True
+    shift: float = Field(default=0.0, ge=0, le=1)
+    """Largest cyclic shift, as a share of height and width."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Brightness, contrast, saturation and hue jitter a sample; the last two apply to three channels only."""
+    models_per_step: int | None = Field(default=None, ge=1)
+    """Draw this many of the models for each step; all of them when not given."""
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
