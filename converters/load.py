@@ -47,6 +47,21 @@ class Classifier:
     def name(self) -> str:
         return self.path.stem
 
+    def parameter_count(self) -> int:
+        """Elements of all float initializers and constants, as the file has them."""
+        return sum(
+            int(np.prod(value.shape.numpy()))
+            for value in self.normal.graph.initializers.values()
+            if value.dtype in FLOAT_TYPES and value.shape is not None
+        )
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the file insists on, or None where it takes any."""
+        image = next(value for value in self.original.graph.inputs if value.name == self.input_name)
+        batch = image.shape[0] if image.shape is not None else None
+        return batch if isinstance(batch, int) else None
+
 
 def load_classifier(path: Path, options: Mapping[str, Any] | None = None) -> Classifier:
     """Read, check and normalise the classifier at `path`; `options` are input-spec keys that the user gave.

@@ -237,13 +237,10 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
     onnxruntime runs the ORIGINAL graph with optimisations off. Raises ConversionError above TOLERANCE.
     """
     classifier = module.classifier
-    declared = next(v for v in classifier.original.graph.inputs if v.name == classifier.input_name)
-    fixed = declared.shape[0] if declared.shape is not None else None
     height, width = module.spec.size
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.rand(
-        fixed if isinstance(fixed, int) else batch, module.spec.channel_count, height, width, generator=generator
-    )
+    shape = (classifier.fixed_batch or batch, module.spec.channel_count, height, width)
+    pixels = torch.rand(shape, generator=generator)
     x = module.spec.to_input(pixels)
     session = Session(serialise(classifier.original), optimise=False, name=str(classifier.path))
     expected = session.run(x.contiguous().numpy())[0]
@@ -266,6 +263,21 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
             f" first at value {name!r} ({worst:.1e}): please report it"
         )
     return difference
+
+
+def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
+    """(operator, opset, node) of everything that keeps the model from being converted."""
+    proto = ir.to_proto(classifier.normal)
+    graph = OnnxGraph(proto.graph)
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    found = []
+    for name, node in graph.nodes.items():
+        opset = versions.get(node.domain, 1)
+        try:
+            registry.find(node, graph, opset)
+        except UnsupportedOperatorError:
+            found.append((node.operation_type, opset, name))
+    return found
 
 
 def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from converters.errors import MixMixError
@@ -69,8 +69,12 @@ def gaussian_noise(count: int, channels: int, size: tuple[int, int], seed: int) 
     return ImageSet(from_bytes(to_bytes(pixels)), source=f"gaussian noise, seed {seed}")
 
 
-def load_images(path: Path, limit: int | None = None) -> ImageSet:
-    """Read an image set. Raises DataError with what is wrong, where, and what to do instead."""
+def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] | None = None) -> ImageSet:
+    """Read an image set, the first `limit` images of it.
+
+    With `size` (height, width), image files of other sizes are brought to it: shorter side resized, centre cropped.
+    Raises DataError with what is wrong, where, and what to do instead.
+    """
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of images, a folder that synth wrote, or an .npz file")
     if path.is_file():
@@ -79,7 +83,7 @@ def load_images(path: Path, limit: int | None = None) -> ImageSet:
         return _load_npz(path).take(limit)
     if (path / METADATA).is_file():
         return _load_synthesized(path, limit)
-    return _load_folder(path, limit)
+    return _load_folder(path, limit, size)
 
 
 def _load_npz(path: Path) -> ImageSet:
@@ -122,25 +126,27 @@ def _load_synthesized(path: Path, limit: int | None) -> ImageSet:
     return ImageSet(_stack(files), torch.tensor(labels), "targets", str(path))
 
 
-def _load_folder(path: Path, limit: int | None) -> ImageSet:
+def _load_folder(path: Path, limit: int | None, size: tuple[int, int] | None) -> ImageSet:
     classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     flat = _image_files(path)
     if flat:
-        return ImageSet(_stack(flat[:limit]), source=str(path))
+        return ImageSet(_stack(flat[:limit], size), source=str(path))
     found = [(file, index) for index, folder in enumerate(classes) for file in _image_files(folder)]
     if not found:
         raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}): name a folder with images in it")
     if limit is not None and limit < len(found):  # evenly over the classes, not the first class alone
         found = [found[position * len(found) // limit] for position in range(limit)]
-    return ImageSet(_stack([file for file, _ in found]), torch.tensor([i for _, i in found]), "real", str(path))
+    return ImageSet(_stack([file for file, _ in found], size), torch.tensor([i for _, i in found]), "real", str(path))
 
 
 def _image_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES)
 
 
-def _stack(files: Sequence[Path]) -> Tensor:
+def _stack(files: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
     images = [_read_image(file) for file in files]
+    if size is not None:
+        images = [_fit(image, size) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         odd = next(file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape)
@@ -162,6 +168,15 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
         return array[:, :, None] if array.ndim == 2 else array
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as an image ({error}): remove or replace it") from error
+
+
+def _fit(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Shorter side resized (bilinear, antialiased) and the centre cropped to `size`."""
+    if image.shape[:2] == size or image.shape[2] not in (1, 3):
+        return image
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    fitted = np.asarray(ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR))
+    return fitted[:, :, None] if fitted.ndim == 2 else fitted
 
 
 def encode_image(pixels: NDArray[np.uint8]) -> tuple[str, bytes]:

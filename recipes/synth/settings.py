@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
-from recipes.settings import Settings
+from recipes.settings import Effort, Settings, load_recipe
 
 PACKAGE = "recipes.synth"
 
@@ -56,3 +57,17 @@ class SynthSettings(Settings):
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def with_steps(self, steps: int) -> SynthSettings:
+        """The same with `steps` in all, shared out over the stages as before (at least one each)."""
+        shares = [stage.model_copy(update={"steps": max(1, round(steps * stage.steps / self.steps))}) for stage in self.stages]
+        return self.model_copy(update={"stages": tuple(shares)})
+
+
+def load_synth_recipe(
+    recipe: str, effort: Effort, overrides: Iterable[str], steps: int | None, changes: Mapping[str, Any]
+) -> SynthSettings:
+    """Settings of a synthesis recipe; `changes` are keys that the user gave as options (None: not given)."""
+    given = [f"{key}={value}" for key, value in changes.items() if value is not None]
+    settings = load_recipe(SynthSettings, PACKAGE, recipe, effort, [*overrides, *given])
+    return settings if steps is None else settings.with_steps(steps)

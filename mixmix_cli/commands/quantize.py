@@ -1,0 +1,102 @@
+"""`mixmix quantize MODEL --bits B`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mixmix_cli import __version__, options
+
+METHODS = ("nearest", "adaround", "brecq", "qdrop")
+
+
+@click.command("quantize")
+@click.argument("model", type=options.MODEL)
+@click.option("--bits", required=True, type=int, help="Bits of the weights, 2 to 8.")
+@click.option("--act-bits", type=int, help="Bits of the activations; float when not given.")
+@click.option("--data", type=click.Path(path_type=Path), help="Images to calibrate on (folder, synth output or .npz).")
+@click.option("--zoo", multiple=True, type=options.MODEL, help="Models to make images from when there is no --data.")
+@click.option("-n", "--images", type=click.IntRange(min=1), help="Use or make this many images.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.w4.onnx beside the input.")
+@click.option("--method", type=click.Choice(METHODS), default="qdrop", show_default=True, help="How to round.")
+@click.option("--max-drop", type=float, help="Exit with status 1 when top-1 falls by more than this fraction.")
+@click.option("--size", callback=options.pixels, help="The model's height and width where the file leaves them open.")
+@options.input_spec
+@options.recipe(None, "quantization (overrides --method)")
+@click.option("--synth-recipe", default="default", show_default=True, help="Recipe of the images that are made.")
+@options.compute
+@options.force
+@options.common
+def command(**given: Any) -> int:
+    """Quantize MODEL to --bits bits. Without --data, images are made from --zoo, or from MODEL itself.
+
+    Example: mixmix quantize --bits 4 model.onnx
+    """
+    import torch
+
+    from converters.load import load_classifier
+    from mixmix_cli.console import Terminal, size
+    from mixmix_cli.results import quantization_json, validation_table
+    from recipes.pipeline import calibration_images
+    from recipes.quantize.engine import check_bits, output_path, quantize
+    from recipes.quantize.settings import PACKAGE, QuantizeSettings
+    from recipes.settings import choose_device, load_recipe
+    from recipes.synth.settings import load_synth_recipe
+    from recipes.validate import Gates, require_labels, validate
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    check_bits(given["bits"], given["act_bits"])
+    recipe = given["recipe"] or given["method"]
+    settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
+    changes = {"images": given["images"]}
+    synth_settings = load_synth_recipe(given["synth_recipe"], given["effort"], (), None, changes)
+    device = choose_device(given["device"])
+    torch.manual_seed(given["seed"])
+    spec = options.spec_from(given)
+    classifier = load_classifier(given["model"], {**spec, "size": given["size"]})
+    terminal.warn_of_assumption(classifier.path, classifier.spec)
+    output = given["output"] or output_path(given["model"], given["bits"], given["act_bits"])
+    terminal.check_output(output, given["force"])
+    images = calibration_images(
+        classifier,
+        given["data"],
+        [load_classifier(path) for path in given["zoo"]],
+        output.parent,
+        synth_settings,
+        recipe=given["synth_recipe"],
+        limit=given["images"],
+        seed=given["seed"],
+        device=device,
+        progress=terminal,
+        versions={"mixmix": __version__},
+    )
+    gates = Gates(max_drop=given["max_drop"])
+    require_labels(images, gates)
+    result = quantize(
+        classifier,
+        images,
+        output,
+        settings,
+        given["bits"],
+        given["act_bits"],
+        seed=given["seed"],
+        device=device,
+        overwrite=given["force"],
+        progress=terminal,
+        provenance={"mixmix.version": __version__, "mixmix.recipe": recipe, "mixmix.source.sha256": classifier.sha256},
+    )
+    validation = validate(classifier, [load_classifier(output)], images, gates, progress=terminal)
+    if terminal.as_json:
+        terminal.document(quantization_json(result, validation))
+    else:
+        terminal.show(
+            f"{result.output}: {size(result.size_before)} -> {size(result.size_after)}"
+            f" (1/{result.size_before / result.size_after:.1f}) in {result.seconds:.0f} s"
+        )
+        kept = "; ".join(f"{plan.layer.name} {plan.bits} bits ({plan.reason})" for plan in result.kept)
+        terminal.show(f"not at {result.bits} bits: {kept or 'none'}")
+        terminal.show(validation_table(validation))
+        terminal.show(f"on the {validation.images} calibration images: hold it against others with mixmix validate")
+    return 0 if validation.passed else 1

@@ -1,0 +1,68 @@
+"""`mixmix synth MODELS... -o DIR`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mixmix_cli import __version__, options
+
+
+@click.command("synth")
+@click.argument("models", nargs=-1, required=True, type=options.MODEL)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the images to.")
+@click.option("-n", "--images", type=click.IntRange(min=1), help="How many images.")
+@click.option("--size", callback=options.pixels, help="Height and width: 224 or 224x192 (default: the largest model's).")
+@click.option("--batch", type=click.IntRange(min=1), help="Images optimised together.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps a batch, shared out over the stages of the recipe.")
+@click.option("--models-per-step", type=click.IntRange(min=1), help="Draw this many of the models for each step.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted run left in the folder.")
+@options.input_spec
+@options.recipe("default", "synthesis")
+@options.compute
+@options.force
+@options.common
+def command(**given: Any) -> int:
+    """Make calibration images from MODELS alone, by inverting all of them at once.
+
+    Example: mixmix synth models/*.onnx -o data/
+    """
+    import torch
+
+    from converters.load import load_classifier
+    from mixmix_cli.console import Terminal
+    from mixmix_cli.results import synthesis_json
+    from recipes.pipeline import convert_all
+    from recipes.settings import choose_device
+    from recipes.synth.engine import synthesize
+    from recipes.synth.settings import load_synth_recipe
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
+    settings = load_synth_recipe(given["recipe"], given["effort"], given["overrides"], given["steps"], changes)
+    device = choose_device(given["device"])
+    torch.manual_seed(given["seed"])
+    classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
+    for classifier in classifiers:
+        terminal.warn_of_assumption(classifier.path, classifier.spec)
+    result = synthesize(
+        convert_all(classifiers, device, terminal),
+        given["output"],
+        settings,
+        recipe=given["recipe"],
+        size=given["size"],
+        seed=given["seed"],
+        resume=given["resume"],
+        overwrite=given["force"],
+        progress=terminal,
+        versions={"mixmix": __version__},
+    )
+    if terminal.as_json:
+        terminal.document(synthesis_json(result))
+    else:
+        terminal.show(f"{result.images} images in {result.directory} ({result.seconds:.0f} s); look at preview.png there")
+        for name, value in result.losses.items():
+            terminal.show(f"  {name}: {value:.3f}")
+    return 0

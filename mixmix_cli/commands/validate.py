@@ -1,0 +1,69 @@
+"""`mixmix validate REFERENCE CANDIDATE...`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mixmix_cli import options
+
+FRACTION = click.FloatRange(0, 1)
+
+
+@click.command("validate")
+@click.argument("reference", type=options.MODEL)
+@click.argument("candidates", nargs=-1, required=True, type=options.MODEL)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, synth output or .npz.")
+@click.option("-n", "--images", type=click.IntRange(min=1), help="Use the first N images only.")
+@click.option("--max-drop", type=FRACTION, help="Gate: top-1 may fall by this fraction.")
+@click.option("--min-top1", type=FRACTION, help="Gate: least top-1, a fraction.")
+@click.option("--min-agreement", type=FRACTION, help="Gate: least share of images with the reference's answer.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the gates as a JUnit file.")
+@click.option("--github", is_flag=True, help="Print GitHub annotations for failed gates.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of onnxruntime (0: all cores).")
+@click.option("--size", callback=options.pixels, help="Height and width where the file leaves them open.")
+@options.input_spec
+@options.force
+@options.common
+def command(**given: Any) -> int:
+    """Run REFERENCE and each CANDIDATE through onnxruntime on the same images; exit status 1 when a gate fails.
+
+    Example: mixmix validate model.onnx model.w4.onnx --data images/ --max-drop 0.01
+    """
+    from converters.load import load_classifier
+    from mixmix_cli.console import Terminal
+    from mixmix_cli.results import validation_json, validation_table
+    from recipes.images import load_images
+    from recipes.validate import Gates, validate
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    if given["junit"]:
+        terminal.check_output(given["junit"], given["force"])
+    spec = {**options.spec_from(given), "size": given["size"]}
+    reference = load_classifier(given["reference"], spec)
+    candidates = [load_classifier(path, spec) for path in given["candidates"]]
+    terminal.warn_of_assumption(reference.path, reference.spec)
+    images = load_images(given["data"], given["images"], size=reference.spec.size)
+    gates = Gates(given["max_drop"], given["min_top1"], given["min_agreement"])
+    result = validate(reference, candidates, images, gates, threads=given["threads"], progress=terminal)
+    if terminal.as_json:
+        terminal.document(validation_json(result))
+    else:
+        terminal.show(validation_table(result))
+        meaning = {
+            "real": "accuracy against real labels",
+            "targets": "labels are synthesis targets, not ground truth: agreement is reported, not accuracy",
+            "none": "no labels: agreement is reported, not accuracy",
+        }
+        terminal.show(f"{result.images} images of {images.source}; {meaning[result.labels]}")
+    if given["junit"]:
+        from mixmix_cli.report import write_junit
+
+        write_junit(result, given["junit"])
+    if given["github"]:
+        for candidate in result.candidates:
+            for gate in candidate.failed:
+                terminal.annotate(f"::error title=mixmix {gate}::{candidate.path} did not pass the gate {gate}")
+    return 0 if result.passed else 1

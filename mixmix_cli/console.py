@@ -1,0 +1,120 @@
+"""What a person sees: progress and messages on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from converters.input_spec import InputSpec
+
+
+class Terminal:
+    """The one place that prints. Also the recipes' `Progress`."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self.errors = Console(stderr=True, highlight=False)
+        self.results = Console(highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, name: str, total: float) -> Iterator[_Bar]:
+        """A progress bar with time left; nothing where nobody looks."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[note]}"),
+            console=self.errors,
+            transient=not self.verbose,
+            disable=self.quiet or not self.errors.is_terminal,
+        )
+        with bar:
+            yield _Bar(bar, bar.add_task(name, total=total, note=""))
+
+    def say(self, message: str) -> None:
+        """A line on stderr."""
+        if not self.quiet:
+            self.errors.print(message, markup=False, soft_wrap=True)
+
+    def warn_of_assumption(self, path: Path, spec: InputSpec) -> None:
+        """Say it when a model's input spec is a guess."""
+        if spec.source == "assumed":
+            height, width = spec.size
+            self.say(
+                f"warning: {path} does not say how it takes pixels; assuming {height}x{width} {spec.channels},"
+                f" mean {_listed(spec.mean)}, std {_listed(spec.std)}: set --mean, --std and --scale if that is wrong"
+            )
+
+    def check_output(self, path: Path, force: bool) -> None:
+        """Refuse an output that exists or cannot be written, before any work is done."""
+        from converters.writeback import ensure_writable
+
+        ensure_writable(path, overwrite=force)
+
+    def annotate(self, line: str) -> None:
+        """A line for the CI server's log, whatever the verbosity."""
+        click.echo(line, err=True)
+
+    def document(self, value: Any) -> None:
+        """The JSON result."""
+        click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+    def show(self, content: Table | str) -> None:
+        """A result for people, on stdout."""
+        self.results.print(content, markup=False) if isinstance(content, str) else self.results.print(content)
+
+
+class _Bar:
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        if note is None:
+            self._bar.update(self._task, advance=steps)
+        else:
+            self._bar.update(self._task, advance=steps, note=note)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A table whose first column is text and whose others are figures."""
+    built = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        built.add_row(*row)
+    return built
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only; numbers that JSON does not have become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

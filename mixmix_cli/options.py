@@ -1,0 +1,108 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MODEL = click.Path(path_type=Path)
+
+
+def _apply(function: F, decorators: list[Callable[[F], F]]) -> F:
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
+
+
+def common(function: F) -> F:
+    """--json, -q, -v, --traceback."""
+    return _apply(
+        function,
+        [
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress and no messages, only results."),
+            click.option("-v", "--verbose", is_flag=True, help="More detail on stderr."),
+            click.option("--traceback", is_flag=True, help="Show the traceback of an error."),
+        ],
+    )
+
+
+def compute(function: F) -> F:
+    """--device, --seed."""
+    return _apply(
+        function,
+        [
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+            click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance."),
+        ],
+    )
+
+
+def recipe(default: str | None, what: str) -> Callable[[F], F]:
+    """--recipe, --set, --effort."""
+    return lambda function: _apply(
+        function,
+        [
+            click.option("--recipe", default=default, show_default=True, help=f"Recipe of {what}: a name or FILE.toml."),
+            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe."),
+            click.option(
+                "--effort",
+                type=click.Choice(["fast", "default", "paper"]),
+                default="default",
+                show_default=True,
+                help="Step budget.",
+            ),
+        ],
+    )
+
+
+force = click.option("--force", is_flag=True, help="Replace what exists.")
+
+
+def numbers(_context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    """`0.5` or `0.485,0.456,0.406`."""
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a comma-separated list of numbers", param=parameter) from None
+
+
+def pixels(_context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`224` or `224x192` (height x width)."""
+    if value is None:
+        return None
+    parts = value.lower().split("x")
+    try:
+        height, width = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a size such as 224 or 224x192", param=parameter) from None
+    return height, width
+
+
+def input_spec(function: F) -> F:
+    """Input-spec keys, gathered by `spec_from`."""
+    return _apply(
+        function,
+        [
+            click.option("--mean", callback=numbers, help="Input mean a channel, such as 0.485,0.456,0.406."),
+            click.option("--std", callback=numbers, help="Input standard deviation a channel."),
+            click.option("--scale", type=float, help="What pixel value 1.0 becomes before mean and std: 1 or 255."),
+            click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Order of the input's dimensions."),
+            click.option("--channels", help="rgb, bgr, gray, or a number."),
+        ],
+    )
+
+
+def spec_from(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the input-spec options out of a command's keyword arguments."""
+    spec = {key: values.pop(key, None) for key in ("mean", "std", "scale", "layout", "channels")}
+    if isinstance(spec["channels"], str) and spec["channels"].isdigit():
+        spec["channels"] = int(spec["channels"])
+    return {key: value for key, value in spec.items() if value is not None}

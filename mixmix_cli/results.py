@@ -1,0 +1,181 @@
+"""Results as the contract's JSON documents and as tables. Takes what recipes return; computes nothing of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from mixmix_cli.console import percent, size, table
+
+if TYPE_CHECKING:
+    from recipes.inspect import Inspection
+    from recipes.quantize.engine import Quantization
+    from recipes.synth.engine import Synthesis
+    from recipes.validate import Validation
+
+
+def synthesis_json(result: Synthesis) -> dict[str, Any]:
+    return {
+        "dir": result.directory,
+        "images": result.images,
+        "seconds": result.seconds,
+        "seconds_per_image": result.seconds / result.images,
+        "models": result.models,
+        "final": result.losses,
+    }
+
+
+def quantization_json(result: Quantization, validation: Validation) -> dict[str, Any]:
+    return {
+        "input": result.input,
+        "output": result.output,
+        "bits": result.bits,
+        "act_bits": result.act_bits,
+        "sparsity": 0.0,
+        "blocks": [{"name": name, "before": r.before, "after": r.after} for name, r in result.blocks],
+        "layers": [
+            {
+                "name": layer.name,
+                "bits": layer.bits,
+                "act_bits": layer.act_bits,
+                "sparsity": 0.0,
+                "error": layer.error,
+                "undecided": layer.undecided,
+                "reason": layer.reason,
+            }
+            for layer in result.layers
+        ],
+        "size_bytes": {"before": result.size_before, "after": result.size_after},
+        "seconds": result.seconds,
+        "written_difference": result.written_difference,
+        "validation": validation_json(validation),
+    }
+
+
+def validation_json(result: Validation) -> dict[str, Any]:
+    reference = result.reference
+    return {
+        "reference": {
+            "path": reference.path,
+            "top1": reference.top1,
+            "top5": reference.top5,
+            "size_bytes": reference.size_bytes,
+            "latency_ms": reference.latency_ms,
+        },
+        "candidates": [
+            {
+                "path": candidate.path,
+                "top1": candidate.top1,
+                "top5": candidate.top5,
+                "agreement": candidate.agreement,
+                "kl": candidate.kl,
+                "snr_db": candidate.snr,
+                "drop": candidate.drop,
+                "size_bytes": candidate.size_bytes,
+                "latency_ms": candidate.latency_ms,
+                "optimisation_snr_db": candidate.fusion_snr,
+                "passed": candidate.passed,
+                "failed": candidate.failed,
+            }
+            for candidate in result.candidates
+        ],
+        "images": result.images,
+        "labels": result.labels,
+    }
+
+
+def validation_table(result: Validation) -> Table:
+    reference = result.reference
+    rows = [
+        [
+            str(reference.path),
+            percent(reference.top1),
+            percent(reference.top5),
+            "-",
+            "-",
+            "-",
+            size(reference.size_bytes),
+            f"{reference.latency_ms:.2f} ms",
+            "",
+        ]
+    ]
+    rows += [
+        [
+            str(candidate.path),
+            percent(candidate.top1),
+            percent(candidate.top5),
+            percent(candidate.agreement),
+            f"{candidate.kl:.4f}",
+            f"{candidate.snr:.1f} dB",
+            size(candidate.size_bytes),
+            f"{candidate.latency_ms:.2f} ms",
+            "passed" if candidate.passed else "failed: " + ", ".join(candidate.failed),
+        ]
+        for candidate in result.candidates
+    ]
+    columns = ["model", "top-1", "top-5", "agreement", "KL", "SNR", "size", "latency", "gates"]
+    return table(columns, rows)
+
+
+def inspection_json(result: Inspection) -> dict[str, Any]:
+    classifier, spec = result.classifier, result.classifier.spec
+    return {
+        "path": classifier.path,
+        "input": {
+            "size": list(spec.size),
+            "channels": spec.channels,
+            "layout": spec.layout,
+            "scale": spec.scale,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "source": spec.source,
+        },
+        "classes": result.classes,
+        "output": classifier.output_kind,
+        "opset": classifier.opset,
+        "params": result.parameters,
+        "macs": result.macs,
+        "batchnorm": {"count": result.batchnorms, "folded": result.folded},
+        "blocks": [
+            {"input": block.input, "output": block.output, "layers": [layer.name for layer in block.layers]}
+            for block in result.blocks
+        ],
+        "unsupported": [{"op": op, "opset": opset, "node": node} for op, opset, node in result.unsupported],
+        "can": {"synth": result.can_synthesize, "quantize": result.can_quantize, "prune": False},
+    }
+
+
+def inspection_page(result: Inspection) -> Table:
+    classifier, spec = result.classifier, result.classifier.spec
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    macs = "-" if result.macs is None else f"{result.macs / 1e6:,.1f} million for one image"
+    sizes = [len(block.layers) for block in result.blocks]
+    rows = [
+        ("input", f"{spec.size[0]}x{spec.size[1]} {spec.channels}, {spec.layout} ({spec.source})"),
+        ("pixels", f"x {spec.scale:g}, minus {mean}, over {std}"),
+        ("output", f"{result.classes if result.classes is not None else '?'} classes, {classifier.output_kind}"),
+        ("file", f"{size(classifier.size_bytes)}, opset {classifier.opset}"),
+        ("parameters", f"{result.parameters:,}"),
+        ("MACs", macs),
+        ("BatchNorm", f"{result.batchnorms} layers kept, {result.folded} convolutions with a folded bias"),
+        ("blocks", f"{len(sizes)} to reconstruct, of {min(sizes)} to {max(sizes)} layers" if sizes else "none"),
+        ("synth", "yes" if result.can_synthesize else "no: " + _why_no_synth(result)),
+        ("quantize", "yes" if result.can_quantize else "no: " + _unsupported(result)),
+    ]
+    page = Table(title=str(classifier.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    page.add_column(style="bold")
+    page.add_column(overflow="fold")
+    for key, value in rows:
+        page.add_row(key, value)
+    return page
+
+
+def _unsupported(result: Inspection) -> str:
+    if not result.unsupported:
+        return "it has no weighted layer"
+    return "unsupported " + ", ".join(f"{op} (opset {opset}, node {node})" for op, opset, node in result.unsupported)
+
+
+def _why_no_synth(result: Inspection) -> str:
+    return _unsupported(result) if result.unsupported else "it has no BatchNorm statistics; use other models (--zoo)"

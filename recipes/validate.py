@@ -1,0 +1,246 @@
+"""Proof through onnxruntime: the reference and its candidates on the same images, and the gates that CI stands on.
+
+Accuracy is reported where labels are real. Synthesized images carry targets, which are no ground truth; there the
+figures are agreement, KL divergence and the logits' signal-to-noise ratio. Every candidate runs with graph
+optimisations on (what is reported) and off; when fusing changes the logits by a substantial part of what compression
+itself changes, that is a failure and not rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import MixMixError
+from converters.load import Classifier
+from converters.runtime import Session
+from recipes.images import ImageSet, LabelKind
+from recipes.progress import Progress, Silent
+
+BATCH = 50
+FUSION_SHARE = 0.25
+"""Largest noise, as a share of the compression's own, that graph optimisations may add."""
+FUSION_FLOOR = 1e-6
+"""Noise relative to signal (-60 dB) below which nothing is asked: float rounding."""
+
+Logits = NDArray[np.float64]
+
+
+class GateError(MixMixError):
+    """A gate that cannot be decided on these images."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits as fractions; None asks nothing."""
+
+    max_drop: float | None = None
+    min_top1: float | None = None
+    min_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model that candidates are held against."""
+
+    path: Path
+    top1: float | None
+    top5: float | None
+    size_bytes: int
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate's figures. `snr` is in dB; `failed` names the gates that it did not pass."""
+
+    path: Path
+    top1: float | None
+    top5: float | None
+    agreement: float
+    kl: float
+    snr: float
+    drop: float | None
+    size_bytes: int
+    latency_ms: float
+    fusion_snr: float
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The whole result; `passed` decides the exit status."""
+
+    reference: Reference
+    candidates: list[Candidate]
+    images: int
+    labels: LabelKind
+
+    @property
+    def passed(self) -> bool:
+        return all(candidate.passed for candidate in self.candidates)
+
+
+def softmax(logits: Logits) -> Logits:
+    """Row-wise, shifted for stability."""
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def log_softmax(logits: Logits) -> Logits:
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def divergence(reference: Logits, other: Logits) -> float:
+    """Mean KL(reference || other) in nats of the class distributions."""
+    return float((softmax(reference) * (log_softmax(reference) - log_softmax(other))).sum(1).mean())
+
+
+def decibels(reference: Logits, other: Logits) -> float:
+    """Signal-to-noise ratio of `other` against `reference`: 10 log10(power / power of the difference)."""
+    noise = float(np.square(other - reference).sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(float(np.square(reference).sum()), 1e-300) / noise)
+
+
+def top_k(logits: Logits, labels: NDArray[np.int64], k: int) -> float:
+    """Share of rows whose label is among the k largest logits."""
+    best = np.argpartition(-logits, min(k, logits.shape[1]) - 1, axis=1)[:, :k]
+    return float((best == labels[:, None]).any(1).mean())
+
+
+def require_labels(images: ImageSet, gates: Gates) -> None:
+    """Raise GateError when a gate on accuracy is asked for and the images have no real labels."""
+    asked = [n for n, v in (("--max-drop", gates.max_drop), ("--min-top1", gates.min_top1)) if v is not None]
+    if asked and images.label_kind != "real":
+        raise GateError(
+            f"{images.source} has no real labels, which {asked[0]} needs: give labelled images, or use --min-agreement"
+        )
+
+
+def validate(
+    reference: Classifier,
+    candidates: Sequence[Classifier],
+    images: ImageSet,
+    gates: Gates | None = None,
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Validation:
+    """Run all models on all images. Raises GateError when a gate needs labels that are not there."""
+    gates, progress = gates or Gates(), progress or Silent()
+    require_labels(images, gates)
+    labels = images.labels.numpy() if images.labels is not None and images.label_kind == "real" else None
+    with progress.task("validating", 1 + 2 * len(candidates)) as task:
+        logits = _logits(reference, reference, images, threads=threads)
+        _check_labels(labels, logits, images, reference)
+        top1, top5 = _accuracy(logits, labels, reference)
+        latency = _latency(reference, reference, images, threads)
+        held = Reference(reference.path, top1, top5, reference.size_bytes, latency)
+        task.advance()
+        judged = []
+        for candidate in candidates:
+            fused = _logits(candidate, reference, images, threads=threads)
+            task.advance()
+            plain = _logits(candidate, reference, images, threads=threads, optimise=False)
+            if fused.shape != logits.shape:
+                raise MixMixError(
+                    f"{candidate.path} has {fused.shape[1]} classes, {reference.path} has {logits.shape[1]}:"
+                    " give models of one task"
+                )
+            latency = _latency(candidate, reference, images, threads)
+            judged.append(_judge(candidate, held, logits, fused, plain, labels, latency, gates))
+            task.advance()
+    return Validation(held, judged, len(images), images.label_kind)
+
+
+def _judge(
+    candidate: Classifier,
+    reference: Reference,
+    expected: Logits,
+    fused: Logits,
+    plain: Logits,
+    labels: NDArray[np.int64] | None,
+    latency: float,
+    gates: Gates,
+) -> Candidate:
+    top1, top5 = _accuracy(fused, labels, candidate)
+    agreement = float((fused.argmax(1) == expected.argmax(1)).mean())
+    drop = reference.top1 - top1 if reference.top1 is not None and top1 is not None else None
+    failed = []
+    if gates.max_drop is not None and drop is not None and drop > gates.max_drop:
+        failed.append("max-drop")
+    if gates.min_top1 is not None and top1 is not None and top1 < gates.min_top1:
+        failed.append("min-top1")
+    if gates.min_agreement is not None and agreement < gates.min_agreement:
+        failed.append("min-agreement")
+    if not np.isfinite(fused).all():
+        failed.append("finite")
+    signal = float(np.square(plain).sum())
+    fusion_noise = float(np.square(fused - plain).sum())
+    if fusion_noise > max(FUSION_SHARE * float(np.square(plain - expected).sum()), FUSION_FLOOR * signal):
+        failed.append("optimisations")
+    return Candidate(
+        path=candidate.path,
+        top1=top1,
+        top5=top5,
+        agreement=agreement,
+        kl=divergence(expected, fused),
+        snr=decibels(expected, fused),
+        drop=drop,
+        size_bytes=candidate.size_bytes,
+        latency_ms=latency,
+        fusion_snr=decibels(plain, fused),
+        failed=failed,
+    )
+
+
+def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: int, stop: int) -> NDArray[np.float32]:
+    """A model that says nothing of its input is fed as the reference is."""
+    spec = reference.spec if model.spec.source == "assumed" else model.spec
+    return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
+
+
+def _logits(
+    model: Classifier, reference: Classifier, images: ImageSet, *, threads: int, optimise: bool = True
+) -> Logits:
+    session = Session(model.path, optimise=optimise, threads=threads)
+    batch = model.fixed_batch or BATCH
+    if len(images) % batch and model.fixed_batch:
+        raise MixMixError(f"{model.path} takes batches of {batch} only: give a multiple of that many images")
+    parts = [
+        session.run(_inputs(model, reference, images, start, start + batch))[0]
+        for start in range(0, len(images), batch)
+    ]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _latency(model: Classifier, reference: Classifier, images: ImageSet, threads: int) -> float:
+    one = _inputs(model, reference, images, 0, model.fixed_batch or 1)
+    return Session(model.path, threads=threads).latency(one)
+
+
+def _accuracy(
+    logits: Logits, labels: NDArray[np.int64] | None, model: Classifier
+) -> tuple[float | None, float | None]:
+    if labels is None:
+        return None, None
+    labels = labels + model.spec.offset
+    return top_k(logits, labels, 1), top_k(logits, labels, 5) if logits.shape[1] >= 5 else None
+
+
+def _check_labels(labels: NDArray[np.int64] | None, logits: Logits, images: ImageSet, model: Classifier) -> None:
+    if labels is not None and len(labels) and int(labels.max()) + model.spec.offset >= logits.shape[1]:
+        raise MixMixError(
+            f"{images.source} has label {int(labels.max())}, {model.path} only {logits.shape[1]} classes:"
+            " give images of the model's task"
+        )
