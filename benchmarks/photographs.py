@@ -15,10 +15,24 @@ from PIL import Image
 
 from recipes.images import ImageSet, from_bytes
 
-NAMES = (
-    "astronaut brick camera chelsea clock coffee coins grass gravel hubble_deep_field"
-    " immunohistochemistry moon page retina rocket text"
-).split()
+NAMES = [
+    "astronaut",
+    "brick",
+    "camera",
+    "chelsea",
+    "clock",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "page",
+    "retina",
+    "rocket",
+    "text",
+]
 CROPS, SIDE = 16, 224
 
 

@@ -103,7 +103,11 @@ class Shuffle(nn.Module):
         half = outputs // 2
         worked = inputs if stride == 2 else inputs // 2
         self.right = nn.Sequential(
-            *conv_bn(worked, half, 1), nn.ReLU(), *conv_bn(half, half, 3, stride, half), *conv_bn(half, half, 1), nn.ReLU()
+            *conv_bn(worked, half, 1),
+            nn.ReLU(),
+            *conv_bn(half, half, 3, stride, half),
+            *conv_bn(half, half, 1),
+            nn.ReLU(),
         )
         if stride == 2:
             self.left = nn.Sequential(*conv_bn(inputs, inputs, 3, 2, inputs), *conv_bn(inputs, half, 1), nn.ReLU())

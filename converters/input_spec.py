@@ -153,9 +153,11 @@ def resolve(
     sidecar, metadata = read_sidecar(model_path), read_metadata(properties)
     stated = {**(sidecar if sidecar is not None else metadata), **given}
     layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
-    height, width, channels = (shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2])  # type: ignore[operator]
+    height, width, channels = shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2]  # type: ignore[operator]
     values = _assumed(height, width, channels, stated) | {"layout": layout} | stated
-    values["source"] = "options" if given else "sidecar" if sidecar is not None else "metadata" if metadata else "assumed"
+    values["source"] = (
+        "options" if given else "sidecar" if sidecar is not None else "metadata" if metadata else "assumed"
+    )
     where = f"{model_path.with_suffix('.toml')}" if sidecar is not None and not given else f"{model_path}"
     try:
         spec = InputSpec.model_validate(values)
@@ -173,9 +175,7 @@ def resolve(
     return spec
 
 
-def _assumed(
-    height: int | None, width: int | None, channels: int | None, stated: Mapping[str, Any]
-) -> dict[str, Any]:
+def _assumed(height: int | None, width: int | None, channels: int | None, stated: Mapping[str, Any]) -> dict[str, Any]:
     """What to believe of a model that says nothing: ImageNet for 3 channels, half and half otherwise."""
     named = stated.get("channels")
     count = channels if channels is not None else {"gray": 1}.get(named, 3) if isinstance(named, str) else named or 3

@@ -115,10 +115,7 @@ def file_size(path: Path) -> int:
     size = path.stat().st_size
     proto = onnx.load(path, load_external_data=False)
     names = {
-        entry.value
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
+        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     return size + sum((path.parent / name).stat().st_size for name in names if (path.parent / name).is_file())
 
@@ -177,7 +174,7 @@ def _one_output(model: ir.Model, path: Path) -> None:
     if len(outputs) != 1:
         names = ", ".join(str(value.name) for value in outputs)
         raise ModelError(
-            f"{path} has {len(outputs)} outputs ({names}), like a detector: an image classifier has one, [batch, classes]"
+            f"{path} has {len(outputs)} outputs ({names}), like a detector: a classifier has one, [batch, classes]"
         )
     shape = outputs[0].shape
     if shape is not None and len(shape) != 2:

@@ -84,7 +84,10 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("initializers are not inputs", _shared(common.RemoveInitializersFromInputsPass())),
     ("open batch", open_batch),
     ("fold constants", fold_constants),
-    ("constants are initializers", _shared(common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))),
+    (
+        "constants are initializers",
+        _shared(common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
+    ),
     ("remove identities", _shared(common.IdentityEliminationPass())),
     ("remove unused nodes", _shared(common.RemoveUnusedNodesPass())),
     ("one initializer a layer", unshare_weights),
@@ -194,7 +197,9 @@ def to_numpy(value: ir.Value) -> np.ndarray:
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
     """Register a new initializer. The name must be unused (`unused_name`)."""
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

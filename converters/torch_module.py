@@ -8,7 +8,6 @@ are operands, in the file's own layout, so results go back to the file under the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +104,7 @@ class TorchClassifier(nn.Module):
         proto = ir.to_proto(classifier.normal)
         graph = OnnxGraph(proto.graph)
         versions = {entry.domain: entry.version for entry in proto.opset_import}
-        steps = []
+        steps: list[Step] = []
         for name, node in graph.nodes.items():
             try:
                 operator = registry.find(node, graph, versions.get(node.domain, 1))
@@ -254,7 +253,9 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
         actual = whole({module.input_name: x})[classifier.output_name]
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{classifier.path}: the converted model does not run ({reason}): please report it") from error
+        raise ConversionError(
+            f"{classifier.path}: the converted model does not run ({reason}): please report it"
+        ) from error
     difference = relative_difference(actual.numpy(), expected)
     if not difference <= TOLERANCE:
         name, worst = _first_difference(module, x)
@@ -310,5 +311,3 @@ def _first_difference(module: TorchClassifier, x: Tensor) -> tuple[str, float]:
         if not difference <= TOLERANCE:
             return name, difference
     return classifier.output_name, float("nan")
-
-

@@ -38,7 +38,9 @@ def compute(function: F) -> F:
         function,
         [
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-            click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance."),
+            click.option(
+                "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance."
+            ),
         ],
     )
 
@@ -48,8 +50,12 @@ def recipe(default: str | None, what: str) -> Callable[[F], F]:
     return lambda function: _apply(
         function,
         [
-            click.option("--recipe", default=default, show_default=True, help=f"Recipe of {what}: a name or FILE.toml."),
-            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe."),
+            click.option(
+                "--recipe", default=default, show_default=True, help=f"Recipe of {what}: a name or FILE.toml."
+            ),
+            click.option(
+                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe."
+            ),
             click.option(
                 "--effort",
                 type=click.Choice(["fast", "default", "paper"]),

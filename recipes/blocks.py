@@ -8,6 +8,7 @@ layers are joined up to `max_chain`, as in an inverted residual without a shortc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def find_blocks(module: TorchClassifier, max_chain: int = 3) -> list[Block]:
     cuts = find_cuts(steps, module.input_name, module.logits_name)
     blocks: list[Block] = []
     pending = module.input_name  # where weightless stretches before the first layer began
-    for (start, before), (end, after) in zip(cuts, cuts[1:], strict=False):
+    for (start, before), (end, after) in itertools.pairwise(cuts):
         inside = tuple(layers[name] for step in steps[start:end] for name in step.outputs if name in layers)
         branches = end - start > 1
         if not inside and blocks:

@@ -58,7 +58,9 @@ class ImageStore:
         elif not overwrite:
             raise OutputError(f"{self.directory} is not empty: pass --resume to go on, or --force to replace it")
         elif not manifest_path.is_file():
-            raise OutputError(f"{self.directory} was not written by synth, so --force will not clear it: remove it first")
+            raise OutputError(
+                f"{self.directory} was not written by synth, so --force will not clear it: remove it first"
+            )
         else:
             shutil.rmtree(self.directory / "images", ignore_errors=True)
             for name in (METADATA, PREVIEW, MANIFEST):

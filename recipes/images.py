@@ -96,8 +96,10 @@ def _load_npz(path: Path) -> ImageSet:
     if images is None:
         raise DataError(f"{path} has no array 'images' (it has {', '.join(arrays) or 'none'}): add one")
     if images.ndim != 4 or not len(images):
-        raise DataError(f"{path}: images have shape {list(images.shape)}, not [N, H, W, C] or [N, C, H, W]: reshape them")
-    if images.shape[3] not in (1, 3) and images.shape[1] in (1, 3) or images.shape[3] > max(images.shape[1:3]):
+        raise DataError(
+            f"{path}: images have shape {list(images.shape)}, not [N, H, W, C] or [N, C, H, W]: reshape them"
+        )
+    if (images.shape[3] not in (1, 3) and images.shape[1] in (1, 3)) or images.shape[3] > max(images.shape[1:3]):
         images = images.transpose(0, 2, 3, 1)
     if images.dtype == np.uint8:
         pixels = from_bytes(images)
@@ -111,7 +113,9 @@ def _load_npz(path: Path) -> ImageSet:
     if labels is None:
         return ImageSet(pixels, source=str(path))
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: labels are {labels.dtype} {list(labels.shape)}, not integers [{len(images)}]: correct them")
+        raise DataError(
+            f"{path}: labels are {labels.dtype} {list(labels.shape)}, not integers [{len(images)}]: correct them"
+        )
     return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), "real", str(path))
 
 
@@ -161,7 +165,9 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
         if file.suffix == ".npy":
             array = np.load(file, allow_pickle=False)
             if array.ndim != 3 or array.dtype != np.uint8:
-                raise DataError(f"{file}: expected uint8 [H, W, C], found {array.dtype} {list(array.shape)}: convert it")
+                raise DataError(
+                    f"{file}: expected uint8 [H, W, C], found {array.dtype} {list(array.shape)}: convert it"
+                )
             return array
         with Image.open(file) as image:
             array = np.asarray(image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB"))

@@ -15,9 +15,7 @@ from recipes.synth.engine import synthesize
 from recipes.synth.settings import SynthSettings
 
 
-def convert_all(
-    classifiers: Sequence[Classifier], device: torch.device, progress: Progress
-) -> list[TorchClassifier]:
+def convert_all(classifiers: Sequence[Classifier], device: torch.device, progress: Progress) -> list[TorchClassifier]:
     """Each classifier as a torch module on `device`, compared with onnxruntime."""
     modules = []
     with progress.task("converting and checking models", len(classifiers)) as task:

@@ -229,9 +229,7 @@ def _latency(model: Classifier, reference: Classifier, images: ImageSet, threads
     return Session(model.path, threads=threads).latency(one)
 
 
-def _accuracy(
-    logits: Logits, labels: NDArray[np.int64] | None, model: Classifier
-) -> tuple[float | None, float | None]:
+def _accuracy(logits: Logits, labels: NDArray[np.int64] | None, model: Classifier) -> tuple[float | None, float | None]:
     if labels is None:
         return None, None
     labels = labels + model.spec.offset

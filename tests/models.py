@@ -90,17 +90,23 @@ def head_tensors(channels: int) -> Tensors:
     return {"head.weight": weights(CLASSES, channels, seed=8), "head.bias": weights(CLASSES, seed=9)}
 
 
-def statistics(prefix: str, channels: int) -> Tensors:
-    """Scale, bias, mean and variance of a BatchNormalization that is far from the identity."""
+def linear(output: str = "logits") -> Nodes:
+    """A Gemm (transB=1) on all pixels, its weight `fc.weight` [classes, pixels]."""
+    return [node("Flatten", "image", "flat"), node("Gemm", "flat fc.weight", output, transB=1)]
+
+
+def statistics(channels: int) -> Tensors:
+    """What the node `batchnorm_node` reads: scale, bias, mean and variance far from the identity."""
     return {
-        f"{prefix}.scale": 1 + 0.3 * random(channels, seed=2),
-        f"{prefix}.bias": 0.5 * random(channels, seed=3),
-        f"{prefix}.mean": 0.5 * random(channels, seed=4),
-        f"{prefix}.var": 0.5 + random(channels, seed=5) ** 2,
+        "bn.scale": 1 + 0.3 * random(channels, seed=2),
+        "bn.bias": 0.5 * random(channels, seed=3),
+        "bn.mean": 0.5 * random(channels, seed=4),
+        "bn.var": 0.5 + random(channels, seed=5) ** 2,
     }
 
 
-BATCHNORM = "bn.scale bn.bias bn.mean bn.var"
+def batchnorm_node(source: str, output: str) -> onnx.NodeProto:
+    return node("BatchNormalization", f"{source} bn.scale bn.bias bn.mean bn.var", output, epsilon=1e-3)
 
 
 def conv(
@@ -111,12 +117,14 @@ def conv(
     metadata: Mapping[str, str] | None = None,
     **attributes: Any,
 ) -> onnx.ModelProto:
-    """image -Conv-> features -Relu-> active -pool, Gemm-> logits; `attributes` are the Conv's."""
-    first = node("Conv", "image conv.weight conv.bias" if bias else "image conv.weight", "features", **attributes)
-    tensors = {"conv.weight": weights(4, CHANNELS, 3, 3), **({"conv.bias": weights(4, seed=1)} if bias else {})}
+    """image -Conv-> features -Relu-> active -pool, Gemm-> logits; `attributes` (auto_pad, pads) are the Conv's."""
+    tensors = {"conv.weight": weights(4, CHANNELS, 3, 3), "conv.bias": weights(4, seed=1)}
+    if not bias:
+        del tensors["conv.bias"]
+    first = node("Conv", f"image {' '.join(tensors)}", "features", **attributes)
     return assemble(
         [first, node("Relu", "features", "active"), *head("active")],
-        {**tensors, **head_tensors(4)},
+        tensors | head_tensors(4),
         inputs={"image": image},
         outputs={"logits": (image[0], CLASSES)},
         opset=opset,
@@ -127,55 +135,39 @@ def conv(
 def gemm(*, trans_b: int, bias: bool = True) -> onnx.ModelProto:
     """image -Flatten-> flat -Gemm-> logits, its weight [O, I] (transB=1) or [I, O] (transB=0)."""
     weight = weights(CLASSES, PIXELS)
-    return assemble(
-        [
-            node("Flatten", "image", "flat"),
-            node("Gemm", "flat fc.weight fc.bias" if bias else "flat fc.weight", "logits", transB=trans_b),
-        ],
-        {
-            "fc.weight": weight if trans_b else weight.T.copy(),
-            **({"fc.bias": weights(CLASSES, seed=1)} if bias else {}),
-        },
-    )
+    tensors = {"fc.weight": weight if trans_b else weight.T.copy(), "fc.bias": weights(CLASSES, seed=1)}
+    if not bias:
+        del tensors["fc.bias"]
+    last = node("Gemm", f"flat {' '.join(tensors)}", "logits", transB=trans_b)
+    return assemble([node("Flatten", "image", "flat"), last], tensors)
 
 
 def matmul() -> onnx.ModelProto:
     """image -Flatten-> flat -MatMul [I, O]-> product -Add-> logits."""
-    return assemble(
-        [
-            node("Flatten", "image", "flat"),
-            node("MatMul", "flat fc.weight", "product"),
-            node("Add", "product fc.bias", "logits"),
-        ],
-        {"fc.weight": weights(PIXELS, CLASSES, fan_in=PIXELS), "fc.bias": weights(CLASSES, seed=1)},
-    )
+    nodes = [node("MatMul", "flat fc.weight", "product"), node("Add", "product fc.bias", "logits")]
+    tensors = {"fc.weight": weights(PIXELS, CLASSES, fan_in=PIXELS), "fc.bias": weights(CLASSES, seed=1)}
+    return assemble([node("Flatten", "image", "flat"), *nodes], tensors)
 
 
 def batchnorm(*, shared: bool = False, opset: int = 17) -> onnx.ModelProto:
     """image -Conv-> features -BatchNormalization-> normed -Relu-> active; `shared` adds features to active."""
     nodes = [
         node("Conv", "image conv.weight", "features", pads=[1, 1, 1, 1]),
-        node("BatchNormalization", f"features {BATCHNORM}", "normed", epsilon=1e-3),
+        batchnorm_node("features", "normed"),
         node("Relu", "normed", "active"),
         *([node("Add", "active features", "joined")] if shared else []),
         *head("joined" if shared else "active"),
     ]
-    tensors = {"conv.weight": weights(4, CHANNELS, 3, 3), **statistics("bn", 4), **head_tensors(4)}
+    tensors = {"conv.weight": weights(4, CHANNELS, 3, 3), **statistics(4), **head_tensors(4)}
     return assemble(nodes, tensors, opset=opset)
 
 
 def batchnorm_last() -> onnx.ModelProto:
-    """A BatchNormalization that writes the model's output, behind a Conv that writes [N, classes, 1, 1]."""
+    """No classifier: Conv and BatchNormalization, whose value `normed` [N, classes, 1, 1] is the output."""
+    tensors = {"conv.weight": weights(CLASSES, CHANNELS, SIDE, SIDE), "conv.bias": weights(CLASSES, seed=1)}
     return assemble(
-        [
-            node("Conv", "image conv.weight conv.bias", "features"),
-            node("BatchNormalization", f"features {BATCHNORM}", "normed"),
-        ],
-        {
-            "conv.weight": weights(CLASSES, CHANNELS, SIDE, SIDE),
-            "conv.bias": weights(CLASSES, seed=1),
-            **statistics("bn", CLASSES),
-        },
+        [node("Conv", "image conv.weight conv.bias", "features"), batchnorm_node("features", "normed")],
+        tensors | statistics(CLASSES),
         outputs={"normed": ("batch", CLASSES, 1, 1)},
     )
 
@@ -184,19 +176,15 @@ def smooth() -> onnx.ModelProto:
     """Conv, BatchNormalization, SiLU, strided Conv, Tanh: a model whose every derivative exists."""
     nodes = [
         node("Conv", "image a.weight", "a", pads=[1, 1, 1, 1]),
-        node("BatchNormalization", f"a {BATCHNORM}", "normed"),
+        batchnorm_node("a", "normed"),
         node("Sigmoid", "normed", "gate"),
         node("Mul", "normed gate", "silu"),
         node("Conv", "silu b.weight b.bias", "b", strides=[2, 2], group=2),
         node("Tanh", "b", "tanh"),
-        *head("tanh"),
     ]
-    tensors = {
-        "a.weight": weights(4, CHANNELS, 3, 3),
-        "b.weight": weights(6, 2, 3, 3, seed=6),
-        "b.bias": weights(6, seed=7),
-    }
-    return assemble(nodes, {**tensors, **statistics("bn", 4), **head_tensors(6)})
+    first = {"a.weight": weights(4, CHANNELS, 3, 3), **statistics(4)}
+    second = {"b.weight": weights(6, 2, 3, 3, seed=6), "b.bias": weights(6, seed=7)}
+    return assemble(nodes + head("tanh"), first | second | head_tensors(6))
 
 
 def shared_weight() -> onnx.ModelProto:
@@ -216,51 +204,43 @@ def shared_weight() -> onnx.ModelProto:
 
 
 def hidden_weight(op: str = "Identity") -> onnx.ModelProto:
-    """A Conv whose weight comes through an Identity, or from a Constant node."""
+    """A Conv whose weight `hidden` comes through an Identity, or from a Constant node."""
     weight = weights(4, CHANNELS, 3, 3)
+    nodes = [node("Conv", "image hidden", "features"), *head("features")]
     if op == "Constant":
-        source = node("Constant", "", "hidden", value=numpy_helper.from_array(weight))
-    else:
-        source = node(op, "conv.weight", "hidden")
-    tensors = {} if op == "Constant" else {"conv.weight": weight}
-    return assemble([source, node("Conv", "image hidden", "features"), *head("features")], tensors | head_tensors(4))
+        constant = node("Constant", "", "hidden", value=numpy_helper.from_array(weight))
+        return assemble([constant, *nodes], head_tensors(4))
+    return assemble([node(op, "conv.weight", "hidden"), *nodes], {"conv.weight": weight, **head_tensors(4)})
 
 
 def softmax(op: str = "Softmax", *, behind_identity: bool = False) -> onnx.ModelProto:
-    """Flatten and Gemm to `scores`, then a closing Softmax or LogSoftmax, then perhaps an Identity."""
-    nodes = [
-        node("Flatten", "image", "flat"),
-        node("Gemm", "flat fc.weight", "scores", transB=1),
-        node(op, "scores", "soft" if behind_identity else "probabilities", axis=-1),
-        *([node("Identity", "soft", "probabilities")] if behind_identity else []),
-    ]
-    return assemble(nodes, {"fc.weight": weights(CLASSES, PIXELS)}, outputs={"probabilities": LOGITS})
+    """Gemm to `scores`, then a closing Softmax or LogSoftmax, then perhaps an Identity."""
+    ending = [node(op, "scores", "probabilities", axis=-1)]
+    if behind_identity:
+        ending = [node(op, "scores", "soft", axis=-1), node("Identity", "soft", "probabilities")]
+    tensors = {"fc.weight": weights(CLASSES, PIXELS)}
+    return assemble(linear("scores") + ending, tensors, outputs={"probabilities": LOGITS})
 
 
 def fixed_batch(*, reshape: Sequence[int] | None = None) -> onnx.ModelProto:
-    """Batch 1 written into the file; with `reshape`, a Reshape to that shape instead of a Flatten."""
-    flatten = node("Reshape", "image shape", "flat") if reshape else node("Flatten", "image", "flat")
-    tensors = {"fc.weight": weights(CLASSES, PIXELS), **({"shape": np.array(reshape)} if reshape else {})}
-    return assemble(
-        [flatten, node("Gemm", "flat fc.weight", "logits", transB=1)],
-        tensors,
-        inputs={"image": (1, *IMAGE[1:])},
-        outputs={"logits": (1, CLASSES)},
-    )
+    """Batch 1 written into the file; with `reshape`, a Reshape to that shape instead of the Flatten."""
+    nodes, tensors = linear(), {"fc.weight": weights(CLASSES, PIXELS)}
+    if reshape:
+        nodes[0] = node("Reshape", "image shape", "flat")
+        tensors["shape"] = np.array(reshape)
+    return assemble(nodes, tensors, inputs={"image": (1, *IMAGE[1:])}, outputs={"logits": (1, CLASSES)})
 
 
-def split() -> onnx.ModelProto:
-    """A Split whose parts `left` and `right` are added again."""
-    return assemble(
-        [
-            node("Conv", "image conv.weight", "features"),
-            node("Split", "features sizes", "left right", axis=1),
-            node("Tanh", "right", "bent"),
-            node("Add", "left bent", "joined"),
-            *head("joined"),
-        ],
-        {"conv.weight": weights(4, CHANNELS, 3, 3), "sizes": np.array([2, 2]), **head_tensors(2)},
-    )
+def split(*, sizes: bool = True) -> onnx.ModelProto:
+    """A Split in two equal parts, with or without `sizes`; `left` and a bent `right` are added again."""
+    nodes = [
+        node("Conv", "image conv.weight", "features"),
+        node("Split", "features sizes" if sizes else "features", "left right", axis=1),
+        node("Tanh", "right", "bent"),
+        node("Add", "left bent", "joined"),
+    ]
+    tensors = {"conv.weight": weights(4, CHANNELS, 3, 3), **({"sizes": np.array([2, 2])} if sizes else {})}
+    return assemble(nodes + head("joined"), tensors | head_tensors(2))
 
 
 def unknown_operator() -> onnx.ModelProto:
@@ -272,21 +252,16 @@ def nan_weights(*, constant_node: bool = False) -> onnx.ModelProto:
     """A Gemm with one NaN among its weights, in an initializer or in a Constant node."""
     weight = weights(CLASSES, PIXELS)
     weight[1, 2] = np.nan
-    nodes = [node("Flatten", "image", "flat"), node("Gemm", "flat fc.weight", "logits", transB=1)]
     if constant_node:
-        return assemble([node("Constant", "", "fc.weight", value=numpy_helper.from_array(weight)), *nodes])
-    return assemble(nodes, {"fc.weight": weight})
+        return assemble([node("Constant", "", "fc.weight", value=numpy_helper.from_array(weight)), *linear()])
+    return assemble(linear(), {"fc.weight": weight})
 
 
 def detector() -> onnx.ModelProto:
     """Two outputs, `boxes` [N, 4] and `scores` [N, 5]."""
     return assemble(
-        [
-            node("Flatten", "image", "flat"),
-            node("MatMul", "flat box.weight", "boxes"),
-            node("MatMul", "flat fc.weight", "scores"),
-        ],
-        {"box.weight": weights(PIXELS, 4), "fc.weight": weights(PIXELS, CLASSES)},
+        [*linear("scores"), node("MatMul", "flat box.weight", "boxes")],
+        {"fc.weight": weights(CLASSES, PIXELS), "box.weight": weights(PIXELS, 4)},
         outputs={"boxes": ("batch", 4), "scores": LOGITS},
     )
 
@@ -299,11 +274,7 @@ def two_inputs() -> onnx.ModelProto:
 
 def flat_input() -> onnx.ModelProto:
     """An input of three dimensions."""
-    return assemble(
-        [node("Flatten", "tokens", "flat"), node("Gemm", "flat fc.weight", "logits", transB=1)],
-        {"fc.weight": weights(CLASSES, 6 * 7)},
-        inputs={"tokens": ("batch", 6, 7)},
-    )
+    return assemble(linear(), {"fc.weight": weights(CLASSES, 42)}, inputs={"image": ("batch", 6, 7)})
 
 
 def broken_graph() -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""Operators whose newer versions take as operands what were attributes: reductions, Pad, Split, Reshape, Clip, casts."""
+"""Operators whose newer versions take attributes as operands: reductions, Pad, Split, Reshape, Clip, casts."""
 
 from __future__ import annotations
 

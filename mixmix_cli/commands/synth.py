@@ -14,7 +14,9 @@ from mixmix_cli import __version__, options
 @click.argument("models", nargs=-1, required=True, type=options.MODEL)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write the images to.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="How many images.")
-@click.option("--size", callback=options.pixels, help="Height and width: 224 or 224x192 (default: the largest model's).")
+@click.option(
+    "--size", callback=options.pixels, help="Height and width: 224 or 224x192 (default: the largest model's)."
+)
 @click.option("--batch", type=click.IntRange(min=1), help="Images optimised together.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps a batch, shared out over the stages of the recipe.")
 @click.option("--models-per-step", type=click.IntRange(min=1), help="Draw this many of the models for each step.")
@@ -62,7 +64,9 @@ def command(**given: Any) -> int:
     if terminal.as_json:
         terminal.document(synthesis_json(result))
     else:
-        terminal.show(f"{result.images} images in {result.directory} ({result.seconds:.0f} s); look at preview.png there")
+        terminal.show(
+            f"{result.images} images in {result.directory} ({result.seconds:.0f} s); look at preview.png there"
+        )
         for name, value in result.losses.items():
             terminal.show(f"  {name}: {value:.3f}")
     return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,9 +123,7 @@ def quantize(
                 f"{output}: the written model differs from the quantized one by {difference:.1e}: please report it"
             )
 
-    writeback.save(
-        writeback.apply(prepared.original, edits), output, metadata, overwrite=overwrite, check=check
-    )
+    writeback.save(writeback.apply(prepared.original, edits), output, metadata, overwrite=overwrite, check=check)
     return Quantization(
         input=classifier.path,
         output=output,
@@ -204,7 +202,8 @@ class _Run:
                 changed_stream = run_batched(whole, changed_stream, self.settings.batch, **self._changes())
 
     def _changes(self) -> dict[str, Mapping[str, object]]:
-        tensors = {name: change.tensor() for name, change in (*self.weights.items(), *self.biases.items())}
+        changes: dict[str, QuantizedWeight | LearnedTensor] = {**self.weights, **self.biases}
+        tensors = {name: change.tensor() for name, change in changes.items()}
         return {"parameters": tensors, "transforms": self.values}
 
     def _units(self, block: Block) -> list[_Unit]:
@@ -339,5 +338,3 @@ class _Run:
                 )
             )
         return accounts
-
-

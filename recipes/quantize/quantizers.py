@@ -16,16 +16,14 @@ class QuantizedWeight:
     """A weight at `bits` bits per channel of `axis`: nearest rounding, until `learn` lets the rounding be trained.
 
     Real value: s * (clip(floor(W / s0) + h(v) + z, low, high) - z), where s0 is the searched scale and the trained s
-    starts there (GENIE-M, Jeon et al. 2023); h is AdaRound's rectified sigmoid, initially the fractional part of W / s0.
+    starts there (GENIE-M, Jeon et al. 2023); h is AdaRound's rectified sigmoid, at first the fractional part of W / s0.
     """
 
     def __init__(self, weight: Tensor, axis: int, bits: int, settings: QuantizeSettings) -> None:
         self.weight, self.axis, self.bits, self.settings = weight, axis, bits, settings
         self.low, self.high = q.signed_range(bits)
         rows = weight.movedim(axis, 0).flatten(1)
-        scale, zero = q.search_range(
-            rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps
-        )
+        scale, zero = q.search_range(rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps)
         self.scale = q.broadcast(scale, weight.dim(), axis)
         self.zero = q.broadcast(zero, weight.dim(), axis)
         self.floor: Tensor | None = None

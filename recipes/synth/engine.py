@@ -136,7 +136,8 @@ def synthesize(
     started = time.perf_counter()
     progress = progress or Silent()
     teachers, classes = make_teachers(modules, settings)
-    full = size or tuple(max(module.spec.size[axis] for module in modules) for axis in (0, 1))
+    height, width = (max(module.spec.size[axis] for module in modules) for axis in (0, 1))
+    full = size or (height, width)
     identity: dict[str, Any] = {
         "recipe": recipe,
         "settings": settings.model_dump(mode="json"),
@@ -200,7 +201,9 @@ class Batch:
         self.generator = torch.Generator().manual_seed(seed)
         spec = first.spec
         shape = (1, -1, 1, 1)
-        mean, std = (torch.tensor(values, device=self.device).view(shape) / spec.scale for values in (spec.mean, spec.std))
+        mean, std = (
+            torch.tensor(values, device=self.device).view(shape) / spec.scale for values in (spec.mean, spec.std)
+        )
         if spec.channels == "bgr":
             mean, std = mean.flip(1), std.flip(1)
         self.mean, self.std = mean, std

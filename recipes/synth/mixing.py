@@ -1,6 +1,6 @@
 """Data mixing: a partner image, whole and shrunk, in a box of each image, so that a label belongs to what is there.
 
-    Xm = (1 - M) X + M place(resize(Xp)),    L = (1 - b) CE(f(Xm), y) + b CE(f(Xm), yp),    b = box area / (H W)
+Xm = (1 - M) X + M place(resize(Xp)),    L = (1 - b) CE(f(Xm), y) + b CE(f(Xm), yp),    b = box area / (H W)
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def draw_mix(count: int, size: tuple[int, int], box: tuple[float, float], genera
     """A random permutation and one box a sample: edge ratio r ~ U(box), rounded to pixels, placed uniformly."""
     ratio = box[0] + (box[1] - box[0]) * torch.rand(count, generator=generator)
     edges = [(ratio * length).round().clamp(1, length).long() for length in size]
-    starts = [
+    top, left = (
         (torch.rand(count, generator=generator) * (length - edge + 1)).long()
         for length, edge in zip(size, edges, strict=True)
-    ]
-    return Mix(torch.randperm(count, generator=generator), *starts, *edges, size)
+    )
+    return Mix(torch.randperm(count, generator=generator), top, left, edges[0], edges[1], size)
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, mix: Mix) -> Tensor:

@@ -60,7 +60,9 @@ class SynthSettings(Settings):
 
     def with_steps(self, steps: int) -> SynthSettings:
         """The same with `steps` in all, shared out over the stages as before (at least one each)."""
-        shares = [stage.model_copy(update={"steps": max(1, round(steps * stage.steps / self.steps))}) for stage in self.stages]
+        shares = [
+            stage.model_copy(update={"steps": max(1, round(steps * stage.steps / self.steps))}) for stage in self.stages
+        ]
         return self.model_copy(update={"stages": tuple(shares)})
 
 

@@ -130,8 +130,8 @@ def test_search_finds_what_an_exhaustive_search_finds(
         assert (np.abs(found - row) ** norm).sum() <= min(costs) * (1 + 1e-4) + 1e-12
 
 
-def test_search_shrinks_the_range_for_an_outlier() -> None:
-    row = torch.cat([torch.linspace(-1, 1, 20_000), torch.tensor([4.0])])[None]
+def test_search_shrinks_the_range_for_outliers() -> None:
+    row = torch.cat([torch.linspace(-1, 1, 20_000), torch.tensor([-4.0, 4.0])])[None]
     scale, _ = q.search_range(row, -8, 7, norm=2.0)
     full, _ = q.search_range(row, -8, 7, norm=2.0, steps=1)
     assert float(scale) < 0.5 * float(full)

@@ -1,0 +1,51 @@
+"""`mixmix demo [-o DIR]`"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mixmix_cli import options
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", default=Path("mixmix-demo"), show_default=True, type=click.Path(path_type=Path), help="Folder."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance.")
+@options.force
+@options.common
+def command(**given: Any) -> int:
+    """Run the whole job on the embedded zoo and print one table: what images made from models are worth.
+
+    Example: mixmix demo -o mixmix-demo
+    """
+    from mixmix_cli.console import Terminal, percent, table
+    from recipes.demo import COLUMNS, WIDTHS, Cell, run_demo, to_json
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    demo = run_demo(
+        given["output"],
+        seed=given["seed"],
+        overwrite=given["force"],
+        workers=max(1, min(4, os.cpu_count() or 1)),
+        progress=terminal,
+    )
+    if terminal.as_json:
+        terminal.document(to_json(demo))
+        return 0
+    rows = []
+    for bits, act_bits in WIDTHS:
+        width = Cell("", bits, act_bits).width
+        rows.append([width, *(percent(demo.top1[width, column]) for column in COLUMNS)])
+    title = (
+        f"{demo.target}: top-1 on {demo.validation.images:,} test images, float {percent(demo.float_top1)};"
+        " nearest rounding, then reconstruction on"
+    )
+    terminal.show(table(["bits", *COLUMNS], rows, title))
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in demo.seconds.items())
+    terminal.show(f"{spent}; models and images are in {demo.directory}, the images at a glance in preview.png there")
+    return 0

@@ -1,0 +1,1 @@
+"""Package data: models and images of the embedded zoo."""
