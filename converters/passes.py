@@ -197,9 +197,8 @@ def to_numpy(value: ir.Value) -> np.ndarray:
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
     """Register a new initializer. The name must be unused (`unused_name`)."""
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
-    value = ir.Value(
-        name=name, shape=ir.Shape(list(tensor.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    shape, kind = ir.Shape(tensor.numpy().shape), ir.TensorType(tensor.dtype)
+    value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -51,8 +51,8 @@ class Step:
 class Layer:
     """A node with a constant weight: Conv, Gemm or MatMul.
 
-    `output` identifies the layer (ONNX values are unique); `weight` and `bias` name initializers; `axis` is the weight's
-    output-channel axis (Conv [O, I/g, kh, kw]: 0; Gemm transB=1 [O, I]: 0; Gemm and MatMul [I, O]: 1).
+    `output` identifies the layer (ONNX values are unique); `weight` and `bias` name initializers; `axis` is the output
+    channel's axis in the weight (Conv [O, I/g, kh, kw]: 0; Gemm transB=1 [O, I]: 0; Gemm and MatMul [I, O]: 1).
     """
 
     name: str
@@ -245,8 +245,8 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
     expected = session.run(x.contiguous().numpy())[0]
     if expected.ndim != 2:
         raise ModelError(
-            f"{classifier.path}: output {classifier.output_name} has shape {list(expected.shape)}, not [batch, classes]:"
-            " it is not an image classifier"
+            f"{classifier.path}: output {classifier.output_name} has shape {list(expected.shape)},"
+            " not [batch, classes]: it is not an image classifier"
         )
     try:
         whole = Segment(module, [module.input_name], [classifier.output_name])
