@@ -273,7 +273,9 @@ class Batch:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
             values = self._run(teacher, shown, scale)
             if teacher.norms and settings.batchnorm:
-                terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(values, teacher.norms)
+                terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(
+                    values, teacher.norms, relative=settings.relative
+                )
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
                     values = self._run(teacher, mixed, scale)

@@ -36,6 +36,8 @@ class SynthSettings(Settings):
     """Learning rate of the loss weights alpha (seed, eq. 8); 0 fixes them at 1."""
     batchnorm: float = Field(default=1.0, ge=0)
     """Factor of the BatchNorm-statistics terms."""
+    relative: bool = False
+    """Divide each BatchNorm layer's term by the norm of its deviations (the paper does not)."""
     label: float = Field(default=1.0, ge=0)
     """Factor of the cross-entropy terms."""
     variation: float = Field(default=0.0, ge=0)

@@ -1,0 +1,275 @@
+"""The real command, end to end: results, JSON keys, exit statuses, and one clear sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from mixmix_cli.__main__ import main
+from mixmix_cli.cli import COMMANDS, cli
+from recipes import zoo
+
+TINY = ("--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":4}]', "--batch", "8")
+FEW = ("--set", "steps=6")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one call."""
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight synthesized images, made by the command."""
+    directory = tmp_path_factory.mktemp("synth") / "data"
+    models = [str(zoo.model_path(name)) for name in ("inverted", "plain")]
+    assert main(["synth", *models, "-o", str(directory), "-n", "8", *TINY]) == 0
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the target, so that outputs beside it do not touch the zoo."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(zoo.model_path("inverted").read_bytes())
+    return path
+
+
+def test_help_and_version_answer_at_once() -> None:
+    """Half a second each on two busy cores, and neither torch nor onnx is loaded."""
+    for arguments in (["--help"], ["--version"], ["quantize", "--help"], ["quantize"]):
+        code = (
+            "import sys; from mixmix_cli.__main__ import main; main(sys.argv[1:]);"
+            "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules); sys.exit(50 if heavy else 0)"
+        )
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_an_example_and_a_readme_entry(name: str) -> None:
+    result = CliRunner().invoke(cli, [name, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: mixmix {name}" in result.output
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    assert f"mixmix {name}" in readme
+
+
+def test_synth_writes_what_the_contract_says(images: Path) -> None:
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert {"file_name", "label", "shard", "seed"} <= rows[0].keys()
+    assert all((images / row["file_name"]).is_file() for row in rows)
+    manifest = json.loads((images / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert [m["name"] for m in manifest["identity"]["models"]] == ["inverted", "plain"]
+    assert (images / "preview.png").is_file()
+
+
+def test_synth_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "synth", zoo.model_path("plain"), "-o", tmp_path / "d", "-n", 4, *TINY, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["images"] == 4
+    assert document["models"] == ["plain"]
+    assert set(document) >= {"dir", "images", "seconds", "seconds_per_image", "models", "final"}
+
+
+def test_quantize_json_and_file(capsys: pytest.CaptureFixture[str], images: Path, model: Path) -> None:
+    status, out, _ = run(capsys, "quantize", "--bits", 4, model, "--data", images, *FEW, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.w4.onnx"))
+    assert set(document) >= {"input", "bits", "act_bits", "sparsity", "blocks", "layers", "size_bytes", "seconds"}
+    assert set(document["layers"][0]) >= {"name", "bits", "act_bits", "sparsity", "error"}
+    assert document["validation"]["labels"] == "targets"
+    assert document["validation"]["candidates"][0]["top1"] is None
+    written = onnx.load(document["output"])
+    types = {tensor.data_type for tensor in written.graph.initializer}
+    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= types
+    assert {entry.key for entry in written.metadata_props} >= {"mixmix.input.size", "mixmix.quantize"}
+
+
+def test_quantize_exactly_as_typed(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mixmix quantize --bits 4 model.onnx`: images from the model itself, kept, and found again the second time."""
+    recipe = model.with_name("tiny.toml")
+    recipe.write_text('images = 8\nbatch = 8\nlabel = 0.0\nmixing = "none"\nstages = [{ scale = 1.0, steps = 5 }]\n')
+    quick = (*FEW, "--synth-recipe", recipe)
+    status, out, err = run(capsys, "quantize", "--bits", 4, model, *quick)
+    assert status == 0
+    assert "first layer" in out
+    assert model.with_name("model.w4.onnx").is_file()
+    assert "made from the models" in err
+    status, _, err = run(capsys, "quantize", "--bits", 2, model, *quick)
+    assert status == 0
+    assert "found again" in err
+
+
+def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, _, _ = run(
+        capsys, "quantize", "--bits", 2, model, "--data", zoo.calibration_images_path(), "-n", 64,
+        "--method", "nearest", "--max-drop", 0.01,
+    )  # fmt: skip
+    assert status == 1
+    assert model.with_name("model.w2.onnx").is_file()
+
+
+def test_validate_gates(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    data = ("--data", zoo.calibration_images_path())
+    status, out, _ = run(
+        capsys, "validate", model, zoo.model_path("inverted_folded"), *data, "--max-drop", 0.0, "--json"
+    )
+    document = json.loads(out)
+    assert status == 0
+    assert document["labels"] == "real"
+    candidate = document["candidates"][0]
+    assert candidate["agreement"] == 1.0
+    assert candidate["passed"] is True
+    assert document["reference"]["top1"] > 0.9
+    assert set(candidate) >= {"path", "top1", "top5", "agreement", "kl", "drop", "size_bytes", "latency_ms", "failed"}
+    junit = tmp_path / "gates.xml"
+    status, _, err = run(
+        capsys, "validate", model, zoo.model_path("plain"), *data, "--min-agreement", 0.999, "--min-top1", 0.5,
+        "--junit", junit, "--github",
+    )  # fmt: skip
+    assert status == 1
+    assert "::error" in err
+    assert 'failures="1"' in junit.read_text()
+
+
+def test_validate_says_that_targets_are_not_truth(
+    capsys: pytest.CaptureFixture[str], model: Path, images: Path
+) -> None:
+    status, out, _ = run(capsys, "validate", model, model, "--data", images)
+    assert status == 0
+    assert "not ground truth" in out
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [zoo.model_path(name) for name in ("inverted", "inverted_folded")]
+    status, out, _ = run(capsys, "inspect", *paths, "--json")
+    kept, folded = json.loads(out)
+    assert status == 0
+    assert kept["batchnorm"] == {"count": 20, "folded": 0}
+    assert folded["batchnorm"] == {"count": 0, "folded": 20}
+    assert kept["classes"] == 10
+    assert kept["input"]["source"] == "metadata"
+    assert kept["macs"] == 4622496  # counted by torch's flop counter on the module that was exported
+    assert kept["can"]["synth"] is True
+    assert folded["can"]["synth"] is False
+    status, out, _ = run(capsys, "inspect", paths[0])
+    assert status == 0
+    assert "28x28 gray" in out
+
+
+class TestBadInput:
+    """One sentence on stderr, status 2, nothing left behind."""
+
+    def refused(self, capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
+        before = sorted(folder.rglob("*"))
+        status, out, err = run(capsys, *arguments)
+        assert status == 2
+        assert out == ""
+        assert "Traceback" not in err
+        assert len(err.strip().splitlines()) == 1 or err.startswith("Usage:")
+        assert sorted(folder.rglob("*")) == before
+        return err
+
+    def test_missing_file(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "does not exist" in self.refused(capsys, tmp_path, "quantize", "--bits", 4, tmp_path / "no.onnx")
+
+    def test_truncated_file(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        model.write_bytes(model.read_bytes()[:100_000])
+        assert "cut off" in self.refused(capsys, tmp_path, "inspect", model)
+
+    def test_not_onnx(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        path = tmp_path / "notes.onnx"
+        path.write_text("these are notes\n" * 100)
+        assert "not an ONNX model" in self.refused(capsys, tmp_path, "synth", path, "-o", tmp_path / "d")
+
+    def test_detector(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        proto = onnx.load(model)
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(proto.graph.node[0].output[0], 1, None))
+        onnx.save(proto, model)
+        assert "detector" in self.refused(capsys, tmp_path, "quantize", "--bits", 4, model)
+
+    def test_unknown_operator(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        proto = onnx.load(model)
+        proto.graph.node[2].op_type, proto.graph.node[2].domain = "Frobnicate", "com.example"
+        del proto.graph.node[2].attribute[:]
+        proto.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
+        onnx.save(proto, model)
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model)
+        assert "Frobnicate" in err
+        assert proto.graph.node[2].name in err
+
+    def test_empty_data_folder(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--data", tmp_path / "empty")
+        assert "no images" in err
+
+    def test_output_that_exists(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        model.with_name("model.w4.onnx").write_text("mine")
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model)
+        assert "--force" in err
+        assert model.with_name("model.w4.onnx").read_text() == "mine"
+
+    def test_synth_output_that_exists(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "mine.txt").write_text("mine")
+        assert "not empty" in self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d")
+        assert "remove it" in self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d", "--force")
+
+    @pytest.mark.parametrize("bits", [1, 0, 9, -4])
+    def test_bits(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, bits: int) -> None:
+        assert f"--bits {bits}" in self.refused(capsys, tmp_path, "quantize", "--bits", bits, model)
+
+    def test_nan_weights(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        proto = onnx.load(model)
+        tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4)
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array.flat[0] = np.nan
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        onnx.save(proto, model)
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model)
+        assert "NaN" in err
+        assert tensor.name in err
+
+    def test_read_only_output_folder(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        """root may write anywhere but into the kernel's own file systems."""
+        folder = Path("/sys/kernel") if os.geteuid() == 0 else tmp_path / "locked"
+        if os.geteuid() != 0:
+            folder.mkdir(mode=0o555)
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "-o", folder / "out.onnx")
+        assert "cannot be written" in err
+        err = self.refused(capsys, tmp_path, "synth", model, "-o", folder / "data", *TINY)
+        assert "cannot be written" in err
+
+    def test_model_without_statistics(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        err = self.refused(capsys, tmp_path, "synth", zoo.model_path("inverted_folded"), "-o", tmp_path / "d")
+        assert "BatchNorm" in err
+
+    def test_misspelt_setting(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--set", "stepps=3")
+        assert "'steps'" in err
+
+    def test_accuracy_gate_without_labels(
+        self, capsys: pytest.CaptureFixture[str], model: Path, images: Path, tmp_path: Path
+    ) -> None:
+        err = self.refused(capsys, tmp_path, "validate", model, model, "--data", images, "--max-drop", 0.1)
+        assert "real labels" in err

@@ -1,0 +1,53 @@
+"""The three floors: imports only go down, and each package sees only what is its own."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "converters": {"recipes", "mixmix_cli", "click", "rich"},
+    "recipes": {"mixmix_cli", "click", "rich", "onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime"},
+    "mixmix_cli": {"onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime", "numpy"},
+}
+SIBLINGS = ("synth", "quantize")
+
+
+def imported(file: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Modules that a file imports, as dotted names."""
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield str(node.module)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_down(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        seen = {name.split(".")[0] for name in imported(file)}
+        assert not seen & FORBIDDEN[package], f"{file} imports {seen & FORBIDDEN[package]}"
+
+
+@pytest.mark.parametrize("package", SIBLINGS)
+def test_recipes_do_not_import_one_another(package: str) -> None:
+    others = [f"recipes.{name}" for name in SIBLINGS if name != package]
+    for file in (ROOT / "recipes" / package).rglob("*.py"):
+        assert not [name for name in imported(file) if name.startswith(tuple(others))], file
+
+
+def test_face_starts_light() -> None:
+    """What --help loads must not pull in torch or onnx: heavy imports live inside commands."""
+    for file in (ROOT / "mixmix_cli").rglob("*.py"):
+        heavy = {"torch", "converters", "recipes"}
+        seen = {name.split(".")[0] for name in imported(file, top_level_only=True)}
+        assert not seen & heavy, f"{file} imports {seen & heavy} at the top"
