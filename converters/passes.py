@@ -60,6 +60,48 @@ def fold_constants(model: ir.Model) -> bool:
     return bool(result.modified)
 
 
+def keep_batch_in_reshape(model: ir.Model) -> bool:
+    """A Reshape to [size of the batch, constants] becomes one to [0, constants], which copies the first dimension.
+
+    Exporters read the batch size off the image itself. That side path runs past every layer, so no block could end
+    before it, and it ties a stretch of the graph to the image.
+    """
+    changed = False
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        target, allow_zero = node.inputs[1].producer(), node.attributes.get("allowzero")
+        if target is None or target.op_type != "Concat" or (allow_zero is not None and allow_zero.as_int()):
+            continue
+        first, *rest = target.inputs
+        sizes = [ir.convenience.get_const_tensor(value) for value in rest if value is not None]
+        if not _is_batch_size(first) or len(sizes) < len(rest) or any(size is None for size in sizes):
+            continue
+        constants = [np.atleast_1d(size.numpy()) for size in sizes if size is not None]
+        shape = np.concatenate([np.zeros(1, np.int64), *constants]).astype(np.int64)
+        name = unused_name(model.graph, f"{node.outputs[0].name}.shape")
+        node.replace_input_with(1, add_initializer(model.graph, name, shape))
+        changed = True
+    return changed
+
+
+def _is_batch_size(value: ir.Value | None) -> bool:
+    """Whether a value is element 0 of the Shape of something, as exporters spell the size of the batch."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Unsqueeze", "Cast", "Squeeze", "Reshape"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Shape":
+        end = node.attributes.get("end")
+        return end is not None and end.as_int() == 1
+    index = node.inputs[1] if len(node.inputs) > 1 else None
+    taken = ir.convenience.get_const_tensor(index) if index is not None else None
+    source = node.inputs[0].producer()
+    takes_first = node.op_type == "Gather" and taken is not None and not taken.numpy().any()
+    return takes_first and source is not None and source.op_type == "Shape"
+
+
 def unshare_weights(model: ir.Model) -> bool:
     """Give every operand of a weighted layer an initializer of its own, so that layers are changed one by one."""
     seen: set[ir.Value] = set()
@@ -84,6 +126,7 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("initializers are not inputs", _shared(common.RemoveInitializersFromInputsPass())),
     ("open batch", open_batch),
     ("fold constants", fold_constants),
+    ("keep batch in reshape", keep_batch_in_reshape),
     (
         "constants are initializers",
         _shared(common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
@@ -152,6 +195,27 @@ def _fold_into(graph: ir.Graph, conv: ir.Node, norm: ir.Node, parameters: list[n
     graph.remove(norm, safe=True)
     kept.name = name
     return True
+
+
+def tidy(model: ir.Model) -> bool:
+    """Drop what weighs and says nothing: constant arithmetic, exporters' stack traces, shapes of inner values.
+
+    Names, metadata of the model, inputs and outputs stay as they are.
+    """
+    changed = fold_constants(model)
+    for node in model.graph:
+        changed |= bool(node.metadata_props or node.doc_string)
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    common.RemoveUnusedNodesPass()(model)
+    return changed
 
 
 def raise_opset(model: ir.Model, least: int, path: str) -> bool:

@@ -77,6 +77,7 @@ def prepare_for_quantization(classifier: Classifier, *, four_bit: bool) -> Class
     passes.raise_opset(model, container.opset, str(classifier.path))
     model.ir_version = max(model.ir_version or 0, container.ir_version)
     passes.fold_batchnorm(model)
+    passes.tidy(model)
     return build(classifier.path, model, classifier.spec, classifier.sha256)
 
 

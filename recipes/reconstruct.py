@@ -66,6 +66,31 @@ class Loop:
     input_drop: float = 0.0
 
 
+class DropMasks:
+    """Elementwise Bernoulli masks at a small cost: windows, at random places, into a pool that is drawn once.
+
+    Drawing a fresh number for each element of a large activation takes longer than computing with it.
+    """
+
+    SLACK = 1 << 16
+
+    def __init__(self, share: float, generator: torch.Generator) -> None:
+        self.share, self.generator = share, generator
+        self._pool = torch.empty(0, dtype=torch.bool)
+
+    def like(self, x: Tensor) -> Tensor:
+        """A mask of x's shape and memory order, true for about `share` of the elements."""
+        if len(self._pool) < x.numel() + self.SLACK:
+            draws = torch.rand(x.numel() + self.SLACK, generator=self.generator)
+            self._pool = (draws < self.share).to(x.device)
+        start = int(torch.randint(len(self._pool) - x.numel(), (1,), generator=self.generator))
+        window = self._pool[start : start + x.numel()]
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            count, channels, height, width = x.shape
+            return window.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return window.view(x.shape)
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """Mean squared error of the block's output before and after, relative to the output's mean square."""
@@ -114,6 +139,7 @@ def reconstruct(
     power = target.square().mean().clamp_min(1e-12)
     scale = 1 / (power * max(start, 1e-6))
     order = torch.empty(0, dtype=torch.long)
+    masks = DropMasks(loop.input_drop, generator)
     name, output = segment.inputs[0], segment.outputs[0]
     for step in range(loop.steps):
         progress = step / loop.steps
@@ -125,8 +151,7 @@ def reconstruct(
         chosen = chosen.to(target.device)
         x = changed_input[chosen]
         if loop.input_drop:
-            keep = torch.rand(x.shape, generator=generator).to(x.device) < loop.input_drop
-            x = torch.where(keep, float_input[chosen], x)
+            x = torch.where(masks.like(x), float_input[chosen], x)
         y = segment({name: x}, {n: w.tensor() for n, w in weights.items()}, values)[output]
         loss = (y - target[chosen]).square().mean() * scale
         for change in changes:

@@ -28,7 +28,7 @@ from recipes.progress import Progress, Silent, Task
 from recipes.quantize.plan import LayerPlan, plan_bits
 from recipes.quantize.quantizers import LearnedTensor, QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
-from recipes.reconstruct import Loop, Reconstruction, reconstruct, run_batched
+from recipes.reconstruct import DropMasks, Loop, Reconstruction, reconstruct, run_batched
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
 WRITTEN_TOLERANCE = 1e-4
@@ -117,7 +117,7 @@ def quantize(
         nonlocal difference
         sample = run.inputs[: min(8, len(run.inputs))]
         expected = run.fake_quantized(sample)
-        difference = writeback.matches(content, sample.cpu().numpy(), expected.cpu().numpy(), str(output))
+        difference = writeback.matches(content, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), str(output))
         if act_bits is None and difference > WRITTEN_TOLERANCE:
             raise ConversionError(
                 f"{output}: the written model differs from the quantized one by {difference:.1e}: please report it"
@@ -164,8 +164,8 @@ class _Run:
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
         self.generator = torch.Generator().manual_seed(seed)
-        self.inputs = torch.cat([module.spec.to_input(part) for part in images.pixels.split(64)]).contiguous()
-        self.inputs = self.inputs.to(module.device)
+        inputs = torch.cat([module.spec.to_input(part) for part in images.pixels.split(64)])
+        self.inputs = inputs.contiguous(memory_format=torch.channels_last).to(module.device)
         self.weights: dict[str, QuantizedWeight] = {}
         self.biases: dict[str, LearnedTensor] = {}
         self.values: dict[str, QuantizedActivation] = {}
@@ -272,7 +272,7 @@ class _Run:
                 if isinstance(weight, QuantizedWeight):
                     weight.learn()
             for value in values.values():
-                value.drop, value.generator = settings.activation_drop, self.generator
+                value.drop = DropMasks(settings.activation_drop, self.generator) if settings.activation_drop else None
         result = reconstruct(
             unit.segment,
             float_input,
@@ -280,7 +280,7 @@ class _Run:
             target,
             weights,
             values,
-            Loop(steps, batch, settings.input_drop),
+            Loop(steps, self._minibatch(changed_input), settings.input_drop),
             self.generator,
             lambda done, loss: task.advance(done, None if math.isnan(loss) else f"{unit.name}: loss {loss:.3f}"),
         )
@@ -295,6 +295,10 @@ class _Run:
         after = run_batched(unit.segment, changed_input, batch, parameters=hard, transforms=values)
         error = float((after - target).square().mean() / target.square().mean().clamp_min(1e-12))
         self.account.append((unit.name, Reconstruction(result.before, error)))
+
+    def _minibatch(self, x: Tensor) -> int:
+        fitting = self.settings.elements // max(1, x[0].numel())
+        return min(self.settings.batch, max(self.settings.least_batch, fitting))
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recipes.quantize import primitives as q
 from recipes.quantize.settings import QuantizeSettings
-from recipes.reconstruct import Group
+from recipes.reconstruct import DropMasks, Group
 
 INITIAL_MARGIN = 1e-3  # fractional parts are kept this far from 0 and 1, where h has no gradient
 
@@ -104,7 +104,7 @@ class LearnedTensor:
 class QuantizedActivation:
     """A value at `bits` bits per tensor, unsigned: zero point fixed, step learned (LSQ, Esser et al. 2020).
 
-    `drop` leaves that share of the elements unquantized while training (QDrop).
+    `drop` leaves a share of the elements unquantized while training (QDrop).
     """
 
     def __init__(self, sample: Tensor, bits: int, settings: QuantizeSettings) -> None:
@@ -113,8 +113,7 @@ class QuantizedActivation:
         scale, zero = q.search_range(sample.flatten()[None], self.low, self.high, norm=2.0, steps=settings.range_steps)
         self.scale, self.zero = scale[0], zero[0]
         self.log_growth = torch.zeros_like(self.scale)
-        self.drop = 0.0
-        self.generator: torch.Generator | None = None
+        self.drop: DropMasks | None = None
 
     def groups(self) -> list[Group]:
         return [Group([self.log_growth], self.rate, decay=True)] if self.rate else []
@@ -126,12 +125,9 @@ class QuantizedActivation:
         scale = self.scale * torch.exp(self.log_growth)
         steps = q.round_straight_through(x / scale) + self.zero
         rounded = (torch.clamp(steps, self.low, self.high) - self.zero) * scale
-        if not self.drop:
-            return rounded
-        dropped = torch.rand(x.shape, generator=self.generator).to(x.device) < self.drop
-        return torch.where(dropped, x, rounded)
+        return rounded if self.drop is None else torch.where(self.drop.like(x), x, rounded)
 
     @torch.no_grad()
     def harden(self) -> None:
         self.scale = self.scale * torch.exp(self.log_growth)
-        self.log_growth, self.drop = torch.zeros_like(self.scale), 0.0
+        self.log_growth, self.drop = torch.zeros_like(self.scale), None

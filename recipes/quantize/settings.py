@@ -21,6 +21,11 @@ class QuantizeSettings(Settings):
     steps: int = Field(default=0, ge=0)
     """Training steps a unit."""
     batch: int = Field(default=32, ge=1)
+    """Images a step, fewer where a block's input is large (`elements`)."""
+    elements: int = Field(default=2_000_000, ge=1)
+    """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
+    of places in one image, so a few images a step are enough there."""
+    least_batch: int = Field(default=8, ge=1)
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
     rounding_rate: float = Field(default=1e-2, ge=0)
