@@ -13,10 +13,10 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from torch import Tensor
 
 from converters.errors import SpecError
@@ -25,7 +25,10 @@ METADATA_PREFIX = "mixmix.input."
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
-Channels = Literal["rgb", "bgr", "gray"] | int
+TEXT_KEYS = ("labels", "layout")  # never numbers or lists, whatever their text looks like
+MOST_CHANNELS = 4096
+
+Channels = Literal["rgb", "bgr", "gray"] | Annotated[int, Field(ge=1, le=MOST_CHANNELS, strict=True)]
 
 
 class InputSpec(BaseModel):
@@ -41,9 +44,9 @@ class InputSpec(BaseModel):
     size: tuple[int, int]
     channels: Channels = "rgb"
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    scale: float = Field(default=1.0, gt=0)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    scale: FiniteFloat = Field(default=1.0, gt=0)
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
     labels: str | None = None
     offset: int = 0
     source: Literal["options", "sidecar", "metadata", "assumed"] = "assumed"
@@ -130,11 +133,13 @@ def read_metadata(properties: Mapping[str, str]) -> dict[str, Any]:
     """Input-spec entries of a model's `metadata_props`; lists and numbers are JSON, anything else is text."""
     found: dict[str, Any] = {}
     for key, text in properties.items():
-        if key.startswith(METADATA_PREFIX):
-            try:
-                found[key.removeprefix(METADATA_PREFIX)] = json.loads(text)
-            except json.JSONDecodeError:
-                found[key.removeprefix(METADATA_PREFIX)] = text
+        name = key.removeprefix(METADATA_PREFIX)
+        if name == key:
+            continue
+        try:
+            found[name] = text if name in TEXT_KEYS else json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
     return found
 
 
@@ -159,6 +164,8 @@ def resolve(
         "options" if given else "sidecar" if sidecar is not None else "metadata" if metadata else "assumed"
     )
     where = f"{model_path.with_suffix('.toml')}" if sidecar is not None and not given else f"{model_path}"
+    if "source" in stated:
+        raise SpecError(f"{where}: the input spec has no key source: remove it")
     try:
         spec = InputSpec.model_validate(values)
     except ValidationError as error:
@@ -178,7 +185,12 @@ def resolve(
 def _assumed(height: int | None, width: int | None, channels: int | None, stated: Mapping[str, Any]) -> dict[str, Any]:
     """What to believe of a model that says nothing: ImageNet for 3 channels, half and half otherwise."""
     named = stated.get("channels")
-    count = channels if channels is not None else {"gray": 1}.get(named, 3) if isinstance(named, str) else named or 3
+    if channels is not None:
+        count = channels
+    elif isinstance(named, int) and 1 <= named <= MOST_CHANNELS:
+        count = named
+    else:
+        count = 1 if named == "gray" else 3
     values: dict[str, Any] = {"size": (height or 224, width or 224)}
     if count == 3:
         return values | {"channels": "rgb", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}

@@ -49,11 +49,8 @@ class Classifier:
 
     def parameter_count(self) -> int:
         """Elements of all float initializers and constants, as the file has them."""
-        return sum(
-            int(np.prod(value.shape.numpy()))
-            for value in self.normal.graph.initializers.values()
-            if value.dtype in FLOAT_TYPES and value.shape is not None
-        )
+        tensors = [ir.convenience.get_const_tensor(value) for value in _constants(self.original)]
+        return sum(tensor.size for tensor in tensors if tensor is not None and tensor.dtype in FLOAT_TYPES)
 
     @property
     def fixed_batch(self) -> int | None:
@@ -70,7 +67,10 @@ def load_classifier(path: Path, options: Mapping[str, Any] | None = None) -> Cla
     input spec cannot be used.
     """
     proto, sha256 = _read(path)
-    original = ir.from_proto(proto)
+    try:
+        original = ir.from_proto(proto)
+    except Exception as error:  # whatever a damaged field leads to
+        raise ModelError(f"{path} is damaged ({type(error).__name__}): fetch or export it again") from error
     image = _image_input(original, path)
     _one_output(original, path)
     _finite(original, path)
@@ -87,7 +87,8 @@ def build(path: Path, original: ir.Model, spec: InputSpec, sha256: str = "") -> 
     for value in normal.graph.inputs:
         if not value.is_initializer():
             image = value
-    image.shape = ir.Shape(["batch", *_fixed_shape(spec)])
+    batch = image.shape[0] if image.shape is not None else None
+    image.shape = ir.Shape([batch if isinstance(batch, int) else passes.BATCH, *_fixed_shape(spec)])
     applied = passes.normalise(normal)
     output = normal.graph.outputs[0]
     last = output.producer()
@@ -127,11 +128,11 @@ def _fixed_shape(spec: InputSpec) -> list[int]:
 
 
 def _read(path: Path) -> tuple[onnx.ModelProto, str]:
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: name the .onnx file in it")
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist: check the path")
     try:
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder: name the .onnx file in it")
+        if not path.is_file():
+            raise ModelError(f"{path} does not exist: check the path")
         raw = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
@@ -140,6 +141,9 @@ def _read(path: Path) -> tuple[onnx.ModelProto, str]:
         proto.ParseFromString(raw)
     except DecodeError:
         raise ModelError(f"{path} is not an ONNX model, or is cut off: fetch or export it again") from None
+    for entry in (*proto.opset_import, *proto.graph.node):
+        if entry.domain == "ai.onnx":  # the default domain's long name
+            entry.domain = ""
     if not proto.graph.node:
         raise ModelError(f"{path} is not an ONNX model (no graph in it): fetch or export it again")
     try:
@@ -148,6 +152,8 @@ def _read(path: Path) -> tuple[onnx.ModelProto, str]:
         raise ModelError(f"{path}: its external data cannot be read ({error}): keep the data file beside it") from error
     try:
         onnx.checker.check_model(proto if proto.ByteSize() < 2**31 - 1 else str(path))
+    except UnicodeDecodeError:
+        raise ModelError(f"{path} is damaged (a name in it is not text): fetch or export it again") from None
     except onnx.checker.ValidationError as error:
         # An operator of another domain is no damage: the conversion names it, with its node.
         if "No opset import" not in str(error) and "No Op registered" not in str(error):
@@ -185,9 +191,16 @@ def _one_output(model: ir.Model, path: Path) -> None:
         raise ModelError(f"{path} selects boxes (NonMaxSuppression), so it is a detector: give an image classifier")
 
 
+def _constants(model: ir.Model) -> list[ir.Value]:
+    """Initializers, and the outputs of Constant nodes."""
+    nodes = [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
+    return [*model.graph.initializers.values(), *nodes]
+
+
 def _finite(model: ir.Model, path: Path) -> None:
-    for name, value in model.graph.initializers.items():
-        if value.dtype in FLOAT_TYPES and value.const_value is not None:
-            array = value.const_value.numpy()
+    for value in _constants(model):
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is not None and tensor.dtype in FLOAT_TYPES:
+            name, array = value.name, tensor.numpy()
             if not np.isfinite(array.astype(np.float32) if array.dtype.itemsize < 4 else array).all():
                 raise ModelError(f"{path}: weight {name} contains NaN or infinity: export the model again")

@@ -21,6 +21,8 @@ Pass = Callable[[ir.Model], bool]
 """Changes the model in place and returns whether it did."""
 
 BATCHNORM_EPSILON = 1e-5  # the operator's default
+BATCH = "batch"
+FIXED_BATCH = "mixmix.fixed_batch"
 FOLD_LIMIT = 1 << 26  # bytes: fold whatever is constant; the shape arithmetic of exporters is far below this
 
 
@@ -37,9 +39,14 @@ def open_batch(model: ir.Model) -> bool:
     """A batch dimension fixed in the file becomes symbolic, and stale inferred shapes are forgotten."""
     changed = False
     inputs = set(model.graph.inputs)
+    fixed = {
+        v.shape[0] for v in model.graph.inputs if v.shape is not None and len(v.shape) and isinstance(v.shape[0], int)
+    }
+    if len(fixed) == 1:
+        model.meta[FIXED_BATCH] = fixed.pop()
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.shape is not None and len(value.shape) > 0 and isinstance(value.shape[0], int):
-            value.shape = ir.Shape(["batch", *list(value.shape)[1:]])
+            value.shape = ir.Shape([BATCH, *list(value.shape)[1:]])
             changed = True
     for node in model.graph:
         for value in node.outputs:
@@ -63,6 +70,8 @@ def fold_constants(model: ir.Model) -> bool:
 def keep_batch_in_reshape(model: ir.Model) -> bool:
     """A Reshape to [size of the batch, constants] becomes one to [0, constants], which copies the first dimension.
 
+    The size may be computed, or be the constant that a file with a fixed batch has there.
+
     Exporters read the batch size off the image itself. That side path runs past every layer, so no block could end
     before it, and it ties a stretch of the graph to the image.
     """
@@ -70,19 +79,32 @@ def keep_batch_in_reshape(model: ir.Model) -> bool:
     for node in model.graph:
         if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        target, allow_zero = node.inputs[1].producer(), node.attributes.get("allowzero")
-        if target is None or target.op_type != "Concat" or (allow_zero is not None and allow_zero.as_int()):
+        allow_zero = node.attributes.get("allowzero")
+        source = node.inputs[0].shape
+        if (allow_zero is not None and allow_zero.as_int()) or source is None or source[0] != BATCH:
             continue
-        first, *rest = target.inputs
-        sizes = [ir.convenience.get_const_tensor(value) for value in rest if value is not None]
-        if not _is_batch_size(first) or len(sizes) < len(rest) or any(size is None for size in sizes):
+        rest = _after_batch(node.inputs[1], model.meta.get(FIXED_BATCH))
+        if rest is None:
             continue
-        constants = [np.atleast_1d(size.numpy()) for size in sizes if size is not None]
-        shape = np.concatenate([np.zeros(1, np.int64), *constants]).astype(np.int64)
+        shape = np.concatenate([np.zeros(1, np.int64), rest]).astype(np.int64)
         name = unused_name(model.graph, f"{node.outputs[0].name}.shape")
         node.replace_input_with(1, add_initializer(model.graph, name, shape))
         changed = True
     return changed
+
+
+def _after_batch(target: ir.Value, fixed: int | None) -> np.ndarray | None:
+    """The constant sizes behind the batch's in a Reshape's target; None where it does not begin with the batch."""
+    constant = ir.convenience.get_const_tensor(target)
+    if constant is not None:
+        sizes = constant.numpy()
+        return sizes[1:] if fixed is not None and len(sizes) > 1 and sizes[0] == fixed else None
+    concat = target.producer()
+    if concat is None or concat.op_type != "Concat" or not _is_batch_size(concat.inputs[0]):
+        return None
+    tensors = [None if value is None else ir.convenience.get_const_tensor(value) for value in concat.inputs[1:]]
+    parts = [np.atleast_1d(tensor.numpy()) for tensor in tensors if tensor is not None]
+    return np.concatenate(parts) if parts and len(parts) == len(tensors) else None
 
 
 def _is_batch_size(value: ir.Value | None) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from converters.errors import ModelError
 
 Array = NDArray[np.generic]
+SILENT = 4  # onnxruntime's log level that leaves only what ends the process; errors come as exceptions
 
 
 def installation_conflict() -> str | None:
@@ -42,7 +43,7 @@ class Session:
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = SILENT
         self.name = name or (str(model) if isinstance(model, Path) else "model")
         try:
             self._session = onnxruntime.InferenceSession(
@@ -56,7 +57,9 @@ class Session:
     def run(self, inputs: Array, outputs: Sequence[str] | None = None) -> list[Array]:
         """Outputs (all, or those named) for one batch. Raises ModelError when onnxruntime refuses the batch."""
         try:
-            return self._session.run(list(outputs) if outputs else None, {self.input_name: inputs})
+            quiet = onnxruntime.RunOptions()
+            quiet.log_severity_level = SILENT
+            return self._session.run(list(outputs) if outputs else None, {self.input_name: inputs}, quiet)
         except Exception as error:  # as above
             raise ModelError(f"{self.name}: onnxruntime cannot run the model ({_first_line(error)})") from error
 

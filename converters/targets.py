@@ -26,7 +26,6 @@ class Container:
 
 
 INT4 = Container(ir.DataType.INT4, np.dtype(ml_dtypes.int4), -8, 7, INT4_OPSET, INT4_IR)
-UINT4 = Container(ir.DataType.UINT4, np.dtype(ml_dtypes.uint4), 0, 15, INT4_OPSET, INT4_IR)
 INT8 = Container(ir.DataType.INT8, np.dtype(np.int8), -128, 127, INT8_PER_CHANNEL_OPSET, INT8_PER_CHANNEL_IR)
 UINT8 = Container(ir.DataType.UINT8, np.dtype(np.uint8), 0, 255, INT8_PER_CHANNEL_OPSET, INT8_PER_CHANNEL_IR)
 
@@ -36,6 +35,7 @@ def weight_container(bits: int) -> Container:
     return INT4 if bits <= 4 else INT8
 
 
-def activation_container(bits: int) -> Container:
-    """The unsigned type that holds activations: UINT4 up to 4 bits, UINT8 up to 8."""
-    return UINT4 if bits <= 4 else UINT8
+ACTIVATIONS = UINT8
+"""What holds activations of up to 8 bits, behind a Clip where they have fewer. A 4-bit type would be no gain, as
+activations are not stored, and onnxruntime 1.31 does not load it everywhere: it fails to fuse Clip into QuantizeLinear
+to UINT4, and makes a QLinearConv of 8-bit weights and UINT4 activations that it then rejects."""

@@ -37,6 +37,8 @@ class Step:
     op: str
     operator: registry.Operator
     attributes: Mapping[str, object]
+    fixed: Mapping[int, object]
+    """Constant static operands (sizes, bounds) as Python numbers, by position."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -99,6 +101,11 @@ class TorchClassifier(nn.Module):
     def _convert(self, classifier: Classifier) -> list[Step]:
         for index, (name, value) in enumerate(classifier.normal.graph.initializers.items()):
             array = np.array(passes.to_numpy(value))  # a copy: the proto's memory is read-only
+            if array.dtype.kind not in "biufc":
+                raise ModelError(
+                    f"{classifier.path}: tensor {name} is {value.dtype}, so the model is quantized already:"
+                    " give the float model"
+                )
             self._buffer_of[name] = f"constant_{index}"
             self.register_buffer(f"constant_{index}", torch.from_numpy(array))
         proto = ir.to_proto(classifier.normal)
@@ -112,7 +119,12 @@ class TorchClassifier(nn.Module):
                 raise UnsupportedOperatorError(f"{classifier.path}: {error}") from error
             if operator.module is not None:
                 self.add_module(f"node_{len(steps)}", operator.module)
-            steps.append(Step(name, node.operation_type, operator, node.attributes))
+            fixed = {
+                index: self.constant(operator.inputs[index]).tolist()
+                for index in operator.static
+                if index < len(operator.inputs) and self.is_constant(operator.inputs[index])
+            }
+            steps.append(Step(name, node.operation_type, operator, node.attributes, fixed))
         return steps
 
     def constant(self, name: str) -> Tensor:
@@ -184,11 +196,12 @@ class Segment:
             missing = ", ".join(sorted(needed))
             raise ModelError(f"{owner.classifier.path}: {missing} cannot be computed from {', '.join(self.inputs)}")
         self.steps = chosen[::-1]
-        self.constants = sorted({n for s in self.steps for n in s.inputs if n and owner.is_constant(n)})
+        read = {name for step in self.steps for name in step.inputs} | set(outputs)
+        self.constants = sorted(name for name in read if owner.is_constant(name))
         last_use = {name: index for index, step in enumerate(self.steps) for name in step.inputs}
         self._done: list[list[str]] = [[] for _ in self.steps]
         for name, index in last_use.items():
-            if name and name not in self.outputs and not owner.is_constant(name):
+            if name and name not in self.outputs and not owner.is_constant(name):  # constants stay with the owner
                 self._done[index].append(name)
 
     def __call__(
@@ -209,10 +222,14 @@ class Segment:
         for name in self.inputs:
             env[name] = transforms[name](values[name]) if name in transforms else values[name]
         for step, done in zip(self.steps, self._done, strict=True):
-            result = step.operator.body(*[env[name] for name in step.inputs])
+            operands: list[object] = [env[name] for name in step.inputs]
+            for index, number in step.fixed.items():
+                operands[index] = number
+            result = step.operator.body(*operands)
             results = result if isinstance(result, (tuple, list)) else (result,)
             for name, value in zip(step.outputs, results, strict=False):
-                env[name] = transforms[name](value) if name in transforms else value
+                if name not in self.inputs:  # a value that was given stays as it was given
+                    env[name] = transforms[name](value) if name in transforms else value
             for name in done:
                 env.pop(name, None)
         return {name: env[name] for name in self.outputs}  # type: ignore[misc]
@@ -277,7 +294,7 @@ def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
         try:
             registry.find(node, graph, opset)
         except UnsupportedOperatorError:
-            found.append((node.operation_type, opset, name))
+            found.append((node.operation_type, opset, node.name or name))
     return found
 
 

@@ -22,7 +22,7 @@ from converters import passes
 from converters.errors import ModelError, OutputError
 from converters.load import Classifier, build
 from converters.runtime import Session
-from converters.targets import Container, activation_container, weight_container
+from converters.targets import ACTIVATIONS, Container, weight_container
 from converters.torch_module import relative_difference, serialise
 
 WEIGHT, BIAS = 1, 2  # operand positions
@@ -146,23 +146,33 @@ def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> 
 
 
 def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit) -> None:
-    container = activation_container(edit.bits)
     readers = [(node, index) for node, index in value.uses()]
     scale = np.array(edit.scale, np.float32)
     parameters = [
         passes.add_initializer(graph, passes.unused_name(graph, f"{edit.value}.scale"), scale),
-        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), container),
+        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), ACTIVATIONS),
     ]
-    quantize = ir.node("QuantizeLinear", [value, *parameters], name=f"{edit.value}/Q")
+    first, inserted = value, []
+    if edit.bits < 8:  # the container is wider than the bits: saturate to them first
+        bounds = (0 - edit.zero_point, 2**edit.bits - 1 - edit.zero_point)
+        names = (f"{edit.value}.low", f"{edit.value}.high")
+        operands = [
+            passes.add_initializer(graph, passes.unused_name(graph, name), np.array(bound * scale, np.float32))
+            for name, bound in zip(names, bounds, strict=True)
+        ]
+        inserted.append(ir.node("Clip", [value, *operands], name=f"{edit.value}/Clip"))
+        first = inserted[0].outputs[0]
+        first.name = passes.unused_name(graph, f"{edit.value}.clipped")
+    quantize = ir.node("QuantizeLinear", [first, *parameters], name=f"{edit.value}/Q")
     quantize.outputs[0].name = passes.unused_name(graph, f"{edit.value}.q")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=f"{edit.value}/DQ")
     dequantize.outputs[0].name = passes.unused_name(graph, f"{edit.value}.dequantized")
+    inserted += [quantize, dequantize]
     producer = value.producer()
     if producer is None:
-        first = next(iter(graph))
-        graph.insert_before(first, [quantize, dequantize])
+        graph.insert_before(next(iter(graph)), inserted)
     else:
-        graph.insert_after(producer, [quantize, dequantize])
+        graph.insert_after(producer, inserted)
     for node, index in readers:
         node.replace_input_with(index, dequantize.outputs[0])
 
@@ -191,21 +201,24 @@ def save(
 
 def ensure_writable(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError, before any work is done, when the file exists or its folder cannot be written to."""
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists: choose another name with -o, or pass --force to replace it")
     folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder: create it or choose another output")
     try:
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists: choose another name with -o, or pass --force to replace it")
+        if not folder.is_dir():
+            raise OutputError(f"{folder} is not a folder: create it or choose another output")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written to ({error.strerror}): choose another output") from error
+        raise OutputError(f"{path} cannot be written to ({error.strerror}): choose another output") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, flush to disk, rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".mixmix-")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

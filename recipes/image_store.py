@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,10 @@ class ImageStore:
             self._take_over(resume=resume, overwrite=overwrite)
         try:
             (directory / "images").mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / METADATA, b"")
+            self._write_records(finished=False)
         except (OSError, OutputError) as error:
             reason = getattr(error, "strerror", None) or "not writable"
             raise OutputError(f"{directory} cannot be written to ({reason}): choose another output") from error
-        self._write_records(finished=False)
 
     def _take_over(self, *, resume: bool, overwrite: bool) -> None:
         """Deal with what is there already: go on with it, or replace it, if the user said so."""
@@ -48,13 +48,19 @@ class ImageStore:
             try:
                 manifest = json.loads(manifest_path.read_text())
                 rows = [json.loads(line) for line in (self.directory / METADATA).read_text().splitlines()]
-            except (OSError, json.JSONDecodeError) as error:
+                identity, shards = manifest["identity"], {shard["index"]: shard for shard in manifest["shards"]}
+                listed = [row for row in rows if row["shard"] in shards]
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(f"{self.directory} has no usable {MANIFEST} to resume from: use --force") from error
-            if manifest.get("identity") != json.loads(json.dumps(self.identity)):
+            if identity != json.loads(json.dumps(self.identity)):
                 raise OutputError(
                     f"{self.directory} was begun with other models or settings: repeat those, or use --force"
                 )
-            self.shards, self.rows = manifest["shards"], rows
+            # A stop may have come between the two records: only what both of them have is finished.
+            counts = Counter(row["shard"] for row in listed)
+            self.shards = [shard for index, shard in sorted(shards.items()) if counts[index] == shard["images"]]
+            finished = self.finished_shards
+            self.rows = [row for row in listed if row["shard"] in finished]
         elif not overwrite:
             raise OutputError(f"{self.directory} is not empty: pass --resume to go on, or --force to replace it")
         elif not manifest_path.is_file():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,18 +90,18 @@ def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] |
 
 def _load_npz(path: Path) -> ImageSet:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:  # an .npy under this name has no context: TypeError
             arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as .npz ({error}): write it with numpy.savez") from error
+    except (ValueError, OSError, EOFError, NotImplementedError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a readable .npz of plain arrays: write it with numpy.savez") from error
     images = arrays.get("images")
     if images is None:
         raise DataError(f"{path} has no array 'images' (it has {', '.join(arrays) or 'none'}): add one")
-    if images.ndim != 4 or not len(images):
+    if images.ndim != 4 or not images.size:
         raise DataError(
             f"{path}: images have shape {list(images.shape)}, not [N, H, W, C] or [N, C, H, W]: reshape them"
         )
-    if (images.shape[3] not in (1, 3) and images.shape[1] in (1, 3)) or images.shape[3] > max(images.shape[1:3]):
+    if images.shape[1] < images.shape[3]:  # channels are the smaller of the two
         images = images.transpose(0, 2, 3, 1)
     if images.dtype == np.uint8:
         pixels = from_bytes(images)
@@ -123,7 +125,7 @@ def _load_synthesized(path: Path, limit: int | None) -> ImageSet:
     try:
         rows = [json.loads(line) for line in (path / METADATA).read_text().splitlines() if line.strip()][:limit]
         files, labels = [path / row["file_name"] for row in rows], [int(row["label"]) for row in rows]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{path / METADATA} is damaged ({error}): synthesize the set again") from error
     if not files:
         raise DataError(f"{path} holds no images yet: finish it with synth --resume")
@@ -164,16 +166,21 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
         if file.suffix == ".npy":
             array = np.load(file, allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise DataError(f"{file} holds several arrays: write one uint8 array [H, W, C] with numpy.save")
             if array.ndim != 3 or array.dtype != np.uint8:
                 raise DataError(
                     f"{file}: expected uint8 [H, W, C], found {array.dtype} {list(array.shape)}: convert it"
                 )
             return array
         with Image.open(file) as image:
-            array = np.asarray(image.convert("L" if image.mode in ("L", "1", "I;16") else "RGB"))
+            if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8 instead of scaling them
+                array = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
+            else:
+                array = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
         return array[:, :, None] if array.ndim == 2 else array
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as an image ({error}): remove or replace it") from error
+    except (UnidentifiedImageError, OSError, EOFError, ValueError, SyntaxError) as error:
+        raise DataError(f"{file} cannot be read as an image: remove or replace it") from error
 
 
 def _fit(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ For a block with float input x and float output y, and an input x~ that comes th
 
     minimise over theta   mean ||block(x~; theta) - y||^2 / e0  +  sum_l penalty_l(theta, t)
 
-where e0 is the block's error before training (so that every block starts at 1 and one penalty weight serves all), and
+where e0 is the block's error with nearest rounding (so that one penalty weight serves all blocks), and
 t in [0, 1] is the share of steps done. What theta is, a rounding, a mask, a step size, is the `Change`'s business.
 Elementwise mixing of x into x~ is QDrop's (Wei et al. 2022).
 """
@@ -119,25 +119,26 @@ def reconstruct(
     weights: Mapping[str, ChangedWeight],
     values: Mapping[str, ChangedValue],
     loop: Loop,
+    error: float,
     generator: torch.Generator,
     advance: Callable[[int, float], None] = lambda steps, loss: None,
-) -> Reconstruction:
+) -> None:
     """Train the changes of one block in place.
 
     `float_input`, `changed_input` [N, ...] and `target` [N, ...] are the block's inputs on both streams and its float
-    output; `weights` and `values` are its changes by initializer and value name. `advance` is told steps done and loss.
+    output; `weights` and `values` are its changes by initializer and value name. `error` is e0, the block's relative
+    error with the changes made the plain way (`block_error` before they learn); `advance` is told steps done and loss.
     """
     changes: list[Change] = [*weights.values(), *values.values()]
     groups = [group for change in changes for group in change.groups() if group.tensors]
-    start = _error(segment, changed_input, target, weights, values, loop.batch)
     if not groups or loop.steps == 0:
-        return Reconstruction(start, start)
+        return
     for group in groups:
         for tensor in group.tensors:
             tensor.requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": list(group.tensors), "lr": group.rate} for group in groups])
     power = target.square().mean().clamp_min(1e-12)
-    scale = 1 / (power * max(start, 1e-6))
+    scale = 1 / (power * max(error, 1e-6))
     order = torch.empty(0, dtype=torch.long)
     masks = DropMasks(loop.input_drop, generator)
     name, output = segment.inputs[0], segment.outputs[0]
@@ -164,10 +165,9 @@ def reconstruct(
     for group in groups:
         for tensor in group.tensors:
             tensor.requires_grad_(False)
-    return Reconstruction(start, _error(segment, changed_input, target, weights, values, loop.batch))
 
 
-def _error(
+def block_error(
     segment: Segment,
     x: Tensor,
     target: Tensor,
@@ -175,6 +175,7 @@ def _error(
     values: Mapping[str, ChangedValue],
     batch: int,
 ) -> float:
+    """Relative squared error of the block's output with its changes as they are."""
     with torch.no_grad():
         parameters = {name: weight.tensor() for name, weight in weights.items()}
     return relative_error(run_batched(segment, x, batch, parameters=parameters, transforms=values), target)

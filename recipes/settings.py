@@ -31,6 +31,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def nested_keys(cls, _key: str) -> list[str]:
+        """Keys of the tables that stand under `_key`, for hints; none where values are plain."""
+        return []
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -51,7 +56,10 @@ def load_recipe(
     if recipe.endswith(".toml") or path.is_file():
         if not path.is_file():
             raise SettingsError(f"recipe {recipe} does not exist: name a .toml file or one of {_listed(package)}")
-        text, where = path.read_text(), str(path)
+        try:
+            text, where = path.read_text(), str(path)
+        except (OSError, UnicodeDecodeError):
+            raise SettingsError(f"recipe {recipe} is not a readable text file: name a .toml file") from None
     elif recipe in recipe_names(package):
         text, where = resources.files(package).joinpath(f"{recipe}.toml").read_text(), f"recipe {recipe}"
     else:
@@ -62,9 +70,13 @@ def load_recipe(
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{where} is not valid TOML ({error}): correct it") from error
     efforts = values.pop("effort", {})
+    if not isinstance(efforts, dict):
+        raise SettingsError(f"{where}: effort must be tables such as [effort.fast]: correct it")
     for name, table in efforts.items():
         if name not in ("fast", "default", "paper"):
             raise SettingsError(f"{where}: there is no effort {name!r}: use fast, default or paper")
+        if not isinstance(table, dict):
+            raise SettingsError(f"{where}: [effort.{name}] must be a table of keys: correct it")
         _known_keys(kind, table, f"{where}, effort {name}")
     _known_keys(kind, values, where)
     values |= efforts.get(effort, {})
@@ -79,6 +91,13 @@ def load_recipe(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise SettingsError(f"{where}: the key {key!r} is missing: add it") from error
+        if first["type"] == "extra_forbidden":
+            known = kind.nested_keys(str(first["loc"][0]))
+            raise SettingsError(
+                f"{where}: unknown key {key!r}{_nearest(str(first['loc'][-1]), known)}: correct or remove it"
+            ) from error
         raise SettingsError(f"{where}: {key} cannot be {first['input']!r} ({first['msg']}): correct it") from error
 
 

@@ -132,6 +132,12 @@ def conv(
     )
 
 
+def depthwise() -> onnx.ModelProto:
+    """A Conv with one group a channel and two outputs a group."""
+    first = node("Conv", "image conv.weight", "features", group=CHANNELS)
+    return assemble([first, *head("features")], {"conv.weight": weights(6, 1, 3, 3), **head_tensors(6)})
+
+
 def gemm(*, trans_b: int, bias: bool = True) -> onnx.ModelProto:
     """image -Flatten-> flat -Gemm-> logits, its weight [O, I] (transB=1) or [I, O] (transB=0)."""
     weight = weights(CLASSES, PIXELS)

@@ -3,4 +3,4 @@
 `registry.find` is the one look-up: our table first, onnx2torch's second.
 """
 
-from converters.ops import layers, shapes  # noqa: F401  (importing fills the table)
+from converters.ops import layers, pooling, shapes  # noqa: F401  (importing fills the table)

@@ -28,8 +28,11 @@ Builder = Callable[[Attributes], Body]
 
 _TABLE: dict[tuple[str, str, int], Builder] = {}
 
+_STATIC: dict[str, tuple[int, ...]] = {}
+"""Operands, by position, that are numbers and not data: sizes, axes, bounds. Where they are constant, the body gets
+them as Python numbers, so that running a step neither copies them off a GPU nor computes with one-element tensors."""
+
 SAME_SINCE: dict[tuple[str, int], int] = {
-    ("AveragePool", 22): 11,
     ("ConstantOfShape", 20): 9,
     ("ConstantOfShape", 21): 9,
     ("ConstantOfShape", 23): 9,
@@ -43,7 +46,6 @@ SAME_SINCE: dict[tuple[str, int], int] = {
     ("Flatten", 24): 13,
     ("Flatten", 25): 13,
     ("GlobalAveragePool", 22): 1,
-    ("GlobalMaxPool", 22): 1,
     ("HardSigmoid", 22): 6,
     ("HardSwish", 22): 14,
     ("Identity", 19): 16,
@@ -82,10 +84,14 @@ class Operator:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     module: nn.Module | None = None
+    static: tuple[int, ...] = ()
 
 
-def operator(name: str, *versions: int, domain: str = "") -> Callable[[Builder], Builder]:
-    """Enter a builder for the versions of one operator. Raises ValueError for an entry that exists."""
+def operator(name: str, *versions: int, domain: str = "", static: tuple[int, ...] = ()) -> Callable[[Builder], Builder]:
+    """Enter a builder for the versions of one operator, with its static operands.
+
+    Raises ValueError for an entry that exists.
+    """
 
     def enter(builder: Builder) -> Builder:
         for version in versions:
@@ -93,6 +99,7 @@ def operator(name: str, *versions: int, domain: str = "") -> Callable[[Builder],
             if key in _TABLE:
                 raise ValueError(f"operator {key} is in the table already")
             _TABLE[key] = builder
+        _STATIC[name] = static
         return builder
 
     return enter
@@ -111,12 +118,12 @@ def find(node: OnnxNode, graph: OnnxGraph, opset: int) -> Operator:
     name, domain = node.operation_type, "" if node.domain == "ai.onnx" else node.domain
     version = since_version(name, opset, domain)
     builder = _TABLE.get((domain, name, version))
-    if builder is not None:
-        return Operator(builder(node.attributes), node.input_values, node.output_values)
     wanted = SAME_SINCE.get((name, version), version) if domain == "" else version
     try:
+        if builder is not None:
+            return Operator(builder(node.attributes), node.input_values, node.output_values, static=_STATIC[name])
         module, mapping = get_converter(name, wanted, domain)(node, graph)
-    except (NotImplementedError, KeyError, ValueError) as error:
+    except Exception as error:  # converters raise whatever their reading of the node runs into
         where = f"node {node.name or node.output_values[0]!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
         raise UnsupportedOperatorError(
             f"{where} cannot be converted ({str(error).strip() or 'no converter'}): export the model without it"

@@ -50,12 +50,13 @@ def plan_bits(
     ends = {0: "first layer", len(layers) - 1: "last layer"}
     plans = []
     for index, layer in enumerate(layers):
-        if index in ends and bits < settings.end_bits:
-            act = None if act_bits is None else max(act_bits, settings.end_bits)
-            plans.append(LayerPlan(layer, settings.end_bits, act, ends[index]))
-        else:
-            plans.append(LayerPlan(layer, bits, act_bits))
+        wide = settings.end_bits if index in ends else 0
+        act = None if act_bits is None else max(act_bits, wide)
+        changed = max(bits, wide) != bits or act != act_bits
+        plans.append(LayerPlan(layer, max(bits, wide), act, ends[index] if changed else None))
     if bits >= settings.sensitive_bits or settings.sensitive_share == 0:
+        for _ in plans:
+            advance()
         return plans
     x = inputs[: settings.sensitive_images]
     reference = module(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,83 @@ from recipes.reconstruct import DropMasks, Group
 INITIAL_MARGIN = 1e-3  # fractional parts are kept this far from 0 and 1, where h has no gradient
 
 
+class Rounding(Protocol):
+    """How the integers of a weight are learned: from W / s to integers, soft in training and hard at the end."""
+
+    trained: Tensor
+
+    def soft(self) -> Tensor:
+        """W / s rounded, or on the way there, with a gradient."""
+        ...
+
+    def hard(self) -> Tensor:
+        """Whole numbers."""
+        ...
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """What pulls the soft values to whole numbers at `progress` in [0, 1]."""
+        ...
+
+    def undecided(self) -> float:
+        """Share of the weights that are not within 0.01 of a whole number."""
+        ...
+
+
+class SigmoidRounding:
+    """AdaRound: floor(W / s) + h(v), h a rectified sigmoid, at first the fractional part; a regulariser decides it."""
+
+    def __init__(self, steps: Tensor, settings: QuantizeSettings) -> None:
+        self.settings = settings
+        self.floor = torch.floor(steps)
+        self.trained = q.inverse_rectified_sigmoid((steps - self.floor).clamp(INITIAL_MARGIN, 1 - INITIAL_MARGIN))
+
+    def soft(self) -> Tensor:
+        return self.floor + q.rectified_sigmoid(self.trained)
+
+    def hard(self) -> Tensor:
+        return self.floor + (q.rectified_sigmoid(self.trained) >= 0.5).to(self.floor.dtype)
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """Nothing in the warm-up; then beta falls from start to end."""
+        settings = self.settings
+        if progress < settings.warmup:
+            return None
+        part = (progress - settings.warmup) / (1 - settings.warmup)
+        beta = settings.beta_start + (settings.beta_end - settings.beta_start) * part
+        return settings.regulariser * q.rounding_regulariser(q.rectified_sigmoid(self.trained), beta)
+
+    def undecided(self) -> float:
+        h = q.rectified_sigmoid(self.trained)
+        return float(((h > 0.01) & (h < 0.99)).float().mean())
+
+
+class OffsetRounding:
+    """round(W / s + V) with V in [-1/2, 1/2] trained straight through the rounding (SignRound, Cheng et al. 2024).
+
+    Training sees the rounded weight from the first step, so a few hundred steps are enough and nothing is undecided.
+    """
+
+    def __init__(self, steps: Tensor) -> None:
+        self.steps, self.trained = steps, torch.zeros_like(steps)
+
+    def soft(self) -> Tensor:
+        return q.round_straight_through(self.steps + self.trained.clamp(-0.5, 0.5))
+
+    def hard(self) -> Tensor:
+        return torch.round(self.steps + self.trained.clamp(-0.5, 0.5))
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+    def undecided(self) -> float:
+        return 0.0
+
+
 class QuantizedWeight:
     """A weight at `bits` bits per channel of `axis`: nearest rounding, until `learn` lets the rounding be trained.
 
-    Real value: s * (clip(floor(W / s0) + h(v) + z, low, high) - z), where s0 is the searched scale and the trained s
-    starts there (GENIE-M, Jeon et al. 2023); h is AdaRound's rectified sigmoid, at first the fractional part of W / s0.
+    Real value: s * (clip(rounded(W / s0) + z, low, high) - z), where s0 is the searched scale and the trained s starts
+    there (GENIE-M, Jeon et al. 2023).
     """
 
     def __init__(self, weight: Tensor, axis: int, bits: int, settings: QuantizeSettings) -> None:
@@ -26,63 +100,53 @@ class QuantizedWeight:
         scale, zero = q.search_range(rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps)
         self.scale = q.broadcast(scale, weight.dim(), axis)
         self.zero = q.broadcast(zero, weight.dim(), axis)
-        self.floor: Tensor | None = None
-        self.v: Tensor | None = None
+        self.rounding: Rounding | None = None
         self.log_growth = torch.zeros_like(self.scale)
 
     def learn(self) -> None:
         """Start training from nearest rounding."""
         steps = self.weight / self.scale
-        self.floor = torch.floor(steps)
-        self.v = q.inverse_rectified_sigmoid((steps - self.floor).clamp(INITIAL_MARGIN, 1 - INITIAL_MARGIN))
+        sigmoid = self.settings.rounding == "sigmoid"
+        self.rounding = SigmoidRounding(steps, self.settings) if sigmoid else OffsetRounding(steps)
 
     def groups(self) -> list[Group]:
-        if self.v is None:
+        if self.rounding is None:
             return []
-        groups = [Group([self.v], self.settings.rounding_rate)]
+        groups = [Group([self.rounding.trained], self.settings.rounding_rate, self.settings.rounding == "offset")]
         if self.settings.scale_rate:
             groups.append(Group([self.log_growth], self.settings.scale_rate, decay=True))
         return groups
 
     def penalty(self, progress: float) -> Tensor | None:
-        """The rounding regulariser: nothing in the warm-up, then beta falls and the weight ramps up."""
-        settings = self.settings
-        if self.v is None or progress < settings.warmup:
-            return None
-        part = (progress - settings.warmup) / (1 - settings.warmup)
-        beta = settings.beta_start + (settings.beta_end - settings.beta_start) * part
-        return settings.regulariser * q.rounding_regulariser(q.rectified_sigmoid(self.v), beta)
+        return None if self.rounding is None else self.rounding.penalty(progress)
 
     def tensor(self) -> Tensor:
-        scale = self.current_scale()
-        if self.v is None or self.floor is None:
-            return q.dequantize(self.integers(), scale, self.zero)
-        soft = torch.clamp(self.floor + q.rectified_sigmoid(self.v) + self.zero, self.low, self.high)
-        return q.dequantize(soft, scale, self.zero)
+        """The real weight: soft while it is trained."""
+        integers = self.integers() if self.rounding is None else self._clip(self.rounding.soft())
+        return q.dequantize(integers, self.current_scale(), self.zero)
 
     def current_scale(self) -> Tensor:
         return self.scale * torch.exp(self.log_growth)
 
     def integers(self) -> Tensor:
         """The integers that the file gets, in the weight's shape."""
-        if self.v is None or self.floor is None:
+        if self.rounding is None:
             return q.quantize(self.weight, self.scale, self.zero, self.low, self.high)
-        up = (q.rectified_sigmoid(self.v) >= 0.5).to(self.floor.dtype)
-        return torch.clamp(self.floor + up + self.zero, self.low, self.high)
+        return self._clip(self.rounding.hard())
+
+    def _clip(self, rounded: Tensor) -> Tensor:
+        return torch.clamp(rounded + self.zero, self.low, self.high)
 
     def undecided(self) -> float:
-        """Share of the weights whose rounding has not come to 0 or 1 (within 0.01)."""
-        if self.v is None:
-            return 0.0
-        h = q.rectified_sigmoid(self.v)
-        return float(((h > 0.01) & (h < 0.99)).float().mean())
+        """Share of the weights whose rounding training has not settled."""
+        return 0.0 if self.rounding is None else self.rounding.undecided()
 
     @torch.no_grad()
     def harden(self) -> None:
         """End of training: from here on `tensor` is what the file will say, to the last bit."""
         integers = self.integers()
         self.scale, self.log_growth = self.current_scale(), torch.zeros_like(self.scale)
-        self.weight, self.v, self.floor = q.dequantize(integers, self.scale, self.zero), None, None
+        self.weight, self.rounding = q.dequantize(integers, self.scale, self.zero), None
 
 
 class LearnedTensor:

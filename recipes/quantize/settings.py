@@ -28,6 +28,8 @@ class QuantizeSettings(Settings):
     least_batch: int = Field(default=8, ge=1)
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
+    rounding: Literal["sigmoid", "offset"] = "sigmoid"
+    """How rounding is learned: AdaRound's rectified sigmoid, or an offset trained straight through the rounding."""
     rounding_rate: float = Field(default=1e-2, ge=0)
     bias_rate: float = Field(default=0.0, ge=0)
     """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""

@@ -88,7 +88,7 @@ def _runs_smaller(module: TorchClassifier, scale: float) -> bool:
 
 
 def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -> tuple[list[Teacher], int]:
-    """The zoo, and the number of classes of its label space (that of the first model).
+    """Those of the models that contribute a loss term, and the number of classes of the first model's label space.
 
     Raises SynthesisError when no model has BatchNorm statistics and no label loss is asked for.
     """
@@ -110,9 +110,11 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 runs_smaller=smallest == 1 or _runs_smaller(module, smallest),
             )
         )
-    if not any(teacher.norms or teacher.labels for teacher in teachers):
-        raise SynthesisError("none of the models has BatchNorm statistics: add one exported with BatchNorm kept")
-    return teachers, classes[0]
+    teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
+    if not teaching:
+        names = ", ".join(str(module.classifier.path) for module in modules)
+        raise SynthesisError(f"{names}: no BatchNorm statistics to invert: add a model exported with BatchNorm kept")
+    return teaching, classes[0]
 
 
 def synthesize(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from recipes.settings import Effort, Settings, load_recipe
 
 PACKAGE = "recipes.synth"
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Edge = Annotated[float, Field(gt=0, le=1)]
 
 
 class Stage(Settings):
@@ -31,7 +35,7 @@ class SynthSettings(Settings):
     stages: tuple[Stage, ...] = Field(min_length=1)
     rate: float = Field(default=0.25, gt=0)
     """Learning rate of the images; it falls to zero along a cosine in each stage (seed, B.3)."""
-    betas: tuple[float, float] = (0.5, 0.5)
+    betas: tuple[Share, Share] = (0.5, 0.5)
     weight_rate: float = Field(default=1e-3, ge=0)
     """Learning rate of the loss weights alpha (seed, eq. 8); 0 fixes them at 1."""
     batchnorm: float = Field(default=1.0, ge=0)
@@ -46,7 +50,7 @@ class SynthSettings(Settings):
     """Factor of the mean square of the image, in normalised units."""
     mixing: Literal["none", "label", "all"] = "all"
     """What sees the mixed images: nothing, the label loss alone, or the statistics too (the paper)."""
-    box: tuple[float, float] = (0.1, 0.4)
+    box: tuple[Edge, Edge] = (0.1, 0.4)
     """Range of the mixing box's edge, as a share of height and width (seed, B.3)."""
     flip: bool = True
     shift: float = Field(default=0.0, ge=0, le=1)
@@ -56,16 +60,25 @@ class SynthSettings(Settings):
     models_per_step: int | None = Field(default=None, ge=1)
     """Draw this many of the models for each step; all of them when not given."""
 
+    @classmethod
+    def nested_keys(cls, _key: str) -> list[str]:
+        return list(Stage.model_fields)
+
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
     def with_steps(self, steps: int) -> SynthSettings:
-        """The same with `steps` in all, shared out over the stages as before (at least one each)."""
-        shares = [
-            stage.model_copy(update={"steps": max(1, round(steps * stage.steps / self.steps))}) for stage in self.stages
-        ]
-        return self.model_copy(update={"stages": tuple(shares)})
+        """The same with `steps` in all (at least one a stage), shared out over the stages as before."""
+        left = max(steps, len(self.stages))
+        stages = []
+        for index, stage in enumerate(self.stages):
+            behind = self.stages[index + 1 :]
+            share = round(left * stage.steps / sum(s.steps for s in (stage, *behind)))
+            count = min(max(1, share), left - len(behind))
+            stages.append(stage.model_copy(update={"steps": count}))
+            left -= count
+        return self.model_copy(update={"stages": tuple(stages)})
 
 
 def load_synth_recipe(

@@ -1,8 +1,8 @@
-"""Fixtures of the recipe tests: the embedded models in torch, and the embedded images."""
+"""Fixtures of the recipe tests: embedded models by name, and the embedded images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -13,26 +13,19 @@ from converters.torch_module import TorchClassifier, to_torch
 from recipes import zoo
 from recipes.images import ImageSet, load_images
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors run faster, and bit for bit alike, on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+torch.set_num_threads(1)  # small tensors run faster, and bit for bit alike, on one thread
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Callable[[str], Classifier]:
-    """Embedded classifiers by name, loaded once."""
+def classifier_of() -> Callable[[str], Classifier]:
+    """Embedded classifiers by name, each loaded once."""
     return cache(lambda name: load_classifier(zoo.model_path(name)))
 
 
 @pytest.fixture(scope="session")
-def torch_model(embedded: Callable[[str], Classifier]) -> Callable[[str], TorchClassifier]:
-    """Embedded classifiers by name as torch modules, converted once."""
-    return cache(lambda name: to_torch(embedded(name)))
+def module_of(classifier_of: Callable[[str], Classifier]) -> Callable[[str], TorchClassifier]:
+    """Embedded classifiers by name as torch modules, each converted once."""
+    return cache(lambda name: to_torch(classifier_of(name)))
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +35,7 @@ def calibration_images() -> ImageSet:
 
 
 @pytest.fixture(scope="session")
-def test_images() -> ImageSet:
+def judging_images() -> ImageSet:
     """500 labelled images to judge by."""
     return load_images(zoo.test_images_path(), 500)
 

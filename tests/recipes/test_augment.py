@@ -111,6 +111,14 @@ def test_gradient_reaches_every_pixel(channels: int, generator: torch.Generator)
     assert float((x.grad != 0).float().mean()) > 0.999
 
 
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_gradient_is_finite_for_gray_and_saturated_pixels(value: float, generator: torch.Generator) -> None:
+    x = torch.full((4, 3, 5, 5), value, requires_grad=True)
+    augment(x, settings(jitter=(0.2, 0.2, 0.2, 0.1)), generator).square().sum().backward()
+    assert x.grad is not None
+    assert bool(torch.isfinite(x.grad).all())
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_generator_decides(channels: int) -> None:
     x = pixels(channels=channels)

@@ -110,7 +110,9 @@ def test_mixed_cross_entropy_is_a_loop_over_samples(count: int, box: tuple[float
         surprise = -torch.log_softmax(logits[index].double(), 0)
         partner = int(mix.partner[index])
         total += (1 - share) * float(surprise[labels[index]]) + share * float(surprise[labels[partner]])
-    torch.testing.assert_close(mixed_cross_entropy(logits, labels, mix), torch.tensor(total / count), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        mixed_cross_entropy(logits, labels, mix), torch.tensor(total / count), rtol=1e-5, atol=1e-5
+    )
 
 
 @checked

@@ -116,7 +116,9 @@ def test_a_term_that_starts_at_zero_is_not_divided_by_zero() -> None:
     assert float(weights.combine({"a": torch.tensor(0.25)}, {})) == pytest.approx(1.25)
 
 
-def descend(loss: Callable[[Tensor], Tensor], pixels: Tensor, steps: int = 5, rate: float = 0.02) -> tuple[float, float]:
+def descend(
+    loss: Callable[[Tensor], Tensor], pixels: Tensor, steps: int = 5, rate: float = 0.02
+) -> tuple[float, float]:
     """The loss before and after a few steps, each of `rate` root mean square along the gradient."""
     before = float(loss(pixels))
     for _ in range(steps):
@@ -128,9 +130,9 @@ def descend(loss: Callable[[Tensor], Tensor], pixels: Tensor, steps: int = 5, ra
 
 @pytest.mark.parametrize("name", ["inverted", "plain", "residual"])
 def test_five_steps_lower_the_batchnorm_loss(
-    name: str, torch_model: Callable[[str], TorchClassifier], generator: torch.Generator
+    name: str, module_of: Callable[[str], TorchClassifier], generator: torch.Generator
 ) -> None:
-    module = torch_model(name)
+    module = module_of(name)
     norms = module.batchnorms()
     segment = module.segment([module.input_name], [norm.input for norm in norms])
 
@@ -144,9 +146,9 @@ def test_five_steps_lower_the_batchnorm_loss(
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", ["inverted", "residual"])
 def test_five_steps_lower_the_label_loss(
-    name: str, mixed: bool, torch_model: Callable[[str], TorchClassifier], generator: torch.Generator
+    name: str, mixed: bool, module_of: Callable[[str], TorchClassifier], generator: torch.Generator
 ) -> None:
-    module = torch_model(name)
+    module = module_of(name)
     labels = torch.arange(8)
     mix = draw_mix(8, (28, 28), (0.3, 0.5), generator)
 

@@ -53,7 +53,8 @@ def test_quantize_is_the_reference_to_the_last_bit(
     expected = ref_quantize(x, scale, zero, low, high)
     integers = q.quantize(tensor(x), tensor(scale), tensor(zero), low, high)
     np.testing.assert_array_equal(integers.numpy(), expected)
-    assert low <= integers.min() and integers.max() <= high
+    assert low <= integers.min()
+    assert integers.max() <= high
     real = q.dequantize(integers, tensor(scale), tensor(zero)).numpy()
     np.testing.assert_array_equal(real, (expected - zero) * scale)
     np.testing.assert_array_equal(q.fake_quantize(tensor(x), tensor(scale), tensor(zero), low, high).numpy(), real)
@@ -82,7 +83,8 @@ def test_affine_parameters_are_the_reference_and_hold_zero(x: Floats, limits: tu
     np.testing.assert_array_equal(scale.numpy(), expected_scale)
     np.testing.assert_array_equal(zero.numpy(), expected_zero)
     assert bool((scale > 0).all())
-    assert limits[0] <= zero.min() and zero.max() <= limits[1]
+    assert limits[0] <= zero.min()
+    assert zero.max() <= limits[1]
     assert bool((q.fake_quantize(torch.zeros(len(x)), scale, zero, *limits) == 0).all())
 
 
@@ -208,7 +210,10 @@ def onnx_quantize(x: Floats, scale: np.float32, zero: int, kind: int) -> tuple[N
         nodes,
         "pair",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])],
-        [helper.make_tensor_value_info("q", kind, [None]), helper.make_tensor_value_info("y", TensorProto.FLOAT, [None])],
+        [
+            helper.make_tensor_value_info("q", kind, [None]),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [None]),
+        ],
         parameters,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)

@@ -11,16 +11,26 @@ from torch import Tensor
 from recipes.quantize import primitives as q
 from recipes.quantize.quantizers import LearnedTensor, QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.reconstruct import DropMasks
 
-SETTINGS = QuantizeSettings(unit="block", range_steps=20, warmup=0.25, scale_rate=1e-3, activation_rate=1e-3)
+SIGMOID = QuantizeSettings(
+    unit="block", rounding="sigmoid", range_steps=20, warmup=0.25, scale_rate=1e-3, activation_rate=1e-3
+)
+OFFSET = SIGMOID.model_copy(update={"rounding": "offset"})
+BOTH = pytest.mark.parametrize("settings", [SIGMOID, OFFSET], ids=["sigmoid", "offset"])
 LAYOUTS = [((6, 4, 3, 3), 0), ((5, 8), 0), ((8, 5), 1)]  # Conv, Gemm transB=1, MatMul
 
 
-def make(shape: tuple[int, ...], axis: int, bits: int = 4, settings: QuantizeSettings = SETTINGS) -> QuantizedWeight:
+def make(shape: tuple[int, ...], axis: int, bits: int = 4, settings: QuantizeSettings = SIGMOID) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(shape, generator=generator)
     spread = torch.logspace(-1, 1, shape[axis])  # channels of very different size
     return QuantizedWeight(weight * q.broadcast(spread, len(shape), axis), axis, bits, settings)
+
+
+def trained(weight: QuantizedWeight) -> Tensor:
+    """What decides the rounding."""
+    return weight.groups()[0].tensors[0]
 
 
 def train(change: QuantizedWeight | QuantizedActivation, amount: float) -> None:
@@ -40,12 +50,13 @@ def test_before_learning_each_channel_is_rounded_to_nearest(shape: tuple[int, ..
     assert weight.scale.numel() == weight.zero.numel() == shape[axis]
     for channel in range(shape[axis]):
         row = weight.weight.select(axis, channel)
-        scale, zero = q.search_range(row.reshape(1, -1), low, high, norm=SETTINGS.range_norm, steps=20)
+        scale, zero = q.search_range(row.reshape(1, -1), low, high, norm=SIGMOID.range_norm, steps=20)
         grid = (torch.arange(low, high + 1) - zero) * scale
         error = (row[..., None] - grid).abs().amin(-1)
         actual = (weight.tensor().select(axis, channel) - row).abs()
         torch.testing.assert_close(actual, error, rtol=1e-4, atol=1e-5 * float(scale))
-    assert low <= weight.integers().min() and weight.integers().max() <= high
+    assert low <= weight.integers().min()
+    assert weight.integers().max() <= high
     assert weight.groups() == []
     assert weight.penalty(1.0) is None
 
@@ -63,8 +74,9 @@ def test_learning_starts_at_the_float_weight(shape: tuple[int, ...], axis: int) 
     torch.testing.assert_close(weight.tensor(), outside, rtol=0, atol=float(weight.scale.max()) * 2e-3)
 
 
-def test_learning_unchanged_gives_nearest_rounding() -> None:
-    weight = make((6, 4, 3, 3), 0)
+@BOTH
+def test_learning_unchanged_gives_nearest_rounding(settings: QuantizeSettings) -> None:
+    weight = make((6, 4, 3, 3), 0, 4, settings)
     nearest = weight.integers().clone()
     weight.learn()
     torch.testing.assert_close(weight.integers(), nearest, rtol=0, atol=0)  # no ties in random floats
@@ -72,8 +84,11 @@ def test_learning_unchanged_gives_nearest_rounding() -> None:
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_hardened_weights_are_their_integers(shape: tuple[int, ...], axis: int, bits: int) -> None:
-    weight = make(shape, axis, bits)
+@BOTH
+def test_hardened_weights_are_their_integers(
+    settings: QuantizeSettings, shape: tuple[int, ...], axis: int, bits: int
+) -> None:
+    weight = make(shape, axis, bits, settings)
     weight.learn()
     train(weight, 3.0)
     integers = weight.integers().clone()
@@ -83,13 +98,15 @@ def test_hardened_weights_are_their_integers(shape: tuple[int, ...], axis: int, 
     torch.testing.assert_close(weight.tensor(), (integers - weight.zero) * scale, rtol=0, atol=0)
     torch.testing.assert_close(weight.current_scale(), scale, rtol=0, atol=0)
     assert bool((integers == integers.round()).all())
-    assert -(2 ** (bits - 1)) <= integers.min() and integers.max() <= 2 ** (bits - 1) - 1
+    assert -(2 ** (bits - 1)) <= integers.min()
+    assert integers.max() <= 2 ** (bits - 1) - 1
     assert weight.undecided() == 0
     assert weight.groups() == []
 
 
-def test_training_can_move_a_weight_by_at_most_one_step() -> None:
-    weight = make((6, 4, 3, 3), 0, 8)
+@BOTH
+def test_training_can_move_a_weight_by_at_most_one_step(settings: QuantizeSettings) -> None:
+    weight = make((6, 4, 3, 3), 0, 8, settings)
     nearest = weight.integers().clone()
     weight.learn()
     train(weight, 20.0)
@@ -101,63 +118,71 @@ def test_training_can_move_a_weight_by_at_most_one_step() -> None:
 def test_undecided_counts_what_is_between_up_and_down() -> None:
     weight = make((5, 8), 0)
     weight.learn()
-    assert weight.v is not None
     assert weight.undecided() > 0.8
     half = torch.arange(40).view(5, 8) < 20
-    weight.v = torch.where(half, torch.tensor(9.0), torch.tensor(0.0))
+    trained(weight).copy_(torch.where(half, 9.0, 0.0))
     assert weight.undecided() == 0.5
 
 
 def test_penalty_sets_in_after_the_warm_up_and_falls_when_roundings_settle() -> None:
     weight = make((5, 8), 0)
     weight.learn()
-    assert weight.v is not None
     assert weight.penalty(0.0) is None
     assert weight.penalty(0.24) is None
     for progress in (0.25, 0.6, 0.99):
         penalty = weight.penalty(progress)
         assert penalty is not None
         assert float(penalty) > 0
-    weight.v = torch.where(weight.v > 0, torch.tensor(9.0), torch.tensor(-9.0))
+    trained(weight).copy_(torch.where(trained(weight) > 0, 9.0, -9.0))
     settled = weight.penalty(0.99)
     assert settled is not None
     assert float(settled) == 0
 
 
 def test_the_penalty_is_proportional_to_its_weight_and_its_gradient_settles_roundings() -> None:
-    single, double = (make((5, 8), 0, 4, SETTINGS.model_copy(update={"regulariser": r})) for r in (0.1, 0.2))
+    single, double = (make((5, 8), 0, 4, SIGMOID.model_copy(update={"regulariser": r})) for r in (0.1, 0.2))
     for weight in (single, double):
         weight.learn()
-    assert single.v is not None
-    single.v.requires_grad_(True)
+    v = trained(single).requires_grad_(True)
     first, second = single.penalty(0.9), double.penalty(0.9)
     assert first is not None
     assert second is not None
     assert float(second) == pytest.approx(2 * float(first), rel=1e-5)
     first.backward()
-    assert single.v.grad is not None
-    moving = single.v.grad.abs() > 1e-9
-    away = torch.sign(-single.v.grad) == torch.sign(single.v.detach())  # v > 0 is h > 1/2: up
+    assert v.grad is not None
+    moving = v.grad.abs() > 1e-9
+    away = torch.sign(-v.grad) == torch.sign(v.detach())  # v > 0 is h > 1/2: up
     assert bool(away[moving].all())
     assert float(moving.float().mean()) > 0.5
 
 
-@pytest.mark.parametrize("name", ["v", "log_growth"])
-def test_gradients_reach_roundings_and_scales_of_a_weight(name: str) -> None:
-    weight = make((6, 4, 3, 3), 0)
+@BOTH
+def test_gradients_reach_roundings_and_scales_of_a_weight(settings: QuantizeSettings) -> None:
+    weight = make((6, 4, 3, 3), 0, 4, settings)
     weight.learn()
-    tensor: Tensor = getattr(weight, name)
-    tensor.requires_grad_(True)
+    tensors = [tensor.requires_grad_(True) for group in weight.groups() for tensor in group.tensors]
+    assert [tensor.numel() for tensor in tensors] == [6 * 4 * 9, 6]
     weight.tensor().square().sum().backward()
-    assert tensor.grad is not None
-    assert float((tensor.grad != 0).float().mean()) > 0.5
-    assert any(part is tensor for group in weight.groups() for part in group.tensors)
+    for tensor in tensors:
+        assert tensor.grad is not None
+        assert float((tensor.grad != 0).float().mean()) > 0.5
+
+
+def test_an_offset_is_rounded_from_the_first_step() -> None:
+    weight = make((6, 4, 3, 3), 0, 4, OFFSET)
+    nearest = weight.tensor().clone()
+    weight.learn()
+    torch.testing.assert_close(weight.tensor(), nearest, rtol=1e-6, atol=1e-6)
+    train(weight, 0.3)
+    torch.testing.assert_close(weight.tensor(), (weight.integers() - weight.zero) * weight.current_scale())
+    assert weight.undecided() == 0
+    assert weight.penalty(0.9) is None
 
 
 def test_rates_of_zero_train_nothing_more() -> None:
-    weight = make((5, 8), 0, 4, SETTINGS.model_copy(update={"scale_rate": 0.0}))
+    weight = make((5, 8), 0, 4, SIGMOID.model_copy(update={"scale_rate": 0.0}))
     weight.learn()
-    assert [tensor for group in weight.groups() for tensor in group.tensors] == [weight.v]
+    assert [tensor.shape for group in weight.groups() for tensor in group.tensors] == [(5, 8)]
     bias = torch.tensor([1.0, 2.0])
     assert LearnedTensor(bias, 0.0).groups() == []
     learned = LearnedTensor(bias, 0.1)
@@ -169,7 +194,7 @@ def test_rates_of_zero_train_nothing_more() -> None:
 @pytest.fixture
 def activation() -> QuantizedActivation:
     sample = torch.randn(4000, generator=torch.Generator().manual_seed(5)).clamp(min=0) * 3
-    return QuantizedActivation(sample, 4, SETTINGS)
+    return QuantizedActivation(sample, 4, SIGMOID)
 
 
 def test_activation_takes_at_most_two_to_the_bits_values_zero_among_them(activation: QuantizedActivation) -> None:
@@ -198,23 +223,23 @@ def test_gradient_reaches_the_step_and_passes_through_inside_the_range(activatio
 def test_growth_of_the_step_is_kept_when_hardened(activation: QuantizedActivation) -> None:
     before = float(activation.scale)
     activation.log_growth = torch.tensor(math.log(1.5))
-    activation.drop = 0.5
+    activation.drop = DropMasks(0.5, torch.Generator().manual_seed(0))
     soft_scale = before * 1.5
     activation.harden()
     assert float(activation.scale) == pytest.approx(soft_scale)
-    assert activation.drop == 0
+    assert activation.drop is None
     x = torch.linspace(-5, 5, 101)
     torch.testing.assert_close(activation(x), q.fake_quantize(x, activation.scale, activation.zero, 0, 15))
 
 
 def test_dropping_everything_leaves_the_value_alone(activation: QuantizedActivation) -> None:
-    activation.drop, activation.generator = 1.0, torch.Generator().manual_seed(0)
+    activation.drop = DropMasks(1.0, torch.Generator().manual_seed(0))
     x = torch.linspace(-5, 5, 101)
     assert torch.equal(activation(x), x)
 
 
 def test_dropping_leaves_about_that_share_alone(activation: QuantizedActivation) -> None:
-    activation.drop, activation.generator = 0.3, torch.Generator().manual_seed(0)
+    activation.drop = DropMasks(0.3, torch.Generator().manual_seed(0))
     x = torch.rand(20_000, generator=torch.Generator().manual_seed(1)) * 5 + 0.01
     out = activation(x)
     left = out == x

@@ -1,0 +1,202 @@
+"""Each pass says truly whether it changed the graph, and changes nothing that onnxruntime computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from converters import passes
+from converters.errors import ModelError
+from converters.load import Classifier
+from converters.writeback import prepare_for_quantization
+from tests import models
+from tests.converters import oracle
+
+ROUNDING = 1e-5  # of the largest magnitude: a folded weight is rounded to float32 once more
+
+
+def noise(classifier: Classifier) -> models.Floats:
+    return models.random(2, classifier.spec.channel_count, *classifier.spec.size, seed=3)
+
+
+def names(model: ir.Model) -> set[str]:
+    return {str(value.name) for node in model.graph for value in node.outputs}
+
+
+def test_normalise_keeps_outputs_and_names(embedded: Classifier) -> None:
+    """To the bit; and every initializer and value that is left has the name that it has in the file."""
+    x = noise(embedded)
+    np.testing.assert_array_equal(oracle.run(embedded.normal, x), oracle.run(embedded.original, x))
+    assert names(embedded.normal) <= names(embedded.original)
+    constants = {
+        str(v.name) for n in embedded.original.graph for v in n.outputs if n.op_type in ("Constant", "Identity")
+    }
+    weights = {str(n.inputs[1].name) for n in embedded.normal.graph if n.op_type in passes.LAYERS and n.inputs[1]}
+    assert weights <= set(embedded.original.graph.initializers) | constants
+
+
+def test_normalise_has_nothing_left_to_do(embedded: Classifier) -> None:
+    assert passes.normalise(embedded.normal.clone()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (models.conv(), []),
+        (models.fixed_batch(), ["open batch"]),
+        (models.hidden_weight("Constant"), ["constants are initializers"]),
+        (models.shared_weight(), ["one initializer a layer"]),
+    ],
+)
+def test_passes_say_what_they_changed(model: onnx.ModelProto, expected: list[str]) -> None:
+    graph = ir.from_proto(model)
+    assert passes.normalise(graph) == expected
+    x = models.images(1)
+    np.testing.assert_array_equal(oracle.run(graph, x), oracle.run(model, x))
+
+
+def test_fixed_batch_is_opened() -> None:
+    model, x = ir.from_proto(models.fixed_batch()), models.images(3)
+    assert passes.open_batch(model) is True
+    expected = np.concatenate([oracle.run(models.fixed_batch(), row[None]) for row in x])
+    oracle.assert_close(oracle.run(model, x), expected, 1e-6)
+    assert [str(value.shape[0]) for value in (*model.graph.inputs, *model.graph.outputs) if value.shape] == [
+        "batch"
+    ] * 2
+    assert passes.open_batch(model) is False
+
+
+def test_initializers_that_are_inputs_too() -> None:
+    """IR version 3 lists every weight among the inputs."""
+    proto, x = models.conv(), models.images()
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in proto.graph.initializer
+    )
+    model = ir.from_proto(proto)
+    assert "initializers are not inputs" in passes.normalise(model)
+    assert [value.name for value in model.graph.inputs] == ["image"]
+    np.testing.assert_array_equal(oracle.run(model, x), oracle.run(proto, x))
+
+
+def batch_size_reshape(rows: int, target: list[int], opset: int = 17) -> onnx.ModelProto:
+    """The image in rows of `rows` pixels, then a Reshape to [batch size, *target], the size read off the image."""
+    nodes = [
+        models.node("Reshape", "image rows", "table"),
+        models.node("Shape", "image", "shape"),
+        models.node("Gather", "shape zero", "batch_size", axis=0),
+        models.node("Unsqueeze", "batch_size axes", "size"),
+        models.node("Concat", "size rest", "target", axis=0),
+        models.node("Reshape", "table target", "square"),
+        models.node("Flatten", "square", "flat"),
+        models.node("Gemm", "flat fc.weight", "logits", transB=1),
+    ]
+    numbers = {"rows": [-1, rows], "zero": 0, "axes": [0], "rest": target}
+    tensors = {name: np.array(value, np.int64) for name, value in numbers.items()}
+    return models.assemble(nodes, {**tensors, "fc.weight": models.weights(5, models.PIXELS)}, opset=opset)
+
+
+@pytest.mark.parametrize("rows", [models.PIXELS, models.SIDE], ids=["a row an image", "many rows an image"])
+@pytest.mark.parametrize("target", [[models.PIXELS], [-1], [24, 8]], ids=str)
+def test_batch_size_in_a_reshape(rows: int, target: list[int]) -> None:
+    """Whatever the first dimension of the value that is reshaped: windowed attention folds windows into it."""
+    proto, x = batch_size_reshape(rows, target), models.images(3)
+    model = ir.from_proto(proto)
+    passes.normalise(model)
+    np.testing.assert_array_equal(oracle.run(model, x), oracle.run(proto, x))
+
+
+def test_batch_size_is_kept_out_of_the_data_flow() -> None:
+    model = ir.from_proto(batch_size_reshape(models.PIXELS, [24, 8]))
+    assert "keep batch in reshape" in passes.normalise(model)
+    assert [node.op_type for node in model.graph] == ["Reshape", "Reshape", "Flatten", "Gemm"]
+
+
+def test_tidy(embedded: Classifier) -> None:
+    """What it drops nobody computes with; what has a name outside keeps it."""
+    model = embedded.original.clone()
+    model.graph.node(0).doc_string = "File somewhere.py, line 1"
+    assert passes.tidy(model) is True
+    before, after = embedded.original, model
+    x = noise(embedded)
+    np.testing.assert_array_equal(oracle.run(after, x), oracle.run(before, x))
+    assert after.metadata_props == before.metadata_props
+    proto = [ir.to_proto(each).graph for each in (before, after)]
+    assert proto[0].input == proto[1].input
+    assert proto[0].output == proto[1].output
+    assert not {info.name for info in proto[1].value_info} & names(after)
+    assert not any(node.doc_string for node in proto[1].node)
+    assert passes.tidy(model) is False
+
+
+def test_unshare_weights() -> None:
+    proto, x = models.shared_weight(), models.images()
+    model = ir.from_proto(proto)
+    assert passes.unshare_weights(model) is True
+    first, second = (n.inputs[1] for n in model.graph if n.outputs[0].name in ("first", "second"))
+    assert first is not None
+    assert second is not None
+    assert (first.name, second.name) == ("square", "square.1")
+    np.testing.assert_array_equal(passes.to_numpy(first), passes.to_numpy(second))
+    np.testing.assert_array_equal(oracle.run(model, x), oracle.run(proto, x))
+    assert passes.unshare_weights(model) is False
+
+
+def test_raise_opset_of_embedded_models(embedded: Classifier) -> None:
+    model = embedded.original.clone()
+    assert passes.raise_opset(model, 21, "model.onnx") is True
+    model.ir_version = 10
+    assert model.opset_imports[""] == 21
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    x = noise(embedded)
+    oracle.assert_close(oracle.run(model, x), oracle.run(embedded.original, x), 1e-6)
+    assert model.metadata_props == embedded.original.metadata_props
+    assert set(embedded.original.graph.initializers) <= set(model.graph.initializers)
+    assert passes.raise_opset(model, 21, "model.onnx") is False
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+def test_raise_opset_from_far_below(opset: int) -> None:
+    proto, x = models.conv(opset=opset, pads=[1, 1, 1, 1]), models.images()
+    model = ir.from_proto(proto)
+    passes.raise_opset(model, 21, "model.onnx")
+    model.ir_version = 10
+    oracle.assert_close(oracle.run(model, x), oracle.run(proto, x), 1e-6)
+
+
+def test_raise_opset_that_cannot() -> None:
+    with pytest.raises(ModelError, match=r"model\.onnx: cannot be raised to opset 99.*: export it at that opset"):
+        passes.raise_opset(ir.from_proto(models.conv()), 99, "model.onnx")
+
+
+@pytest.mark.parametrize(("four_bit", "opset", "ir_version"), [(True, 21, 10), (False, 17, 8)])
+def test_prepare_for_quantization(embedded: Classifier, four_bit: bool, opset: int, ir_version: int) -> None:
+    """BatchNorm is folded, the opset is as high as it needs to be, and the rest is as it was."""
+    ready = prepare_for_quantization(embedded, four_bit=four_bit)
+    assert ready.original.opset_imports[""] == max(opset, embedded.opset)
+    assert (ready.original.ir_version or 0) >= ir_version
+    assert (ready.spec, ready.sha256, ready.path) == (embedded.spec, embedded.sha256, embedded.path)
+    assert ready.original.metadata_props == embedded.original.metadata_props
+    x = noise(embedded)
+    oracle.assert_close(oracle.run(ready.original, x), oracle.run(embedded.original, x), ROUNDING)
+    oracle.assert_close(oracle.run(ready.normal, x), oracle.run(embedded.original, x), ROUNDING)
+
+
+def test_unused_name() -> None:
+    graph = ir.from_proto(models.conv()).graph
+    assert passes.unused_name(graph, "new") == "new"
+    for taken in ("image", "conv.weight", "features"):
+        assert passes.unused_name(graph, taken) == f"{taken}.1"
+
+
+def test_constant_behind() -> None:
+    hidden = ir.from_proto(models.hidden_weight()).graph
+    conv = hidden.node("features/Conv")
+    found = passes.constant_behind(conv.inputs[1])
+    assert found is not None
+    assert found.name == "conv.weight"
+    assert passes.constant_behind(conv.inputs[0]) is None
+    assert passes.constant_behind(conv.outputs[0]) is None
+    with pytest.raises(ValueError, match="features is not constant"):
+        passes.to_numpy(conv.outputs[0])

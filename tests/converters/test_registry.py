@@ -1,0 +1,159 @@
+"""The operator table: what it admits, what it falls back to, and the gradients of its entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx2torch.node_converters.registry import get_converter
+from onnx2torch.onnx_graph import OnnxGraph
+
+from converters.errors import UnsupportedOperatorError
+from converters.ops import registry
+from tests import models
+
+
+def find(model: onnx.ModelProto, opset: int) -> registry.Operator:
+    """The operator of a model's first node."""
+    graph = OnnxGraph(model.graph)
+    return registry.find(next(iter(graph.nodes.values())), graph, opset)
+
+
+def test_an_entry_that_exists_is_not_replaced() -> None:
+    before = dict(registry._TABLE)
+    with pytest.raises(ValueError, match="Conv"):
+        registry.operator("Conv", 11)(lambda _: lambda x: x)
+    assert before == registry._TABLE
+
+
+@pytest.mark.parametrize(("name", "domain", "version"), [(name, d, version) for d, name, version in registry._TABLE])
+def test_versions_of_the_table_exist(name: str, domain: str, version: int) -> None:
+    assert onnx.defs.get_schema(name, max_inclusive_version=version, domain=domain).since_version == version
+
+
+@pytest.mark.parametrize(("name", "version"), registry.SAME_SINCE)
+def test_same_since_names_what_exists(name: str, version: int) -> None:
+    """The newer version exists in onnx, the older one too, and onnx2torch has it."""
+    older = registry.SAME_SINCE[name, version]
+    assert older < version
+    for wanted in (version, older):
+        assert onnx.defs.get_schema(name, max_inclusive_version=wanted).since_version == wanted
+    assert callable(get_converter(name, older))
+
+
+@pytest.mark.parametrize(("name", "version"), registry.SAME_SINCE)
+def test_same_since_changed_types_only(name: str, version: int) -> None:
+    """Same operands, outputs and attributes as the version that it is taken for."""
+    newer = onnx.defs.get_schema(name, max_inclusive_version=version)
+    older = onnx.defs.get_schema(name, max_inclusive_version=registry.SAME_SINCE[name, version])
+    for schema in (newer, older):
+        assert schema.deprecated is False
+    assert [x.name for x in newer.inputs] == [x.name for x in older.inputs]
+    assert [x.name for x in newer.outputs] == [x.name for x in older.outputs]
+    assert set(newer.attributes) == set(older.attributes)
+
+
+@pytest.mark.parametrize(
+    ("name", "opset", "version"), [("Conv", 11, 11), ("Conv", 22, 22), ("Relu", 13, 13), ("ReduceMean", 17, 13)]
+)
+def test_since_version(name: str, opset: int, version: int) -> None:
+    assert registry.since_version(name, opset) == version
+
+
+def test_since_version_of_a_stranger() -> None:
+    assert registry.since_version("Frobnicate", 3, "com.example") == 3
+
+
+def test_unknown_operator_is_named() -> None:
+    with pytest.raises(UnsupportedOperatorError) as caught:
+        find(models.unknown_operator(), 1)
+    message = str(caught.value)
+    assert "frob/Frobnicate" in message
+    assert "com.example.Frobnicate" in message
+    assert "opset 1" in message
+    assert "\n" not in message
+    assert message.endswith("export the model without it")
+
+
+def test_own_table_comes_first() -> None:
+    """onnx2torch has Conv-11 as well, as a module that holds its weight."""
+    assert callable(get_converter("Conv", 11))
+    assert find(models.conv(), 17).module is None
+
+
+def test_operand_left_out_in_the_middle() -> None:
+    """onnx2torch takes operands by keyword then: Resize without `roi`."""
+    scales = np.array([1, 1, 2, 2], np.float32)
+    resize = models.node("Resize", "image - scales", "large", mode="nearest")
+    x = torch.rand(1, 3, 4, 4)
+    found = find(models.assemble([resize], {"scales": scales}, outputs={"large": ("batch", 3, 16, 16)}), 13)
+    values = {"": None, "image": x, "scales": torch.from_numpy(scales)}
+    enlarged = found.body(*[values[name] for name in found.inputs])
+    torch.testing.assert_close(enlarged, x.repeat_interleave(2, 2).repeat_interleave(2, 3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("opset", [9, 11, 17, 18, 19, 20, 21, 22, 25])
+@pytest.mark.parametrize("op", ["AveragePool", "MaxPool"])
+def test_pooling_at_every_opset(op: str, opset: int) -> None:
+    pool = models.node(op, "image", "pool", kernel_shape=[2, 2], strides=[2, 2])
+    x = torch.rand(1, 3, 8, 8)
+    found = find(models.assemble([pool], outputs={"pool": ("batch", 3, 4, 4)}, opset=opset), opset)
+    quarters = x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    expected = quarters.mean(-1) if op == "AveragePool" else quarters.amax(-1)
+    torch.testing.assert_close(found.body(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(models.random(*shape, seed=seed).astype(np.float64)).requires_grad_()
+
+
+SMOOTH_CASES: dict[str, tuple[str, int, dict[str, Any], list[Any]]] = {
+    "Conv": ("Conv", 11, {"pads": [0, 1, 2, 1], "group": 2}, [(1, 4, 4, 4), (4, 2, 2, 2), (4,)]),
+    "Conv SAME": ("Conv", 11, {"auto_pad": "SAME_LOWER", "strides": [2, 2]}, [(1, 1, 4, 4), (2, 1, 3, 3)]),
+    "Gemm": ("Gemm", 13, {"alpha": 0.5, "beta": 2.0, "transB": 1}, [(2, 3), (4, 3), (4,)]),
+    "Gemm without C": ("Gemm", 13, {"alpha": 0.5, "transA": 1}, [(3, 2), (3, 4)]),
+    "ReduceMean": ("ReduceMean", 18, {}, [(2, 3, 4), ints(-1)]),
+    "ReduceMax": ("ReduceMax", 18, {}, [(2, 3, 4), ints(1)]),
+    "ReduceMin": ("ReduceMin", 18, {"keepdims": 0}, [(2, 3, 4), ints(1)]),
+    "ReduceL1": ("ReduceL1", 18, {}, [(2, 3, 4), ints(1, 2)]),
+    "ReduceL2": ("ReduceL2", 18, {}, [(2, 3, 4)]),
+    "ReduceSumSquare": ("ReduceSumSquare", 18, {}, [(2, 3, 4), ints(0)]),
+    "Pad": ("Pad", 18, {}, [(1, 2, 3, 3), ints(0, 1, 1, 2, 0, 0, 2, 1)]),
+    "Pad reflect": ("Pad", 18, {"mode": "reflect"}, [(1, 2, 3, 3), ints(1, 1, 2, 0), None, ints(2, 3)]),
+    "Split": ("Split", 18, {"num_outputs": 2}, [(5, 2)]),
+    "Reshape": ("Reshape", 14, {}, [(2, 6), ints(0, 2, 3)]),
+    "Gelu": ("Gelu", 20, {}, [(2, 3)]),
+    "Gelu tanh": ("Gelu", 20, {"approximate": "tanh"}, [(2, 3)]),
+    "GlobalMaxPool": ("GlobalMaxPool", 22, {}, [(2, 3, 2, 2)]),
+}
+
+
+@pytest.mark.parametrize("case", SMOOTH_CASES)
+def test_gradients(case: str) -> None:
+    """In the table a shape stands for random numbers, whose gradient is checked; a tensor for itself."""
+    op, version, attributes, shapes = SMOOTH_CASES[case]
+    function = registry._TABLE["", op, version](attributes)
+    operands = [doubles(*s, seed=i) if isinstance(s, tuple) else s for i, s in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, operands)
+
+
+def test_gradients_of_batch_normalization() -> None:
+    function = registry._TABLE["", "BatchNormalization", 15]({"epsilon": 1e-3})
+    operands = [doubles(2, 3, 2, 2), doubles(3, seed=1), doubles(3, seed=2), doubles(3, seed=3).detach()]
+    variance = doubles(3, seed=4).detach() ** 2 + 0.1
+    assert torch.autograd.gradcheck(function, [*operands, variance])
+
+
+def test_gradients_of_clip() -> None:
+    """Between the bounds 1, outside 0."""
+    x = torch.tensor([-2.0, -0.3, 0.4, 3.0], requires_grad=True)
+    registry._TABLE["", "Clip", 13]({})(x, torch.tensor(-1.0), torch.tensor(1.0)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 0]

@@ -1,0 +1,193 @@
+"""The image store: what it refuses, what it writes, and that a stopped run loses nothing finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from converters.errors import OutputError
+from recipes.image_store import ImageStore
+from recipes.images import from_bytes, load_images, to_bytes
+
+IDENTITY = {"models": ["a"], "seed": 0, "size": (6, 5)}
+
+
+def images(seed: int, count: int = 3, channels: int = 1) -> Tensor:
+    return torch.rand(count, channels, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def begin(directory: Path, *, resume: bool = False, overwrite: bool = False, **identity: Any) -> ImageStore:
+    return ImageStore(directory, IDENTITY | identity, resume=resume, overwrite=overwrite)
+
+
+def add(store: ImageStore, index: int, channels: int = 1) -> None:
+    store.add(index, 100 + index, images(index, channels=channels), torch.tensor([4, 0, 4]), {"losses": {"a": 1.5}})
+
+
+def read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    rows = [json.loads(line) for line in (directory / "metadata.jsonl").read_text().splitlines()]
+    return json.loads((directory / "manifest.json").read_text()), rows
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def test_shards_become_files_rows_and_records(tmp_path: Path) -> None:
+    store = begin(tmp_path / "set")
+    add(store, 0)
+    manifest, rows = read(tmp_path / "set")
+    assert not manifest["finished"]
+    assert manifest["identity"] == IDENTITY | {"size": [6, 5]}
+    assert [row["label"] for row in rows] == [4, 0, 4]
+    assert all((row["shard"], row["seed"]) == (0, 100) for row in rows)
+    assert [Path(row["file_name"]).parent.name for row in rows] == ["00004", "00000", "00004"]
+    assert {f"images/{f.parent.name}/{f.name}" for f in tmp_path.rglob("*.png")} == {row["file_name"] for row in rows}
+    (shard,) = manifest["shards"]
+    assert (shard["index"], shard["seed"], shard["images"], shard["losses"]) == (0, 100, 3, {"a": 1.5})
+    read_back = load_images(tmp_path / "set")
+    assert torch.equal(read_back.pixels, from_bytes(to_bytes(images(0))))
+    assert read_back.label_kind == "targets"
+
+
+def test_the_checksum_is_that_of_the_files_on_disk(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0)
+    add(store, 1)
+    manifest, rows = read(tmp_path)
+    for shard in manifest["shards"]:
+        names = sorted(row["file_name"] for row in rows if row["shard"] == shard["index"])
+        lines = "".join(f"{n} {hashlib.sha256((tmp_path / n).read_bytes()).hexdigest()}\n" for n in names)
+        assert shard["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_records_are_sorted_whatever_the_order_of_the_shards(tmp_path: Path) -> None:
+    for name, order in (("up", [0, 1, 2]), ("down", [2, 0, 1])):
+        store = begin(tmp_path / name)
+        for index in order:
+            add(store, index)
+        store.finish(images(0), {})
+    assert snapshot(tmp_path / "up") == snapshot(tmp_path / "down")
+    manifest, rows = read(tmp_path / "up")
+    assert [shard["index"] for shard in manifest["shards"]] == [0, 1, 2]
+    assert [row["shard"] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_finish_closes_the_manifest_and_draws_a_preview(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0)
+    store.finish(images(0), {"losses": {"a": 1.5}})
+    manifest, _ = read(tmp_path)
+    assert manifest["finished"]
+    assert manifest["losses"] == {"a": 1.5}
+    assert (tmp_path / "preview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_four_channels_are_stored_as_arrays(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0, channels=4)
+    store.finish(images(0, channels=4), {})
+    _, rows = read(tmp_path)
+    assert all(row["file_name"].endswith(".npy") for row in rows)
+    assert torch.equal(load_images(tmp_path).pixels, from_bytes(to_bytes(images(0, channels=4))))
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=str(tmp_path)):
+            begin(tmp_path, overwrite=overwrite)  # force clears only what synth wrote
+    with pytest.raises(OutputError, match=str(tmp_path)):
+        begin(tmp_path, resume=True)
+    assert snapshot(tmp_path) == {"letter.txt": b"dear"}
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_file_in_the_way_is_refused_and_left_alone(how: dict[str, bool], tmp_path: Path) -> None:
+    (tmp_path / "set").write_text("dear")
+    with pytest.raises(OutputError, match="set"):
+        begin(tmp_path / "set", **how)
+    assert (tmp_path / "set").read_text() == "dear"
+
+
+def test_an_earlier_set_is_replaced_only_when_forced(tmp_path: Path) -> None:
+    add(begin(tmp_path), 5)
+    (tmp_path / "letter.txt").write_text("dear")
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match="--force"):
+        begin(tmp_path)
+    assert snapshot(tmp_path) == before
+    add(begin(tmp_path, overwrite=True, seed=1), 0)
+    manifest, rows = read(tmp_path)
+    assert manifest["identity"]["seed"] == 1
+    assert [shard["index"] for shard in manifest["shards"]] == [0]
+    assert {path for path in snapshot(tmp_path) if path.startswith("images")} == {row["file_name"] for row in rows}
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_resume_goes_on_with_the_finished_shards(tmp_path: Path) -> None:
+    store = begin(tmp_path / "whole")
+    add(store, 0)
+    add(store, 1)
+    add(begin(tmp_path / "halves"), 0)
+    resumed = begin(tmp_path / "halves", resume=True)
+    assert resumed.finished_shards == {0}
+    add(resumed, 1)
+    assert snapshot(tmp_path / "halves") == snapshot(tmp_path / "whole")
+
+
+def test_resume_of_nothing_begins(tmp_path: Path) -> None:
+    assert begin(tmp_path / "new", resume=True).finished_shards == set()
+    (tmp_path / "empty").mkdir()
+    assert begin(tmp_path / "empty", resume=True).finished_shards == set()
+
+
+def test_resume_of_another_run_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match=str(tmp_path)):
+        begin(tmp_path, resume=True, seed=1)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "list", "no shards", "binary"])
+def test_resume_from_a_damaged_manifest_is_refused(damage: str, tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    content = {
+        "cut": path.read_bytes()[:40],
+        "list": b"[]",
+        "no shards": json.dumps({"identity": manifest["identity"]}).encode(),
+        "binary": b"\xff\xfe\x00",
+    }[damage]
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match=str(tmp_path)):
+        _ = begin(tmp_path, resume=True).finished_shards
+
+
+def test_a_stop_between_metadata_and_manifest_lists_no_image_twice(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0)
+    before = (tmp_path / "manifest.json").read_bytes()
+    add(store, 1)
+    (tmp_path / "manifest.json").write_bytes(before)  # the metadata is written first
+    resumed = begin(tmp_path, resume=True)
+    assert resumed.finished_shards == {0}
+    add(resumed, 1)
+    _, rows = read(tmp_path)
+    names = [row["file_name"] for row in rows]
+    assert len(names) == len(set(names)) == 6
+
+
+def test_a_stop_while_a_resumed_run_begins_loses_no_shard(tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    (tmp_path / "metadata.jsonl").write_bytes(b"")  # what beginning writes before the records
+    resumed = begin(tmp_path, resume=True)
+    assert {row["shard"] for row in resumed.rows} == resumed.finished_shards

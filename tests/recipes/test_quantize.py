@@ -1,0 +1,271 @@
+"""Quantization end to end on the embedded models: what is written is what was meant, and reconstruction pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from converters import writeback
+from converters.load import Classifier, load_classifier
+from converters.runtime import Session
+from converters.torch_module import to_torch
+from recipes.images import ImageSet
+from recipes.quantize import primitives as q
+from recipes.quantize.engine import Quantization, quantize
+from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.settings import load_recipe
+from recipes.validate import FUSION_SHARE
+from tests import models
+
+METHODS = ["nearest", "adaround", "brecq", "qdrop"]
+WIDTHS = [(4, None), (2, None), (4, 8), (4, 4)]
+Classifiers = Callable[[str], Classifier]
+Quantizer = Callable[..., Quantization]
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def recipe(method: str, steps: int = 6, **changes: object) -> QuantizeSettings:
+    """A shipped recipe with a budget for tests."""
+    settings = load_recipe(QuantizeSettings, PACKAGE, method)
+    steps = steps if settings.unit != "none" else 0
+    return settings.model_copy(update={"steps": steps, "batch": 16, "range_steps": 20, **changes})
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    tmp_path_factory: pytest.TempPathFactory, classifier_of: Classifiers, calibration_images: ImageSet
+) -> Quantizer:
+    """Quantizations of embedded models on 32 images, each made once."""
+    folder = tmp_path_factory.mktemp("quantized")
+
+    @cache
+    def make(model: str, method: str, bits: int, act_bits: int | None, steps: int) -> Quantization:
+        output = folder / f"{model}.{method}.{bits}.{act_bits}.{steps}.onnx"
+        return quantize(classifier_of(model), calibration_images, output, recipe(method, steps), bits, act_bits)
+
+    def ask(model: str, method: str, bits: int, act_bits: int | None = None, steps: int = 6) -> Quantization:
+        return make(model, method, bits, act_bits, steps)
+
+    return ask
+
+
+class Written:
+    """A quantized file, taken apart without the product's help."""
+
+    def __init__(self, path: Path) -> None:
+        graph = onnx.load(path).graph
+        self.kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        self.arrays: Arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        self.reader = {name: node for node in graph.node for name in node.input}
+        self.dequantized = [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in self.arrays]
+        self.quantized = [n for n in graph.node if n.op_type == "QuantizeLinear"]
+        clips = [n for n in graph.node if n.op_type == "Clip" and all(name in self.arrays for name in n.input[1:])]
+        self.clips = {node.output[0]: node for node in clips}
+
+    def integers(self, output: str) -> tuple[NDArray[np.generic], int]:
+        """The stored weight of the layer that writes `output`, and its data type."""
+        node = next(node for node in self.dequantized if self.reader[node.output[0]].output[0] == output)
+        return self.arrays[node.input[0]].astype(np.int32), self.kinds[node.input[0]]
+
+    def weight(self, output: str) -> torch.Tensor:
+        node = next(node for node in self.dequantized if self.reader[node.output[0]].output[0] == output)
+        integers, scale, zero = (self.arrays[name].astype(np.float32) for name in node.input)
+        axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+        shape = [-1 if index == axis else 1 for index in range(integers.ndim)]
+        return torch.from_numpy((integers - zero.reshape(shape)) * scale.reshape(shape))
+
+    def activations(self) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+        """Scale, zero point and bits by the name of the quantized value.
+
+        The bits are those of the type, or those that a Clip to constants before QuantizeLinear leaves of it.
+        """
+        found = {}
+        for node in self.quantized:
+            scale, zero = (self.arrays[name].astype(np.float32) for name in node.input[1:3])
+            value, bits = node.input[0], {TensorProto.UINT8: 8, TensorProto.UINT4: 4}[self.kinds[node.input[2]]]
+            if value in self.clips:
+                low, high = (float(self.arrays[name]) for name in self.clips[value].input[1:3])
+                if round(low / float(scale)) == -int(zero) and (high - low) / float(scale) < 2**bits - 1.5:
+                    value, bits = self.clips[value].input[0], round(np.log2((high - low) / float(scale) + 1))
+            found[value] = torch.from_numpy(scale), torch.from_numpy(zero), bits
+        return found
+
+
+def simulate(written: Written, classifier: Classifier, pixels: torch.Tensor) -> NDArray[np.float32]:
+    """Logits of the float model in torch with the file's weights, biases and activation grids put in."""
+    module = to_torch(writeback.prepare_for_quantization(classifier, four_bit=True))
+    parameters, transforms = {}, {}
+    for layer in module.layers():
+        parameters[layer.weight] = written.weight(layer.output)
+        node = next(n for n in written.reader.values() if n.output[0] == layer.output)
+        if layer.bias is not None:
+            parameters[layer.bias] = torch.from_numpy(written.arrays[node.input[2]].copy())
+    for name, (scale, zero, bits) in written.activations().items():
+        transforms[name] = lambda x, s=scale, z=zero, b=bits: q.fake_quantize(x, s, z, 0, 2**b - 1)
+    inputs = {module.input_name: module.spec.to_input(pixels)}
+    return module.whole(inputs, parameters, transforms)[module.logits_name].numpy()
+
+
+def run(path: Path, classifier: Classifier, pixels: torch.Tensor, *, optimise: bool = True) -> NDArray[np.float32]:
+    inputs = classifier.spec.to_input(pixels).contiguous().numpy()
+    return np.asarray(Session(path, optimise=optimise, threads=1).run(inputs)[0], np.float32)
+
+
+def top1(path: Path, classifier: Classifier, images: ImageSet) -> float:
+    assert images.labels is not None
+    return float((run(path, classifier, images.pixels).argmax(1) == images.labels.numpy()).mean())
+
+
+def assert_the_file_is_the_simulation(result: Quantization, classifier: Classifier, images: ImageSet) -> None:
+    expected = simulate(Written(result.output), classifier, images.pixels[:16])
+    actual = run(result.output, classifier, images.pixels[:16], optimise=False)
+    if result.act_bits is None:
+        assert float(np.abs(actual - expected).max() / np.abs(expected).max()) < 1e-4
+    else:  # a value between two steps may fall to either side: little against the noise of quantization itself
+        noise = expected - run(classifier.path, classifier, images.pixels[:16])
+        assert float(np.square(actual - expected).sum()) < 0.01 * float(np.square(noise).sum())
+
+
+@pytest.mark.parametrize(("bits", "act_bits"), WIDTHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_computes_what_was_simulated(
+    method: str,
+    bits: int,
+    act_bits: int | None,
+    quantized: Quantizer,
+    classifier_of: Classifiers,
+    calibration_images: ImageSet,
+) -> None:
+    result, classifier = quantized("inverted", method, bits, act_bits), classifier_of("inverted")
+    assert_the_file_is_the_simulation(result, classifier, calibration_images)
+    assert result.written_difference < (1e-4 if act_bits is None else 0.05)
+    if act_bits is None:  # optimised, too: onnxruntime computes convolutions of 4-bit weights as floats
+        plain, fused = (
+            run(result.output, classifier, calibration_images.pixels, optimise=how) for how in (False, True)
+        )
+        np.testing.assert_allclose(fused, plain, rtol=0, atol=1e-4 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("model", ["inverted_folded", "residual", "shuffle", "excite"])
+def test_every_family_can_be_quantized_with_its_activations(
+    model: str, quantized: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet, judging_images: ImageSet
+) -> None:
+    result = quantized(model, "nearest", 8, 8)
+    assert_the_file_is_the_simulation(result, classifier_of(model), calibration_images)
+    before = top1(classifier_of(model).path, classifier_of(model), judging_images)
+    assert top1(result.output, classifier_of(model), judging_images) > before - 0.02
+
+
+@pytest.mark.parametrize("model", ["plain", "residual"])
+def test_four_bit_activations_behind_a_relu(
+    model: str, quantized: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet
+) -> None:
+    result, classifier = quantized(model, "brecq", 4, 4), classifier_of(model)
+    assert_the_file_is_the_simulation(result, classifier, calibration_images)
+    fused, plain = (run(result.output, classifier, calibration_images.pixels, optimise=how) for how in (True, False))
+    noise = plain - run(classifier.path, classifier, calibration_images.pixels)
+    assert float(np.square(fused - plain).sum()) < FUSION_SHARE * float(np.square(noise).sum())
+
+
+@pytest.mark.parametrize("act_bits", [2, 3, 4, 6, 8])
+def test_activations_in_the_file_stay_within_their_bits(
+    act_bits: int, quantized: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """Whatever the type of the file could hold, counted on images twice as bright as any that was calibrated on."""
+    model = onnx.load(quantized("plain", "nearest", 4, act_bits).output)
+    inner = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"][1:-1]
+    for name in inner:  # integers are made visible as floats
+        model.graph.node.append(onnx.helper.make_node("Cast", [name], [f"{name}.shown"], to=TensorProto.FLOAT))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.shown", TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "shown.onnx")
+    inputs = 2 * classifier_of("plain").spec.to_input(calibration_images.pixels).contiguous().numpy()
+    _, *integers = Session(tmp_path / "shown.onnx", optimise=False).run(inputs)
+    assert len(integers) == 5
+    assert [float(values.max()) for values in integers] == [2**act_bits - 1] * 5
+
+
+def test_eight_bit_weights_with_four_bit_activations(
+    quantized: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet
+) -> None:
+    result = quantized("plain", "nearest", 8, 4)
+    assert_the_file_is_the_simulation(result, classifier_of("plain"), calibration_images)
+
+
+@pytest.mark.parametrize(("bits", "act_bits"), WIDTHS)
+@pytest.mark.parametrize("method", ["nearest", "qdrop"])
+def test_types_and_ranges_in_the_file_are_those_of_the_account(
+    method: str, bits: int, act_bits: int | None, quantized: Quantizer, classifier_of: Classifiers
+) -> None:
+    result = quantized("inverted", method, bits, act_bits)
+    module = to_torch(writeback.prepare_for_quantization(classifier_of("inverted"), four_bit=True), check=False)
+    written, layers = Written(result.output), module.layers()
+    assert [account.name for account in result.layers] == [layer.name for layer in layers]
+    assert result.layers[0].bits == result.layers[-1].bits == 8
+    assert sum(account.bits == bits for account in result.layers) >= len(layers) // 2
+    widths: dict[str, int] = {}
+    for layer, account in zip(layers, result.layers, strict=True):
+        integers, kind = written.integers(layer.output)
+        assert kind == (TensorProto.INT4 if account.bits <= 4 else TensorProto.INT8)
+        assert integers.shape == layer.shape
+        assert -(2 ** (account.bits - 1)) <= integers.min()
+        assert integers.max() <= 2 ** (account.bits - 1) - 1
+        assert integers.max() - integers.min() > 2 ** (account.bits - 1)  # and the range is used
+        assert account.bits in (bits, 8)
+        assert account.bits == bits or account.reason
+        assert (account.act_bits is None) == (act_bits is None)
+        if account.act_bits is not None:
+            widths[layer.input] = max(widths.get(layer.input, 0), account.act_bits)
+    assert {name: width for name, (_, _, width) in written.activations().items()} == widths
+    assert act_bits is None or (widths[layers[0].input], widths[layers[-1].input]) == (8, 8)
+    assert result.size_after == result.output.stat().st_size < result.size_before / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("build", [models.matmul, lambda: models.gemm(trans_b=0), lambda: models.gemm(trans_b=1)])
+def test_the_scales_follow_the_output_channels_of_every_layout(
+    build: Callable[[], onnx.ModelProto], method: str, tmp_path: Path
+) -> None:
+    classifier = load_classifier(models.write(build(), tmp_path / "model.onnx"))
+    side = models.SIDE
+    pixels = torch.rand(16, models.CHANNELS, side, side, generator=torch.Generator().manual_seed(0))
+    settings = recipe(method).model_copy(update={"end_bits": 4})
+    result = quantize(classifier, ImageSet(pixels), tmp_path / "out.onnx", settings, 4)
+    assert_the_file_is_the_simulation(result, classifier, ImageSet(pixels))
+    (node,) = Written(result.output).dequantized
+    assert Written(result.output).arrays[node.input[1]].shape == (models.CLASSES,)
+
+
+def test_reconstruction_beats_nearest_by_far_at_two_bits(
+    quantized: Quantizer, classifier_of: Classifiers, judging_images: ImageSet
+) -> None:
+    classifier = classifier_of("inverted")
+    nearest = top1(quantized("inverted", "nearest", 2).output, classifier, judging_images)
+    for method in ("brecq", "qdrop"):
+        rebuilt = top1(quantized("inverted", method, 2, steps=50).output, classifier, judging_images)
+        assert rebuilt > nearest + 0.15
+    assert top1(quantized("inverted", "adaround", 2, steps=25).output, classifier, judging_images) > nearest + 0.1
+
+
+def test_reconstruction_works_on_a_folded_model(
+    quantized: Quantizer, classifier_of: Classifiers, judging_images: ImageSet
+) -> None:
+    classifier = classifier_of("inverted_folded")
+    nearest = top1(quantized("inverted_folded", "nearest", 2).output, classifier, judging_images)
+    rebuilt = top1(quantized("inverted_folded", "brecq", 2, steps=30).output, classifier, judging_images)
+    assert rebuilt > nearest + 0.1
+
+
+def test_the_account_of_a_block_starts_at_nearest_rounding(quantized: Quantizer) -> None:
+    """`before` is what the user would have had: in the first block at W bits, where both get the same input."""
+    nearest, rebuilt = quantized("inverted", "nearest", 2), quantized("inverted", "brecq", 2, steps=50)
+    assert [name for name, _ in rebuilt.blocks] == [name for name, _ in nearest.blocks]
+    assert rebuilt.blocks[1][1].before == pytest.approx(nearest.blocks[1][1].after, rel=0.05)
+    assert all(block.after < block.before for _, block in rebuilt.blocks[1:])

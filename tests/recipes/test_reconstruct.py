@@ -1,0 +1,270 @@
+"""The reconstruction loop on a real block: it lowers the error, sees every image, and repeats itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from converters.torch_module import Segment, TorchClassifier
+from recipes.blocks import find_blocks
+from recipes.images import ImageSet
+from recipes.quantize.quantizers import LearnedTensor, QuantizedWeight
+from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.reconstruct import (
+    DropMasks,
+    Group,
+    Loop,
+    Reconstruction,
+    block_error,
+    reconstruct,
+    relative_error,
+    run_batched,
+)
+from recipes.settings import load_recipe
+
+SETTINGS = QuantizeSettings(unit="block", rounding="sigmoid", rounding_rate=2e-2, range_steps=20)
+OFFSET = SETTINGS.model_copy(update={"rounding": "offset", "rounding_rate": 5e-3})
+
+
+@dataclass
+class Case:
+    """The second unit of the residual net: its segment, input and float output, on 10 images of the training set."""
+
+    module: TorchClassifier
+    segment: Segment
+    x: Tensor
+    y: Tensor
+    names: list[str]
+    axes: list[int]
+
+    def weights(self, *, learn: bool = True, settings: QuantizeSettings = SETTINGS) -> dict[str, QuantizedWeight]:
+        found = {}
+        for name, axis in zip(self.names, self.axes, strict=True):
+            found[name] = QuantizedWeight(self.module.constant(name), axis, 3, settings)
+            if learn:
+                found[name].learn()
+        return found
+
+    def error(self, weights: dict[str, QuantizedWeight], x: Tensor | None = None) -> float:
+        tensors = {name: weight.tensor() for name, weight in weights.items()}
+        return relative_error(run_batched(self.segment, self.x if x is None else x, 4, parameters=tensors), self.y)
+
+    def train(
+        self,
+        weights: dict[str, QuantizedWeight],
+        loop: Loop,
+        seed: int = 0,
+        segment: Segment | None = None,
+        x: Tensor | None = None,
+    ) -> Reconstruction:
+        generator = torch.Generator().manual_seed(seed)
+        changed = self.x if x is None else x
+        before = self.error(self.weights(learn=False), changed)
+        reconstruct(segment or self.segment, self.x, changed, self.y, weights, {}, loop, before, generator)
+        return Reconstruction(before, self.error(weights, changed))
+
+
+@pytest.fixture
+def case(module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet) -> Case:
+    module = module_of("residual")
+    block = [block for block in find_blocks(module) if block.branches][1]
+    inputs = module.spec.to_input(calibration_images.pixels[:10])
+    x = run_batched(module.segment([module.input_name], [block.input]), inputs, 10)
+    segment = module.segment([block.input], [block.output])
+    names, axes = [layer.weight for layer in block.layers], [layer.axis for layer in block.layers]
+    return Case(module, segment, x, run_batched(segment, x, 10), names, axes)
+
+
+class Recorder(Segment):
+    """A segment that notes what it was trained on."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment.owner, segment.inputs, segment.outputs)
+        self.seen: list[Tensor] = []
+
+    def __call__(self, values: dict[str, Tensor], *how: object, **more: object) -> dict[str, Tensor]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            self.seen.append(values[self.inputs[0]].clone())
+        return super().__call__(values, *how, **more)  # type: ignore[arg-type]
+
+
+def indices(batch: Tensor, among: Tensor) -> list[int]:
+    """Which rows of `among` the batch consists of."""
+    found = [[index for index, row in enumerate(among) if torch.equal(row, sample)] for sample in batch]
+    assert all(len(candidates) == 1 for candidates in found)
+    return [candidates[0] for candidates in found]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, OFFSET], ids=["sigmoid", "offset"])
+def test_training_beats_nearest_rounding(settings: QuantizeSettings, case: Case) -> None:
+    nearest = case.error(case.weights(learn=False))
+    weights = case.weights(settings=settings)
+    case.train(weights, Loop(steps=150, batch=4))
+    for weight in weights.values():
+        weight.harden()
+    assert case.error(weights) < 0.9 * nearest
+
+
+def test_a_shipped_recipe_settles_most_roundings(case: Case) -> None:
+    """What is undecided when training ends is rounded blindly: the loss that was trained is not the file's."""
+    settings = load_recipe(QuantizeSettings, PACKAGE, "brecq")
+    weights = case.weights(settings=settings)
+    case.train(weights, Loop(settings.steps, settings.batch))
+    assert max(weight.undecided() for weight in weights.values()) < 0.25
+
+
+def test_the_account_is_the_error_before_and_after(case: Case) -> None:
+    weights = case.weights()
+    before = case.error(weights)
+    account = case.train(weights, Loop(steps=20, batch=4))
+    assert account.before == pytest.approx(before, rel=1e-5)
+    assert account.after == pytest.approx(case.error(weights), rel=1e-5)
+    assert account.after != account.before
+
+
+def test_zero_steps_change_nothing(case: Case) -> None:
+    weights = case.weights()
+    started = {name: weight.tensor().clone() for name, weight in weights.items()}
+    account = case.train(weights, Loop(steps=0, batch=4))
+    assert account.before == account.after
+    assert all(torch.equal(weights[name].tensor(), tensor) for name, tensor in started.items())
+
+
+def test_nothing_to_train_is_no_error(case: Case) -> None:
+    account = case.train(case.weights(learn=False), Loop(steps=5, batch=4))
+    assert account.before == account.after > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 10, 32])
+def test_every_image_is_seen_once_an_epoch_the_last_partial_batch_included(case: Case, batch: int) -> None:
+    recorder = Recorder(case.segment)
+    epoch = -(-10 // batch)
+    case.train(case.weights(), Loop(steps=2 * epoch, batch=batch), segment=recorder)
+    seen = [indices(part, case.x) for part in recorder.seen]
+    sizes = [batch] * (10 // batch) + [10 % batch] * (10 % batch > 0)
+    assert [len(part) for part in seen] == 2 * sizes
+    for half in (seen[:epoch], seen[epoch:]):
+        assert sorted(index for part in half for index in part) == list(range(10))
+
+
+def test_the_order_is_drawn_anew_each_epoch(case: Case) -> None:
+    recorder = Recorder(case.segment)
+    case.train(case.weights(), Loop(steps=10, batch=5), segment=recorder)
+    orders = [tuple(indices(torch.cat(recorder.seen[step : step + 2]), case.x)) for step in range(0, 10, 2)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_the_seed_decides(case: Case) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        weights = case.weights()
+        account = case.train(weights, Loop(steps=10, batch=4, input_drop=0.5), seed, x=case.x + 0.1)
+        results.append((account.after, torch.cat([weight.tensor().flatten() for weight in weights.values()])))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][1], results[2][1])
+
+
+def test_training_reads_the_changed_input_with_a_share_of_the_float_one(case: Case) -> None:
+    changed = case.x + 100  # values tell which stream they are from
+    for drop, share in ((0.0, 0.0), (0.3, 0.3), (1.0, 1.0)):
+        recorder = Recorder(case.segment)
+        case.train(case.weights(), Loop(steps=4, batch=10, input_drop=drop), segment=recorder, x=changed)
+        taken = torch.cat([part < 50 for part in recorder.seen]).float().mean()
+        assert float(taken) == pytest.approx(share, abs=0.02)
+
+
+def test_dropping_the_whole_input_trains_on_the_float_one(case: Case) -> None:
+    recorder = Recorder(case.segment)
+    loop = Loop(steps=5, batch=4, input_drop=1.0)
+    case.train(case.weights(), loop, segment=recorder, x=torch.rand(case.x.shape))
+    seen = [index for part in recorder.seen for index in indices(part, case.x)]  # rows of the float input, bit for bit
+    assert Counter(seen) == Counter({index: 2 if index in seen[10:] else 1 for index in range(10)})
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9, 11), (50, 20), (300_000,)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_drop_masks_cover_their_share_anew_each_time(shape: tuple[int, ...], share: float) -> None:
+    x = torch.zeros(shape)
+    masks = DropMasks(share, torch.Generator().manual_seed(0))
+    drawn = [masks.like(x) for _ in range(20)]
+    assert all(mask.shape == x.shape and mask.dtype == torch.bool for mask in drawn)
+    assert float(torch.stack(drawn).float().mean()) == pytest.approx(share, abs=0.02)
+    again = DropMasks(share, torch.Generator().manual_seed(0))
+    assert all(torch.equal(again.like(x), mask) for mask in drawn)
+    if 0 < share < 1:
+        assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_drop_masks_follow_the_memory_order() -> None:
+    x = torch.zeros(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
+    mask = DropMasks(0.5, torch.Generator().manual_seed(0)).like(x)
+    assert mask.shape == x.shape
+    assert mask.stride() == x.stride()
+
+
+def test_a_bias_learns_to_undo_a_shift(case: Case) -> None:
+    """The shortest path to a known answer: a segment's only change is a bias, which was moved."""
+    segment = case.segment
+    name = next(step.inputs[2] for step in segment.steps if step.op == "BatchNormalization")
+    bias = LearnedTensor(case.module.constant(name) + 0.3, 0.02)
+    before = block_error(segment, case.x, case.y, {name: bias}, {}, 4)
+    generator = torch.Generator().manual_seed(0)
+    reconstruct(segment, case.x, case.x, case.y, {name: bias}, {}, Loop(200, 4), before, generator)
+    assert block_error(segment, case.x, case.y, {name: bias}, {}, 4) < 1e-3 * before
+    torch.testing.assert_close(bias.tensor(), case.module.constant(name), rtol=0, atol=0.05)
+
+
+def test_decaying_rates_fall_to_zero_and_others_stay(case: Case) -> None:
+    """Adam's step is about its rate while the gradient keeps its sign: the step sizes show the schedule."""
+
+    class Penalised:
+        def __init__(self, decay: bool) -> None:
+            self.value, self.decay, self.path = torch.zeros(1), decay, [0.0]
+
+        def groups(self) -> list[Group]:
+            return [Group([self.value], 0.01, self.decay)]
+
+        def penalty(self, progress: float) -> Tensor:
+            self.path.append(float(self.value.detach()))
+            return -1000 * self.value.sum()
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x + 0 * self.value
+
+    for decay in (False, True):
+        change = Penalised(decay)
+        generator = torch.Generator().manual_seed(0)
+        reconstruct(
+            case.segment, case.x, case.x, case.y, {}, {case.segment.inputs[0]: change}, Loop(20, 10), 1.0, generator
+        )
+        steps = torch.tensor([*change.path[1:], float(change.value)]).diff()
+        assert float(steps[0]) == pytest.approx(0.01, rel=1e-2)
+        assert float(steps[-1]) == pytest.approx(0.0001 if decay else 0.01, abs=0.0002)
+
+
+def test_progress_is_told_every_step(case: Case) -> None:
+    told: list[tuple[int, float]] = []
+    generator = torch.Generator().manual_seed(0)
+    weights = case.weights()
+    before = block_error(case.segment, case.x, case.y, weights, {}, 4)
+
+    def tell(steps: int, loss: float) -> None:
+        told.append((steps, loss))
+
+    reconstruct(case.segment, case.x, case.x, case.y, weights, {}, Loop(7, 4), before, generator, tell)
+    assert sum(steps for steps, _ in told) == 7
+    assert told[0][1] == pytest.approx(1, rel=0.5)  # the loss is in units of e0, up to the minibatch
+
+
+def test_batches_are_put_together_again(case: Case) -> None:
+    whole = run_batched(case.segment, case.x, 10)
+    for batch in (1, 3, 64):
+        torch.testing.assert_close(run_batched(case.segment, case.x, batch), whole, rtol=1e-5, atol=1e-6)
+    assert relative_error(whole, whole) == 0
+    assert relative_error(1.1 * whole, whole) == pytest.approx(0.01, rel=1e-4)

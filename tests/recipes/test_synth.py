@@ -1,0 +1,275 @@
+"""Synthesis with tiny budgets: the documented files, repeatable to the byte, better than noise, and clear refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from converters.errors import OutputError
+from converters.torch_module import TorchClassifier
+from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
+from recipes.progress import Silent
+from recipes.synth.engine import Batch, SynthesisError, judge, make_teachers, synthesize
+from recipes.synth.settings import Stage, SynthSettings
+
+Modules = Callable[[str], TorchClassifier]
+
+
+def settings(**changes: Any) -> SynthSettings:
+    stages = (Stage(scale=0.5, steps=4), Stage(scale=1.0, steps=6))
+    return SynthSettings(**({"images": 8, "batch": 4, "stages": stages, "label": 0.5, "variation": 0.01} | changes))
+
+
+@pytest.fixture(scope="module")
+def zoo(module_of: Modules) -> list[TorchClassifier]:
+    return [module_of("inverted"), module_of("plain")]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Everything but the manifest, which tells times."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def timeless(directory: Path) -> dict[str, Any]:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for record in (manifest, *manifest["shards"]):
+        record.pop("seconds", None)
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def made(zoo: list[TorchClassifier], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images in two shards, seed 0: the uninterrupted run."""
+    directory = tmp_path_factory.mktemp("made") / "set"
+    synthesize(zoo, directory, settings(), seed=0)
+    return directory
+
+
+def test_the_documented_files_are_written(made: Path, zoo: list[TorchClassifier]) -> None:
+    rows = [json.loads(line) for line in (made / "metadata.jsonl").read_text().splitlines()]
+    assert Counter(row["label"] for row in rows) == Counter(range(8))  # balanced: ten classes, eight images
+    assert [row["shard"] for row in rows] == [0] * 4 + [1] * 4
+    assert len({row["seed"] for row in rows}) == 2
+    for row in rows:
+        assert Path(row["file_name"]).parent == Path(f"images/{row['label']:05d}")
+        with Image.open(made / row["file_name"]) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "L", (28, 28))
+    assert {name for name in files(made) if name.startswith("images/")} == {row["file_name"] for row in rows}
+    with Image.open(made / "preview.png") as preview:
+        assert min(preview.size) > 28
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["finished"]
+    identity = manifest["identity"]
+    assert [m["sha256"] for m in identity["models"]] == [
+        hashlib.sha256(module.classifier.path.read_bytes()).hexdigest() for module in zoo
+    ]
+    assert [m["input"]["size"] for m in identity["models"]] == [[28, 28], [28, 28]]
+    assert identity["settings"]["images"] == 8
+    assert [shard["images"] for shard in manifest["shards"]] == [4, 4]
+    assert set(manifest["losses"]) == {f"{kind}/{m.classifier.name}" for kind in ("batchnorm", "label") for m in zoo}
+    assert set(manifest["shards"][0]["losses"]) == set(manifest["losses"])
+
+
+def test_the_result_is_what_the_manifest_says(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    result = synthesize(zoo, tmp_path / "set", settings(images=6), seed=0)
+    manifest = json.loads((tmp_path / "set/manifest.json").read_text())
+    assert (result.images, result.models, result.directory) == (6, ["inverted", "plain"], tmp_path / "set")
+    assert result.losses == manifest["losses"]
+    assert [shard["images"] for shard in manifest["shards"]] == [4, 2]  # the last shard holds the rest
+    for name, value in result.losses.items():
+        assert value == pytest.approx(sum(shard["losses"][name] for shard in manifest["shards"]) / 2)
+
+
+def test_losses_are_measured_on_the_images_as_read_back(made: Path, zoo: list[TorchClassifier]) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    images = load_images(made)
+    assert images.labels is not None
+    teachers, classes = make_teachers(zoo, settings())
+    assert classes == 10
+    for shard in manifest["shards"]:
+        part = slice(4 * shard["index"], 4 * shard["index"] + 4)
+        assert judge(teachers, images.pixels[part], images.labels[part]) == pytest.approx(shard["losses"], rel=1e-5)
+
+
+def test_the_seed_decides_every_byte(made: Path, zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    torch.manual_seed(77)  # the global generator has no say
+    synthesize(zoo, tmp_path / "again", settings(), seed=0)
+    assert files(tmp_path / "again") == files(made)
+    assert timeless(tmp_path / "again") == timeless(made)
+    synthesize(zoo, tmp_path / "other", settings(), seed=1)
+    mine, other = load_images(made).pixels, load_images(tmp_path / "other").pixels
+    assert all(not torch.equal(a, b) for a in mine for b in other)
+    assert all(not torch.equal(mine[a], mine[b]) for a in range(8) for b in range(a))
+
+
+class Stopping(Silent):
+    """Interrupts the work after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("steps", [3, 10, 14])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    steps: int, made: Path, zoo: list[TorchClassifier], tmp_path: Path
+) -> None:
+    directory = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(zoo, directory, settings(), seed=0, progress=Stopping(steps))
+    assert not timeless(directory)["finished"]
+    assert len(timeless(directory)["shards"]) == steps // 10
+    synthesize(zoo, directory, settings(), seed=0, resume=True)
+    assert files(directory) == files(made)
+    assert timeless(directory) == timeless(made)
+
+
+def test_a_shard_without_its_record_is_made_again(made: Path, zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    """The machine stopped between the last shard's metadata and its record in the manifest."""
+    directory = tmp_path / "set"
+    synthesize(zoo, directory, settings(), seed=0)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["shards"].pop()
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    synthesize(zoo, directory, settings(), seed=0, resume=True)
+    assert files(directory) == files(made)
+    assert timeless(directory) == timeless(made)
+
+
+def test_resume_of_a_finished_set_leaves_the_images(zoo: list[TorchClassifier], tmp_path: Path, made: Path) -> None:
+    directory = tmp_path / "set"
+    synthesize(zoo, directory, settings(), seed=0)
+    result = synthesize(zoo, directory, settings(), seed=0, resume=True, progress=Stopping(0))
+    assert result.images == 8
+    assert files(directory) == files(made)
+
+
+@pytest.mark.parametrize("change", ["settings", "seed", "models", "nothing"])
+def test_only_the_same_run_is_resumed(change: str, made: Path, zoo: list[TorchClassifier]) -> None:
+    before = files(made)
+    with pytest.raises(OutputError, match=str(made)):
+        synthesize(
+            zoo[::-1] if change == "models" else zoo,
+            made,
+            settings(rate=0.1) if change == "settings" else settings(),
+            seed=1 if change == "seed" else 0,
+            resume=change != "nothing",
+        )
+    assert files(made) == before
+
+
+def test_statistics_come_far_closer_than_those_of_noise(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    how = settings(batch=8, stages=(Stage(scale=0.5, steps=25), Stage(scale=1.0, steps=35)), label=0.0, mixing="none")
+    result = synthesize(zoo, tmp_path / "set", how)
+    teachers, _ = make_teachers(zoo, how)
+    noise = judge(teachers, gaussian_noise(8, 1, (28, 28), 0).pixels, torch.arange(8))
+    assert set(result.losses) == {"batchnorm/inverted", "batchnorm/plain"}
+    assert all(loss < 0.5 * noise[name] for name, loss in result.losses.items())
+
+
+def test_label_loss_makes_the_models_see_the_labels(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    result = synthesize(zoo, tmp_path / "set", settings(stages=(Stage(scale=1.0, steps=25),), mixing="label"))
+    assert all(loss < 1.0 for name, loss in result.losses.items() if name.startswith("label/"))  # chance: log 10 = 2.3
+
+
+@pytest.mark.parametrize("mixing", ["none", "label", "all"])
+@pytest.mark.parametrize("per_step", [1, None])
+def test_every_way_of_mixing_works_with_some_or_all_models(
+    mixing: str, per_step: int | None, module_of: Modules, tmp_path: Path
+) -> None:
+    modules = [module_of(name) for name in ("inverted", "plain", "residual")]
+    stages = (Stage(scale=1.0, steps=6),)
+    how = settings(batch=8, mixing=mixing, models_per_step=per_step, stages=stages, weight_rate=1e-2)
+    teachers, _ = make_teachers(modules, how)
+    batch = Batch(teachers, how, (28, 28), torch.arange(8), 0)
+    pixels = batch.optimise(Silent())
+    assert pixels.shape == (8, 1, 28, 28)
+    assert float(pixels.min()) >= 0
+    assert float(pixels.max()) <= 1
+    assert pixels.std() > 0.05
+    assert set(batch.weights.alpha) == {
+        f"{kind}/{m.classifier.name}" for kind in ("batchnorm", "label") for m in modules
+    }
+
+
+def test_loss_weights_are_learned_only_when_asked(zoo: list[TorchClassifier]) -> None:
+    for rate in (0.0, 0.01):
+        how = settings(weight_rate=rate)
+        batch = Batch(make_teachers(zoo, how)[0], how, (28, 28), torch.arange(4), 0)
+        batch.optimise(Silent())
+        assert len(batch.weights.alpha) == 4
+        assert all((float(alpha.detach()) == 1) == (rate == 0) for alpha in batch.weights.alpha.values())
+
+
+def test_images_may_have_another_size_than_the_models(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    synthesize(zoo, tmp_path / "set", settings(images=2), size=(40, 32))
+    assert load_images(tmp_path / "set").pixels.shape == (2, 1, 40, 32)
+
+
+def test_a_last_stage_below_full_size_is_enlarged(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    synthesize(zoo, tmp_path / "set", settings(images=2, stages=(Stage(scale=0.5, steps=2),)))
+    assert load_images(tmp_path / "set").pixels.shape == (2, 1, 28, 28)
+
+
+def test_models_without_statistics_need_a_label_loss(module_of: Modules, tmp_path: Path) -> None:
+    folded = [module_of("inverted_folded")]
+    with pytest.raises(SynthesisError, match="BatchNorm"):
+        synthesize(folded, tmp_path / "set", settings(label=0.0))
+    assert not (tmp_path / "set").exists()
+    result = synthesize(folded, tmp_path / "set", settings())
+    assert set(result.losses) == {"label/inverted_folded"}
+
+
+def test_a_folded_model_may_stand_in_the_zoo(module_of: Modules, tmp_path: Path) -> None:
+    modules = [module_of("inverted_folded"), module_of("plain")]
+    for name, per_step in (("all", None), ("one", 1)):
+        result = synthesize(modules, tmp_path / name, settings(label=0.0, models_per_step=per_step))
+        assert set(result.losses) == {"batchnorm/plain"}
+
+
+def test_nothing_to_optimise_is_refused(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    with pytest.raises(SynthesisError):
+        synthesize(zoo, tmp_path / "set", settings(label=0.0, batchnorm=0.0))
+
+
+def test_a_loss_that_diverges_is_refused_with_advice(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    with pytest.raises(SynthesisError, match="rate"):
+        synthesize(zoo, tmp_path / "set", settings(variation=1e39))
+
+
+def test_progress_comes_to_its_end_and_shows_the_loss(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    class Watching(Silent):
+        done, total, notes = 0.0, 0.0, 0
+
+        @contextmanager
+        def task(self, name: str, total: float) -> Iterator[Watching]:
+            self.total += total
+            yield self
+
+        def advance(self, steps: float = 1, note: str | None = None) -> None:
+            self.done += steps
+            self.notes += note is not None
+
+    watching = Watching()
+    synthesize(zoo, tmp_path / "set", settings(), progress=watching)
+    assert watching.done == watching.total == 20
+    assert watching.notes > 0
+
+
+def test_eight_bits_are_what_is_judged() -> None:
+    pixels = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert float((from_bytes(to_bytes(pixels)) - pixels).abs().max()) <= 0.5 / 255 + 1e-6
