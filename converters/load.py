@@ -69,11 +69,13 @@ def load_classifier(path: Path, options: Mapping[str, Any] | None = None) -> Cla
     proto, sha256 = _read(path)
     try:
         original = ir.from_proto(proto)
+        _finite(original, path)
+    except ModelError:
+        raise
     except Exception as error:  # whatever a damaged field leads to
         raise ModelError(f"{path} is damaged ({type(error).__name__}): fetch or export it again") from error
     image = _image_input(original, path)
     _one_output(original, path)
-    _finite(original, path)
     shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in image.shape or []]
     properties = dict(original.metadata_props)
     spec = resolve(path, shape, properties, options)

@@ -102,15 +102,13 @@ class TorchClassifier(nn.Module):
         for index, (name, value) in enumerate(classifier.normal.graph.initializers.items()):
             array = np.array(passes.to_numpy(value))  # a copy: the proto's memory is read-only
             if array.dtype.kind not in "biufc":
-                raise ModelError(
+                raise UnsupportedOperatorError(
                     f"{classifier.path}: tensor {name} is {value.dtype}, so the model is quantized already:"
                     " give the float model"
                 )
             self._buffer_of[name] = f"constant_{index}"
             self.register_buffer(f"constant_{index}", torch.from_numpy(array))
-        proto = ir.to_proto(classifier.normal)
-        graph = OnnxGraph(proto.graph)
-        versions = {entry.domain: entry.version for entry in proto.opset_import}
+        graph, versions = _onnx2torch_graph(classifier)
         steps: list[Step] = []
         for name, node in graph.nodes.items():
             try:
@@ -268,8 +266,8 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
     try:
         whole = Segment(module, [module.input_name], [classifier.output_name])
         actual = whole({module.input_name: x})[classifier.output_name]
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever an operator runs into
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversionError(
             f"{classifier.path}: the converted model does not run ({reason}): please report it"
         ) from error
@@ -285,9 +283,7 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
 
 def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
     """(operator, opset, node) of everything that keeps the model from being converted."""
-    proto = ir.to_proto(classifier.normal)
-    graph = OnnxGraph(proto.graph)
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    graph, versions = _onnx2torch_graph(classifier)
     found = []
     for name, node in graph.nodes.items():
         opset = versions.get(node.domain, 1)
@@ -296,6 +292,15 @@ def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
         except UnsupportedOperatorError:
             found.append((node.operation_type, opset, node.name or name))
     return found
+
+
+def _onnx2torch_graph(classifier: Classifier) -> tuple[OnnxGraph, dict[str, int]]:
+    """The normalised graph as onnx2torch reads it, and the opset of each domain."""
+    try:
+        proto = ir.to_proto(classifier.normal)
+    except ir.serde.SerdeError as error:  # text that is not UTF-8
+        raise ModelError(f"{classifier.path} is damaged (a text in it): fetch or export it again") from error
+    return OnnxGraph(proto.graph), {entry.domain: entry.version for entry in proto.opset_import}
 
 
 def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -146,6 +146,8 @@ def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> 
 
 
 def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit) -> None:
+    if not 0 <= edit.zero_point < 2**edit.bits:
+        raise ValueError(f"{edit.value}.zero: integers outside [0, {2**edit.bits - 1}]")
     readers = [(node, index) for node, index in value.uses()]
     scale = np.array(edit.scale, np.float32)
     parameters = [

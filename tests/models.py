@@ -219,6 +219,15 @@ def hidden_weight(op: str = "Identity") -> onnx.ModelProto:
     return assemble([node(op, "conv.weight", "hidden"), *nodes], {"conv.weight": weight, **head_tensors(4)})
 
 
+def half_weight(kind: int = TensorProto.FLOAT16) -> onnx.ModelProto:
+    """A Conv whose weight is stored in 16 bits and cast to float32."""
+    weight = helper.make_tensor("half", kind, [4, CHANNELS, 3, 3], weights(4, CHANNELS, 3, 3).ravel())
+    cast, first = node("Cast", "half", "hidden", to=TensorProto.FLOAT), node("Conv", "image hidden", "features")
+    model = assemble([cast, first, *head("features")], head_tensors(4))
+    model.graph.initializer.append(weight)
+    return model
+
+
 def softmax(op: str = "Softmax", *, behind_identity: bool = False) -> onnx.ModelProto:
     """Gemm to `scores`, then a closing Softmax or LogSoftmax, then perhaps an Identity."""
     ending = [node(op, "scores", "probabilities", axis=-1)]

@@ -1,4 +1,4 @@
-"""Average pooling with everything its attributes can say; onnxruntime's result is the reference."""
+"""Pooling with everything its attributes can say; onnxruntime's result is the reference."""
 
 from __future__ import annotations
 
@@ -54,3 +54,13 @@ def average_pool(attributes: Attributes) -> Body:
         return pool(whole, kernel, strides) / pool(counted, kernel, strides)
 
     return run
+
+
+@operator("GlobalAveragePool", 1, 22)
+def global_average_pool(_attributes: Attributes) -> Body:
+    return lambda x: x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+@operator("GlobalMaxPool", 1, 22)
+def global_max_pool(_attributes: Attributes) -> Body:
+    return lambda x: torch.amax(x, tuple(range(2, x.dim())), True)

@@ -45,7 +45,6 @@ SAME_SINCE: dict[tuple[str, int], int] = {
     ("Flatten", 23): 13,
     ("Flatten", 24): 13,
     ("Flatten", 25): 13,
-    ("GlobalAveragePool", 22): 1,
     ("HardSigmoid", 22): 6,
     ("HardSwish", 22): 14,
     ("Identity", 19): 16,

@@ -89,7 +89,7 @@ def pad(attributes: Attributes) -> Body:
     def run(
         x: Tensor,
         pads: Tensor | list[int],
-        value: Tensor | float | None = None,
+        value: Tensor | list[float] | float | None = None,
         axes: Tensor | list[int] | None = None,
     ) -> Tensor:
         listed = [axis % x.dim() for axis in numbers(axes)] if axes is not None else list(range(x.dim()))
@@ -98,7 +98,8 @@ def pad(attributes: Attributes) -> Body:
         for index, axis in enumerate(listed):
             full[axis], full[axis + x.dim()] = amounts[index], amounts[index + len(listed)]
         if mode == "constant":
-            return F.pad(x, torch_pads(full), value=float(value) if value is not None else 0.0)
+            filler = value[0] if isinstance(value, list) else value
+            return F.pad(x, torch_pads(full), value=float(filler) if filler is not None else 0.0)
         for axis in range(x.dim()):
             before, after = full[axis], full[axis + x.dim()]
             if before or after:
@@ -161,11 +162,6 @@ def gelu(attributes: Attributes) -> Body:
 def cast(attributes: Attributes) -> Body:
     wanted = TORCH_TYPES[attributes["to"]]
     return lambda x: x.to(wanted)
-
-
-@operator("GlobalMaxPool", 1, 22)
-def global_max_pool(_attributes: Attributes) -> Body:
-    return lambda x: torch.amax(x, tuple(range(2, x.dim())), True)
 
 
 @operator("Constant", 1, 9, 11, 12, 13, 19, 21, 23, 24, 25)

@@ -1,18 +1,23 @@
-"""The judge of these tests: onnxruntime on a model, with any value as an output, and one measure of difference."""
+"""The judge of these tests: onnxruntime, on a model, on any value in it, on one operator; one measure of difference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import helper, numpy_helper
+from onnx2torch.onnx_graph import OnnxGraph
 
+from converters.ops import registry
 from converters.runtime import Session
 
 Array = NDArray[np.generic]
+Operands = Sequence[Array | None]
 
 
 def proto(model: onnx.ModelProto | ir.Model) -> onnx.ModelProto:
@@ -46,3 +51,52 @@ def difference(actual: Array, expected: Array) -> float:
 def assert_close(actual: Array, expected: Array, tolerance: float) -> None:
     """Fails when `difference` is above the tolerance, or NaN."""
     assert difference(actual, expected) <= tolerance
+
+
+def single(op: str, operands: Operands, opset: int, outputs: int, attributes: dict[str, Any]) -> onnx.ModelProto:
+    """A model of one operator: its first operand is the input, the others are initializers, None is left out."""
+    names = ["" if operand is None else f"operand_{index}" for index, operand in enumerate(operands)]
+    results = [f"result_{index}" for index in range(outputs)]
+    first = operands[0]
+    assert first is not None
+    kind = helper.np_dtype_to_tensor_dtype(first.dtype)
+    graph = helper.make_graph(
+        [helper.make_node(op, names, results, name="the node", **attributes)],
+        "graph",
+        [helper.make_tensor_value_info(names[0], kind, first.shape)],
+        [onnx.ValueInfoProto(name=name) for name in results],
+        [numpy_helper.from_array(x, name) for x, name in zip(operands, names, strict=True) if x is not None][1:],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def find(model: onnx.ModelProto) -> registry.Operator:
+    """The operator of a model's first node."""
+    graph = OnnxGraph(model.graph)
+    return registry.find(next(iter(graph.nodes.values())), graph, model.opset_import[0].version)
+
+
+def check(
+    op: str, operands: Operands, *, opset: int = 17, outputs: int = 1, tolerance: float = 1e-6, **attributes: Any
+) -> None:
+    """The operator equals onnxruntime: values to `tolerance` of the largest, shapes and types exactly.
+
+    Static operands are given as tensors, as if they were computed, and as the plain numbers that constants become.
+    """
+    model = single(op, operands, opset, outputs, attributes)
+    assert operands[0] is not None
+    expected = Session(model.SerializeToString(), optimise=False).run(operands[0])
+    found = find(model)
+    tensors = [None if x is None else torch.from_numpy(np.array(x)) for x in operands]
+    numbers = [x.tolist() if x is not None and i in found.static else x for i, x in enumerate(tensors)]
+    for given in (tensors, numbers):
+        result = found.body(*given)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        assert len(results) == len(expected)
+        for actual, wanted in zip(results, expected, strict=True):
+            assert_close(actual.numpy(), wanted, tolerance)
+
+
+def ints(*values: int) -> Array:
+    return np.array(values, np.int64)

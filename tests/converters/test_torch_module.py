@@ -37,6 +37,8 @@ CONVERTIBLE: dict[str, onnx.ModelProto] = {
     "shared weight": models.shared_weight(),
     "weight behind Identity": models.hidden_weight(),
     "weight in a Constant": models.hidden_weight("Constant"),
+    "float16 weight": models.half_weight(),
+    "bfloat16 weight": models.half_weight(onnx.TensorProto.BFLOAT16),
     "split": models.split(),
     "split without sizes": models.split(sizes=False),
 }
