@@ -6,6 +6,9 @@ from __future__ import annotations
 class MixMixError(Exception):
     """Base of every error that the command line shows as one sentence with exit status 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names from a file may hold line breaks
+
 
 class ModelError(MixMixError):
     """A file that is missing, damaged, not ONNX, or not an image classifier."""

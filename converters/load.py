@@ -14,7 +14,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from converters import passes
-from converters.errors import ModelError
+from converters.errors import MixMixError, ModelError
 from converters.input_spec import InputSpec, resolve
 
 SOFTMAX_KINDS = {"Softmax": "softmax", "LogSoftmax": "log-softmax"}
@@ -66,19 +66,22 @@ def load_classifier(path: Path, options: Mapping[str, Any] | None = None) -> Cla
     Raises ModelError when the file is missing, damaged, not ONNX or not an image classifier, and SpecError when its
     input spec cannot be used.
     """
-    proto, sha256 = _read(path)
     try:
-        original = ir.from_proto(proto)
-        _finite(original, path)
-    except ModelError:
+        return _load(path, options)
+    except MixMixError:
         raise
-    except Exception as error:  # whatever a damaged field leads to
+    except Exception as error:  # a damaged field can lead anywhere
         raise ModelError(f"{path} is damaged ({type(error).__name__}): fetch or export it again") from error
+
+
+def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
+    proto, sha256 = _read(path)
+    original = ir.from_proto(proto)
+    _finite(original, path)
     image = _image_input(original, path)
     _one_output(original, path)
     shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in image.shape or []]
-    properties = dict(original.metadata_props)
-    spec = resolve(path, shape, properties, options)
+    spec = resolve(path, shape, dict(original.metadata_props), options)
     return build(path, original, spec, sha256)
 
 

@@ -31,7 +31,12 @@ UINT8 = Container(ir.DataType.UINT8, np.dtype(np.uint8), 0, 255, INT8_PER_CHANNE
 
 
 def weight_container(bits: int) -> Container:
-    """The signed type that holds weights of `bits` bits: INT4 up to 4, INT8 up to 8."""
+    """The signed type that holds weights of `bits` bits: INT4 up to 4, INT8 up to 8.
+
+    Raises ValueError for a width that neither holds.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{bits} bits: weights have {MIN_BITS} to {MAX_BITS}")
     return INT4 if bits <= 4 else INT8
 
 

@@ -18,7 +18,7 @@ from onnx2torch.onnx_graph import OnnxGraph
 from torch import Tensor, nn
 
 from converters import passes
-from converters.errors import ConversionError, ModelError, UnsupportedOperatorError
+from converters.errors import ConversionError, MixMixError, ModelError, UnsupportedOperatorError
 from converters.load import Classifier
 from converters.ops import registry
 from converters.runtime import Session
@@ -222,7 +222,8 @@ class Segment:
         for step, done in zip(self.steps, self._done, strict=True):
             operands: list[object] = [env[name] for name in step.inputs]
             for index, number in step.fixed.items():
-                operands[index] = number
+                if parameters is None or step.inputs[index] not in parameters:
+                    operands[index] = number
             result = step.operator.body(*operands)
             results = result if isinstance(result, (tuple, list)) else (result,)
             for name, value in zip(step.outputs, results, strict=False):
@@ -238,9 +239,14 @@ def to_torch(classifier: Classifier, *, check: bool = True) -> TorchClassifier:
 
     Raises UnsupportedOperatorError, or ConversionError naming the first value that differs.
     """
-    module = TorchClassifier(classifier).eval().requires_grad_(False)
-    if check:
-        check_against_runtime(module)
+    try:
+        module = TorchClassifier(classifier).eval().requires_grad_(False)
+        if check:
+            check_against_runtime(module)
+    except MixMixError:
+        raise
+    except Exception as error:  # a damaged field can lead anywhere
+        raise ModelError(f"{classifier.path} is damaged ({type(error).__name__}): fetch or export it again") from error
     return module
 
 
@@ -296,10 +302,7 @@ def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
 
 def _onnx2torch_graph(classifier: Classifier) -> tuple[OnnxGraph, dict[str, int]]:
     """The normalised graph as onnx2torch reads it, and the opset of each domain."""
-    try:
-        proto = ir.to_proto(classifier.normal)
-    except ir.serde.SerdeError as error:  # text that is not UTF-8
-        raise ModelError(f"{classifier.path} is damaged (a text in it): fetch or export it again") from error
+    proto = ir.to_proto(classifier.normal)
     return OnnxGraph(proto.graph), {entry.domain: entry.version for entry in proto.opset_import}
 
 

@@ -120,10 +120,12 @@ def _wire(output: ir.Value, index: int, new: ir.Value) -> None:
     node.replace_input_with(index, new)
 
 
-def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Container) -> ir.Value:
-    """An initializer of the container's type. Raises ValueError when a value is outside its range."""
-    if values.min(initial=0) < container.low or values.max(initial=0) > container.high:
-        raise ValueError(f"{name}: integers outside [{container.low}, {container.high}]")
+def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Container, bits: int) -> ir.Value:
+    """An initializer of the container's type. Raises ValueError when a value does not fit in `bits` bits."""
+    low = -(2 ** (bits - 1)) if container.low < 0 else 0
+    high = low + 2**bits - 1
+    if values.min(initial=0) < low or values.max(initial=0) > high:
+        raise ValueError(f"{name}: integers outside [{low}, {high}]")
     tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=passes.unused_name(graph, name))
     return passes.add_initializer(graph, str(tensor.name), tensor)
 
@@ -133,9 +135,9 @@ def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> 
     name = _operand_name(node, WEIGHT) or f"{edit.output}.weight"
     container = weight_container(edit.bits)
     operands = [
-        _integers(graph, f"{name}.q", edit.values, container),
+        _integers(graph, f"{name}.q", edit.values, container, edit.bits),
         passes.add_initializer(graph, passes.unused_name(graph, f"{name}.scale"), edit.scale),
-        _integers(graph, f"{name}.zero", edit.zero_point, container),
+        _integers(graph, f"{name}.zero", edit.zero_point, container, edit.bits),
     ]
     dequantize = ir.node(
         "DequantizeLinear", operands, attributes={"axis": edit.axis}, name=f"{node.name or edit.output}/weight/DQ"
@@ -146,13 +148,11 @@ def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> 
 
 
 def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit) -> None:
-    if not 0 <= edit.zero_point < 2**edit.bits:
-        raise ValueError(f"{edit.value}.zero: integers outside [0, {2**edit.bits - 1}]")
     readers = [(node, index) for node, index in value.uses()]
     scale = np.array(edit.scale, np.float32)
     parameters = [
         passes.add_initializer(graph, passes.unused_name(graph, f"{edit.value}.scale"), scale),
-        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), ACTIVATIONS),
+        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), ACTIVATIONS, edit.bits),
     ]
     first, inserted = value, []
     if edit.bits < 8:  # the container is wider than the bits: saturate to them first
@@ -211,6 +211,8 @@ def ensure_writable(path: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{folder} is not a folder: create it or choose another output")
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except ValueError:  # a NUL character
+        raise OutputError(f"{path} is not a file name: choose another output") from None
     except OSError as error:
         raise OutputError(f"{path} cannot be written to ({error.strerror}): choose another output") from error
 

@@ -1,8 +1,8 @@
 """Which layer gets how many bits, and why: the placement is what most disputed figures come down to, so it is said.
 
 First and last layer at `end_bits`. Then the layers that hurt most: each remaining layer is rounded alone, and those
-that bring the logits below `sensitive_snr` dB are kept at `sensitive_bits`, worst first, while they fit the share of
-the weights that may be kept.
+that bring the logits below `sensitive_snr` dB are kept at `sensitive_bits` while they fit the share of the weights
+that may be kept, those first that add the most noise for each weight (a depthwise layer costs next to nothing).
 """
 
 from __future__ import annotations
@@ -72,11 +72,15 @@ def plan_bits(
 def _keep_worst(plans: Sequence[LayerPlan], settings: QuantizeSettings) -> list[LayerPlan]:
     budget = settings.sensitive_share * sum(plan.layer.parameters for plan in plans)
     kept = {}
-    for plan in sorted((p for p in plans if p.snr is not None), key=lambda p: p.snr or 0.0):
-        if plan.snr is None or plan.snr >= settings.sensitive_snr:
-            break
+    hurting = [plan for plan in plans if plan.snr is not None and plan.snr < settings.sensitive_snr]
+    for plan in sorted(hurting, key=_noise_per_weight, reverse=True):
         if plan.layer.parameters <= budget:
             budget -= plan.layer.parameters
             reason = f"hurts most: alone it leaves the logits {plan.snr:.1f} dB"
             kept[plan.layer.output] = replace(plan, bits=settings.sensitive_bits, reason=reason)
     return [kept.get(plan.layer.output, plan) for plan in plans]
+
+
+def _noise_per_weight(plan: LayerPlan) -> float:
+    """Noise-to-signal ratio of the logits over the number of the layer's weights."""
+    return float(10 ** (-(plan.snr or 0.0) / 10)) / plan.layer.parameters

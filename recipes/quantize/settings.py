@@ -53,8 +53,8 @@ class QuantizeSettings(Settings):
     """Bits of the first and the last layer's weights and inputs."""
     sensitive_bits: int = Field(default=8, ge=2, le=8)
     """Bits of the layers that hurt most."""
-    sensitive_share: float = Field(default=0.01, ge=0, le=1)
+    sensitive_share: float = Field(default=0.03, ge=0, le=1)
     """How much of the model's weights may be kept at `sensitive_bits`, as a share of all weights."""
-    sensitive_snr: float = Field(default=10.0)
+    sensitive_snr: float = Field(default=15.0)
     """Only layers whose rounding alone brings the logits below this signal-to-noise ratio (dB) are kept."""
     sensitive_images: int = Field(default=32, ge=1)
