@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from onnx2torch.onnx_graph import OnnxGraph
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from converters import passes
 from converters.errors import ConversionError, MixMixError, ModelError, UnsupportedOperatorError
 from converters.load import Classifier
 from converters.ops import registry
+from converters.ops.layers import convolution_geometry, torch_pads
 from converters.runtime import Session
 
 Transform = Callable[[Tensor], Tensor]
@@ -170,6 +172,23 @@ class TorchClassifier(nn.Module):
             )
         return found
 
+    def operand_vectors(self, layer: Layer, x: Tensor, places: int) -> Tensor:
+        """What each output of a layer is a product of: [groups, N * at most `places`, K], K weights an output channel.
+
+        `x` [N, ...] holds the layer's input; of each image's output positions, `places` evenly spread ones are taken.
+        The order of K is that of the weight without its output-channel axis.
+        """
+        if layer.op != "Conv":
+            rows = x.reshape(len(x), -1, x.shape[-1])
+            return rows[:, _spread(rows.shape[1], places)].reshape(1, -1, x.shape[-1])
+        step = next(step for step in self.whole.steps if step.outputs[0] == layer.output)
+        kernel = layer.shape[2:]
+        strides, dilations, pads = convolution_geometry(step.attributes, tuple(x.shape[2:]), kernel)
+        columns = F.unfold(F.pad(x, torch_pads(pads)), kernel, tuple(dilations), 0, tuple(strides))
+        columns = columns[:, :, _spread(columns.shape[2], places)]
+        grouped = columns.reshape(len(x), layer.groups, -1, columns.shape[2])
+        return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, grouped.shape[2])
+
     def batchnorms(self) -> list[BatchNorm]:
         """BatchNormalization nodes with stored statistics, in order."""
         return [
@@ -177,6 +196,11 @@ class TorchClassifier(nn.Module):
             for step in self.whole.steps
             if step.op == "BatchNormalization" and all(self.is_constant(name) for name in step.inputs[3:5])
         ]
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """At most `count` of `length` positions, evenly spread."""
+    return torch.linspace(0, length - 1, min(length, count)).round().long()
 
 
 class Segment:

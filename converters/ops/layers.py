@@ -38,20 +38,25 @@ def torch_pads(pads: Sequence[int]) -> list[int]:
     return [pads[axis + side * rank] for axis in reversed(range(rank)) for side in (0, 1)]
 
 
+def convolution_geometry(
+    attributes: Attributes, sizes: Sequence[int], kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Strides, dilations and ONNX pads of a convolution for one input size."""
+    rank = len(kernel)
+    strides, dilations = attributes.get("strides", [1] * rank), attributes.get("dilations", [1] * rank)
+    auto_pad = attributes.get("auto_pad", "NOTSET")
+    if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        return strides, dilations, same_pads(sizes, kernel, strides, dilations, upper=auto_pad == "SAME_UPPER")
+    return strides, dilations, [0] * 2 * rank if auto_pad == "VALID" else attributes.get("pads", [0] * 2 * rank)
+
+
 @operator("Conv", 1, 11, 22)
 def conv(attributes: Attributes) -> Body:
-    auto_pad = attributes.get("auto_pad", "NOTSET")
     groups = attributes.get("group", 1)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rank = weight.dim() - 2
-        strides = attributes.get("strides", [1] * rank)
-        dilations = attributes.get("dilations", [1] * rank)
-        pads = attributes.get("pads", [0] * 2 * rank)
-        if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            pads = same_pads(x.shape[2:], weight.shape[2:], strides, dilations, upper=auto_pad == "SAME_UPPER")
-        elif auto_pad == "VALID":
-            pads = [0] * 2 * rank
+        strides, dilations, pads = convolution_geometry(attributes, x.shape[2:], weight.shape[2:])
         if pads[:rank] != pads[rank:]:
             x, pads = F.pad(x, torch_pads(pads)), [0] * 2 * rank
         return CONVOLUTIONS[rank](x, weight, bias, tuple(strides), tuple(pads[:rank]), tuple(dilations), groups)

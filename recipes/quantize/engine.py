@@ -25,6 +25,7 @@ from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
 from recipes.blocks import Block, find_blocks
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent, Task
+from recipes.quantize.compensate import moments
 from recipes.quantize.plan import LayerPlan, plan_bits
 from recipes.quantize.quantizers import LearnedTensor, QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -269,7 +270,11 @@ class _Run:
                 self.biases[layer.bias] = LearnedTensor(bias, settings.bias_rate * typical)
                 weights[layer.bias] = self.biases[layer.bias]
         values = {name: self.values[name] for name in unit.values}
-        error = block_error(unit.segment, changed_input, target, weights, values, batch)
+        nearest = error = block_error(unit.segment, changed_input, target, weights, values, batch)
+        if settings.compensate:
+            for layer in unit.layers:
+                self._compensate(layer, block, float_stream, changed_stream)
+            error = block_error(unit.segment, changed_input, target, weights, values, batch)
         if steps:
             for weight in weights.values():
                 if isinstance(weight, QuantizedWeight):
@@ -297,7 +302,19 @@ class _Run:
             value.harden()
         self._snap_biases(unit.layers)
         after = block_error(unit.segment, changed_input, target, weights, values, batch)
-        self.account.append((unit.name, Reconstruction(error, after)))
+        self.account.append((unit.name, Reconstruction(nearest, after)))
+
+    def _compensate(self, layer: Layer, block: Block, float_stream: Tensor, changed_stream: Tensor) -> None:
+        """Round one layer with compensation, behind the layers before it as they are now."""
+        before = self.module.segment([block.input], [layer.input])
+        changes, parts = self._changes(), []
+        for x, how in ((float_stream, {}), (changed_stream, changes)):
+            batches = [run_batched(before, part, self.settings.batch, **how) for part in x.split(self.settings.batch)]
+            places = self.settings.compensate_places
+            parts.append(torch.cat([self.module.operand_vectors(layer, part, places) for part in batches], 1))
+        shift = self.weights[layer.weight].compensate(moments(*parts), layer.groups)
+        if layer.bias is not None:
+            self.biases[layer.bias].value += shift
 
     def _snap_biases(self, layers: Sequence[Layer]) -> None:
         """Bring biases of fully quantized layers to whole multiples of input scale times weight scale.
@@ -334,7 +351,7 @@ class _Run:
                     bits=weight.bits,
                 )
             )
-            if layer.bias in self.biases and (self.biases[layer.bias].rate or plan.act_bits is not None):
+            if layer.bias in self.biases:
                 bias = self.biases[layer.bias].tensor().cpu().numpy()
                 found.append(writeback.FloatEdit(layer.output, writeback.BIAS, bias))
         for name, value in self.values.items():

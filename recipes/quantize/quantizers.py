@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recipes.quantize import primitives as q
+from recipes.quantize.compensate import Moments, compensate
 from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import DropMasks, Group
 
@@ -108,6 +109,16 @@ class QuantizedWeight:
         steps = self.weight / self.scale
         sigmoid = self.settings.rounding == "sigmoid"
         self.rounding = SigmoidRounding(steps, self.settings) if sigmoid else OffsetRounding(steps)
+
+    def compensate(self, found: Moments, groups: int) -> Tensor:
+        """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
+        rows = self.weight.movedim(self.axis, 0)
+        shape = rows.shape
+        grouped = rows.reshape(groups, len(rows) // groups, -1)
+        scale, zero = (value.reshape(groups, -1) for value in (self.scale, self.zero))
+        chosen, shift = compensate(grouped, found, scale, zero, self.low, self.high)
+        self.weight = chosen.reshape(shape).movedim(0, self.axis)
+        return shift.flatten()
 
     def groups(self) -> list[Group]:
         if self.rounding is None:
