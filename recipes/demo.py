@@ -35,7 +35,7 @@ TARGET = "inverted"
 WIDTHS: tuple[tuple[int, int | None], ...] = ((4, None), (2, None), (4, 4), (2, 4))
 NEAREST, NOISE, SINGLE, ZOO, REAL = "nearest", "noise", "single model", "mixed zoo", "real images"
 COLUMNS = (NEAREST, NOISE, SINGLE, ZOO, REAL)
-IMAGES = 256
+IMAGES = 128
 RESULTS = "results.json"
 
 
@@ -132,9 +132,9 @@ def _make_room(directory: Path, overwrite: bool) -> None:
 
 def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Progress) -> ImageSet:
     modules = [to_torch(load_classifier(zoo.model_path(name))) for name in names]
-    settings = load_synth_recipe("default", "fast", (), None, {"images": IMAGES})
+    settings = load_synth_recipe("demo", "default", (), None, {"images": IMAGES})
     progress.say(f"{IMAGES} images from {', '.join(names)}")
-    synthesize(modules, directory, settings, seed=seed, progress=progress)
+    synthesize(modules, directory, settings, recipe="demo", seed=seed, progress=progress)
     return load_images(directory)
 
 
@@ -162,5 +162,5 @@ def quantize_cell(cell: Cell, images: ImageSet, directory: Path, seed: int) -> N
     """One cell, in a process of its own."""
     classifier: Classifier = load_classifier(zoo.model_path(TARGET))
     method = "nearest" if cell.column == NEAREST else "qdrop"
-    settings = load_recipe(QuantizeSettings, PACKAGE, method, "fast")
+    settings = load_recipe(QuantizeSettings, PACKAGE, method)
     quantize(classifier, images, directory / cell.file_name, settings, cell.bits, cell.act_bits, seed=seed)

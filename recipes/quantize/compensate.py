@@ -4,6 +4,8 @@ For one layer with float input X, input X~ through what is quantized already, an
 
 1. the weight that on X~ answers as the float layer does on X:  W' = argmin ||W' X~ - W X||^2 + d ||W' - W||^2
    = (W X X~^T + d W) (X~ X~^T + d I)^-1;
+   d grows with K / n, the number of weights over the number of vectors seen: what few vectors say of many weights is
+   mostly chance, and calibration images are not the images that the model will see;
 2. column by column, round and push the error onto the columns still to come: with U the upper Cholesky factor of
    (X~ X~^T + d I)^-1,  e_k = (w_k - round(w_k)) / U_kk,  w_j -= e_k U_kj for j > k;
 3. the bias takes the mean difference that is left.
@@ -21,7 +23,7 @@ from torch import Tensor
 from recipes.quantize import primitives as q
 
 DAMPING = 0.01
-"""d, as a share of the mean of the diagonal of X~ X~^T."""
+"""The part of d that is always there, as a share of the mean of the diagonal of X~ X~^T."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Moments:
 
     own: Tensor
     cross: Tensor
+    count: int
     mean: Tensor
     float_mean: Tensor
 
@@ -40,6 +43,7 @@ def moments(float_patches: Tensor, patches: Tensor) -> Moments:
     return Moments(
         own=patches.mT @ patches / count,
         cross=float_patches.mT @ patches / count,
+        count=count,
         mean=patches.mean(1),
         float_mean=float_patches.mean(1),
     )
@@ -53,7 +57,8 @@ def compensate(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: i
     """
     identity = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
     power = found.own.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    damping = DAMPING * power[:, None, None] * identity
+    share = DAMPING + rows.shape[2] / found.count
+    damping = share * power[:, None, None] * identity
     own = found.own + damping
     aimed = torch.linalg.solve(own, (rows @ (found.cross + damping)).mT).mT
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(own)), upper=True)
