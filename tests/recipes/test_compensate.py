@@ -28,7 +28,11 @@ def test_without_rounding_it_is_least_squares() -> None:
     found = moments(clean, noisy)
     scale, zero = torch.full((2, 3), 1e-6, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     chosen, _ = compensate(rows, found, scale, zero, -(2**29), 2**29 - 1)
-    damping = (DAMPING + 5 / 400) * found.own.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(5, dtype=torch.float64)
+    damping = (
+        (DAMPING + 5 / 400)
+        * found.own.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        * torch.eye(5, dtype=torch.float64)
+    )
     residual = chosen @ (found.own + damping) - rows @ (found.cross + damping)
     torch.testing.assert_close(residual, torch.zeros_like(residual), atol=1e-3, rtol=0)
 
