@@ -33,6 +33,14 @@ class Terminal:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
         self.errors = Console(stderr=True, highlight=False)
         self.results = Console(highlight=False, soft_wrap=True)
+        self._warn_of_installation()
+
+    def _warn_of_installation(self) -> None:
+        from converters.runtime import installation_conflict
+
+        conflict = installation_conflict()
+        if conflict is not None:
+            self.say(f"warning: {conflict}")
 
     @contextmanager
     def task(self, name: str, total: float) -> Iterator[_Bar]:
