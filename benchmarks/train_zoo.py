@@ -15,12 +15,12 @@ import argparse
 import gzip
 import os
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from exporting import export_folded, export_kept
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from zoo_models import FAMILIES
@@ -111,34 +111,12 @@ def export(model: nn.Module, name: str, top1: float, directory: Path) -> None:
     model.eval().to(memory_format=torch.contiguous_format)
     example = torch.zeros(1, 1, 28, 28)
     kept = directory / f"{name}.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (example,),
-            kept,
-            dynamo=False,
-            opset_version=17,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-        )
-        onnx.save(describe(onnx.load(kept), name, top1), kept)
-        if name == FOLDED:
-            folded = directory / f"{name}_folded.onnx"
-            torch.onnx.export(
-                model,
-                (example,),
-                folded,
-                dynamo=True,
-                external_data=False,
-                input_names=["image"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )
-            onnx.save(describe(onnx.load(folded), name, top1), folded)
+    export_kept(model, example, kept)
+    onnx.save(describe(onnx.load(kept), name, top1), kept)
+    if name == FOLDED:
+        folded = directory / f"{name}_folded.onnx"
+        export_folded(model, example, folded)
+        onnx.save(describe(onnx.load(folded), name, top1), folded)
 
 
 def write_images(data: Path, directory: Path) -> None:
