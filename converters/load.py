@@ -88,10 +88,7 @@ def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
 def build(path: Path, original: ir.Model, spec: InputSpec, sha256: str = "") -> Classifier:
     """The classifier around a graph that has been checked already (a loaded one, or one prepared for quantization)."""
     normal = original.clone()
-    image, output = normal.graph.inputs[0], normal.graph.outputs[0]
-    for value in normal.graph.inputs:
-        if not value.is_initializer():
-            image = value
+    image = next(value for value in normal.graph.inputs if not value.is_initializer())
     batch = image.shape[0] if image.shape is not None else None
     image.shape = ir.Shape([batch if isinstance(batch, int) else passes.BATCH, *_fixed_shape(spec)])
     applied = passes.normalise(normal)

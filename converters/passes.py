@@ -38,7 +38,6 @@ def _shared(pass_: ir.passes.PassBase) -> Pass:
 def open_batch(model: ir.Model) -> bool:
     """A batch dimension fixed in the file becomes symbolic, and stale inferred shapes are forgotten."""
     changed = False
-    inputs = set(model.graph.inputs)
     fixed = {
         v.shape[0] for v in model.graph.inputs if v.shape is not None and len(v.shape) and isinstance(v.shape[0], int)
     }
@@ -50,7 +49,7 @@ def open_batch(model: ir.Model) -> bool:
             changed = True
     for node in model.graph:
         for value in node.outputs:
-            if value not in inputs and not value.is_graph_output():
+            if not value.is_graph_output():
                 value.shape = None
     return changed
 

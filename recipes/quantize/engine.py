@@ -118,7 +118,7 @@ def quantize(
 
     def check(content: bytes) -> None:
         nonlocal difference
-        sample = run.inputs[: min(8, len(run.inputs))]
+        sample = run.inputs[:8]
         expected = run.fake_quantized(sample)
         difference = writeback.matches(content, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), str(output))
         if difference > (WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE):
@@ -186,7 +186,7 @@ class _Run:
             self.weights[layer.weight] = QuantizedWeight(
                 self.module.constant(layer.weight), layer.axis, plan.bits, self.settings
             )
-            if plan.reason and plan.reason.startswith("hurts"):
+            if plan.reason is not None and plan.snr is not None:  # kept for what was measured, not for its place
                 progress.say(f"{layer.name} ({layer.op}) is kept at {plan.bits} bits: {plan.reason}")
 
     def reconstruct_all(self, progress: Progress) -> None:
@@ -202,15 +202,16 @@ class _Run:
                 for unit in self._units(block):
                     self._reconstruct(unit, block, float_stream, changed_stream, steps, task)
                 float_stream = run_batched(whole, float_stream, self.settings.batch)
-                changed_stream = run_batched(whole, changed_stream, self.settings.batch, **self._changes())
+                changed_stream = run_batched(whole, changed_stream, self.settings.batch, **self._changes(whole))
 
-    def _changes(self) -> dict[str, Mapping[str, object]]:
+    def _changes(self, segment: Segment) -> dict[str, Mapping[str, object]]:
+        """What a segment is run with to compute as the quantized model does so far."""
         changes: dict[str, QuantizedWeight | LearnedTensor] = {**self.weights, **self.biases}
-        tensors = {name: change.tensor() for name, change in changes.items()}
+        tensors = {name: changes[name].tensor() for name in segment.constants if name in changes}
         return {"parameters": tensors, "transforms": self.values}
 
     def _units(self, block: Block) -> list[_Unit]:
-        """The block itself, or one unit a layer; nothing where there is nothing to train."""
+        """The block itself, or one unit a layer."""
         quantized = self._quantized_values(block)
         if self.settings.unit == "layer":
             return [
@@ -241,7 +242,7 @@ class _Run:
                 sample = changed_stream
             else:
                 before = self.module.segment([block.input], [name])
-                sample = run_batched(before, changed_stream, self.settings.batch, **self._changes())
+                sample = run_batched(before, changed_stream, self.settings.batch, **self._changes(before))
             stride = max(1, sample.numel() // ACTIVATION_SAMPLE)
             if stride > 1:
                 stride |= 1  # odd, so that it does not run along one column of an image
@@ -258,7 +259,7 @@ class _Run:
             before = self.module.segment([block.input], [start])
             float_input = run_batched(before, float_stream, batch)
             transforms = {name: value for name, value in self.values.items() if name != start}
-            changes = self._changes() | {"transforms": transforms}
+            changes = self._changes(before) | {"transforms": transforms}
             changed_input = run_batched(before, changed_stream, batch, **changes)
         target = run_batched(unit.segment, float_input, batch)
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
@@ -307,7 +308,7 @@ class _Run:
     def _compensate(self, layer: Layer, block: Block, float_stream: Tensor, changed_stream: Tensor) -> None:
         """Round one layer with compensation, behind the layers before it as they are now."""
         before = self.module.segment([block.input], [layer.input])
-        changes, parts = self._changes(), []
+        changes, parts = self._changes(before), []
         for x, how in ((float_stream, {}), (changed_stream, changes)):
             batches = [run_batched(before, part, self.settings.batch, **how) for part in x.split(self.settings.batch)]
             places = self.settings.compensate_places
@@ -334,7 +335,7 @@ class _Run:
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
-        return run_batched(self.module.whole, inputs, self.settings.batch, **self._changes())
+        return run_batched(self.module.whole, inputs, self.settings.batch, **self._changes(self.module.whole))
 
     def edits(self) -> list[writeback.Edit]:
         """What to write into the graph."""
