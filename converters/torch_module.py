@@ -8,6 +8,8 @@ are operands, in the file's own layout, so results go back to the file under the
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -184,9 +186,20 @@ class TorchClassifier(nn.Module):
         step = next(step for step in self.whole.steps if step.outputs[0] == layer.output)
         kernel = layer.shape[2:]
         strides, dilations, pads = convolution_geometry(step.attributes, tuple(x.shape[2:]), kernel)
-        columns = F.unfold(F.pad(x, torch_pads(pads)), kernel, tuple(dilations), 0, tuple(strides))
-        columns = columns[:, :, _spread(columns.shape[2], places)]
-        grouped = columns.reshape(len(x), layer.groups, -1, columns.shape[2])
+        padded = F.pad(x, torch_pads(pads)) if any(pads) else x
+        sides = [
+            (length - dilation * (size - 1) - 1) // stride + 1
+            for length, size, stride, dilation in zip(padded.shape[2:], kernel, strides, dilations, strict=True)
+        ]
+        chosen = _spread(math.prod(sides), places)
+        corner = [index * stride for index, stride in zip(torch.unravel_index(chosen, sides), strides, strict=True)]
+        everything = slice(None)
+        taps = []
+        for offset in itertools.product(*map(range, kernel)):
+            at = [c + o * dilation for c, o, dilation in zip(corner, offset, dilations, strict=True)]
+            index: tuple[slice | Tensor, ...] = (everything, everything, *at)
+            taps.append(padded[index])
+        grouped = torch.stack(taps, 2).reshape(len(x), layer.groups, -1, len(chosen))
         return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, grouped.shape[2])
 
     def batchnorms(self) -> list[BatchNorm]:

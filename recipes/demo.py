@@ -132,9 +132,9 @@ def _make_room(directory: Path, overwrite: bool) -> None:
 
 def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Progress) -> ImageSet:
     modules = [to_torch(load_classifier(zoo.model_path(name))) for name in names]
-    settings = load_synth_recipe("demo", "default", (), None, {"images": IMAGES})
+    settings = load_synth_recipe("default", "default", (), None, {"images": IMAGES})
     progress.say(f"{IMAGES} images from {', '.join(names)}")
-    synthesize(modules, directory, settings, recipe="demo", seed=seed, progress=progress)
+    synthesize(modules, directory, settings, seed=seed, progress=progress)
     return load_images(directory)
 
 

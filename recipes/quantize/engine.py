@@ -138,7 +138,7 @@ def quantize(
         size_after=file_size(output),
         seconds=time.perf_counter() - started,
         written_difference=difference,
-        kept=[plan for plan in run.plans if plan.reason],
+        kept=[plan for plan in run.plans if plan.bits > bits],
     )
 
 
@@ -186,7 +186,7 @@ class _Run:
             self.weights[layer.weight] = QuantizedWeight(
                 self.module.constant(layer.weight), layer.axis, plan.bits, self.settings
             )
-            if plan.reason is not None and plan.snr is not None:  # kept for what was measured, not for its place
+            if plan.bits > self.bits and plan.snr is not None:  # kept for what was measured, not for its place
                 progress.say(f"{layer.name} ({layer.op}) is kept at {plan.bits} bits: {plan.reason}")
 
     def reconstruct_all(self, progress: Progress) -> None:

@@ -1,19 +1,21 @@
 """Which layer gets how many bits, and why: the placement is what most disputed figures come down to, so it is said.
 
-First and last layer at `end_bits`. Then the layers that hurt most: each remaining layer is rounded alone, and those
-that bring the logits below `sensitive_snr` dB are kept at `sensitive_bits` while they fit the share of the weights
-that may be kept, those first that add the most noise for each weight (a depthwise layer costs next to nothing).
+The first layer at `end_bits`, and the last unless it holds more than `end_share` of the weights: then it would decide
+the file's size, and is judged as the others are. Those are rounded one at a time, and the layers that hurt most, by the
+noise in the logits for each weight (a depthwise layer costs next to nothing), are kept at `sensitive_bits` until the
+share of the weights that may be kept is used up or what is left does no harm (`sensitive_snr`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from converters.torch_module import Layer, TorchClassifier
+from recipes.blocks import find_blocks
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 
@@ -47,26 +49,50 @@ def plan_bits(
 ) -> list[LayerPlan]:
     """The placement for every layer, in order. `inputs` [N, ...] are model inputs to measure on."""
     layers = module.layers()
-    ends = {0: "first layer", len(layers) - 1: "last layer"}
-    plans = []
-    for index, layer in enumerate(layers):
-        wide = settings.end_bits if index in ends else 0
-        act = None if act_bits is None else max(act_bits, wide)
-        changed = max(bits, wide) != bits or act != act_bits
-        plans.append(LayerPlan(layer, max(bits, wide), act, ends[index] if changed else None))
-    if bits >= settings.sensitive_bits or settings.sensitive_share == 0:
-        for _ in plans:
+    total = sum(layer.parameters for layer in layers)
+    ends = {layers[0].output: "first layer"}
+    if len(layers) > 1 and layers[-1].parameters <= settings.end_share * total:
+        ends[layers[-1].output] = "last layer"
+    measured = bits < settings.sensitive_bits and settings.sensitive_share > 0
+    ratios = _ratios(module, inputs[: settings.sensitive_images], bits, ends, settings, advance) if measured else {}
+    if not measured:
+        for _ in layers:
             advance()
-        return plans
-    x = inputs[: settings.sensitive_images]
-    reference = module(x)
-    for index, plan in enumerate(plans):
-        if plan.reason is None:
-            rounded = QuantizedWeight(module.constant(plan.layer.weight), plan.layer.axis, bits, settings)
-            logits = module.whole({module.input_name: x}, {plan.layer.weight: rounded.tensor()})[module.logits_name]
-            plans[index] = replace(plan, snr=signal_to_noise(reference, logits))
-        advance()
+    plans = []
+    for layer in layers:
+        wide = settings.end_bits if layer.output in ends else 0
+        at_an_end = layer in (layers[0], layers[-1])
+        act = None if act_bits is None else max(act_bits, settings.end_bits if at_an_end else 0)
+        changed = max(bits, wide) != bits or act != act_bits
+        reason = ends.get(layer.output, "last layer's input") if changed else None
+        plans.append(LayerPlan(layer, max(bits, wide), act, reason, ratios.get(layer.output)))
     return _keep_worst(plans, settings)
+
+
+def _ratios(
+    module: TorchClassifier,
+    inputs: Tensor,
+    bits: int,
+    ends: Mapping[str, str],
+    settings: QuantizeSettings,
+    advance: Callable[[], None],
+) -> dict[str, float]:
+    """Logit signal-to-noise ratio in dB with one layer alone rounded, by layer output, for all layers but `ends`.
+
+    What lies before a layer's block is computed once for the block.
+    """
+    found, x = {}, inputs
+    reference = module(inputs)
+    for block in find_blocks(module, settings.max_chain):
+        rest = module.segment([block.input], [module.logits_name])
+        for layer in block.layers:
+            if layer.output not in ends:
+                rounded = QuantizedWeight(module.constant(layer.weight), layer.axis, bits, settings).tensor()
+                logits = rest({block.input: x}, {layer.weight: rounded})[module.logits_name]
+                found[layer.output] = signal_to_noise(reference, logits)
+            advance()
+        x = module.segment([block.input], [block.output])({block.input: x})[block.output]
+    return found
 
 
 def _keep_worst(plans: Sequence[LayerPlan], settings: QuantizeSettings) -> list[LayerPlan]:

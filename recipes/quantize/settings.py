@@ -55,10 +55,13 @@ class QuantizeSettings(Settings):
     range_norm: float = Field(default=2.4, gt=0)
     end_bits: int = Field(default=8, ge=2, le=8)
     """Bits of the first and the last layer's weights and inputs."""
+    end_share: float = Field(default=0.15, ge=0, le=1)
+    """A last layer that holds more than this share of all weights gets `end_bits` only if it hurts like the others."""
     sensitive_bits: int = Field(default=8, ge=2, le=8)
     """Bits of the layers that hurt most."""
-    sensitive_share: float = Field(default=0.03, ge=0, le=1)
+    sensitive_share: float = Field(default=0.05, ge=0, le=1)
     """How much of the model's weights may be kept at `sensitive_bits`, as a share of all weights."""
-    sensitive_snr: float = Field(default=15.0)
+    sensitive_snr: float = Field(default=25.0)
     """Only layers whose rounding alone brings the logits below this signal-to-noise ratio (dB) are kept."""
-    sensitive_images: int = Field(default=32, ge=1)
+    sensitive_images: int = Field(default=16, ge=1)
+    """Images that the ratio is measured on."""

@@ -1,8 +1,8 @@
 """From classifiers to images.
 
-The way of a batch: noise in normalised units -> pixels -> augmentation -> mixing -> each model's own input -> tapped
-BatchNorm inputs and logits -> weighted loss -> Adam step -> clip to the valid pixel range. Low resolution first. A
-finished batch is rounded to 8 bits, judged again as it will be read back, and written as one shard.
+The way of a batch: noise or dead leaves in normalised units -> pixels -> augmentation -> mixing -> each model's own
+input -> tapped BatchNorm inputs and logits -> weighted loss -> Adam step -> clip to the valid pixel range. Low
+resolution first. A finished batch is rounded to 8 bits, judged again as it will be read back, and written as one shard.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from recipes.progress import Progress, Silent, Task
 from recipes.synth import objectives
 from recipes.synth.augment import augment
 from recipes.synth.mixing import Mix, draw_mix, mixed_cross_entropy
+from recipes.synth.procedural import dead_leaves
 from recipes.synth.settings import Stage, SynthSettings
 
 
@@ -219,8 +220,7 @@ class Batch:
         for stage in self.settings.stages:
             height, width = (max(1, round(side * stage.scale)) for side in self.size)
             if images is None:
-                shape = (len(self.labels), self.channels, height, width)
-                images = torch.randn(shape, generator=self.generator).to(self.device)
+                images = self._start((height, width)).to(self.device)
             else:
                 images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
             images = self._stage(self._clip(images), stage, task)
@@ -228,6 +228,13 @@ class Batch:
         if tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False)
         return (self._clip(images) * self.std + self.mean).clamp(0, 1).cpu()
+
+    def _start(self, size: tuple[int, int]) -> Tensor:
+        """What optimisation begins with, in normalised units, on the CPU."""
+        count = len(self.labels)
+        if self.settings.start == "leaves":
+            return (dead_leaves(count, self.channels, size, self.generator) - self.mean.cpu()) / self.std.cpu()
+        return torch.randn((count, self.channels, *size), generator=self.generator)
 
     def _clip(self, images: Tensor) -> Tensor:
         return torch.maximum(torch.minimum(images, self.high), self.low)

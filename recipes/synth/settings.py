@@ -32,6 +32,8 @@ class SynthSettings(Settings):
     images: int = Field(default=128, ge=1)
     batch: int = Field(default=32, ge=1)
     """Images optimised together: their joint statistics are what is matched. One batch is one shard on disk."""
+    start: Literal["noise", "leaves"] = "noise"
+    """What optimisation begins with: white noise, or dead leaves (see `procedural`)."""
     stages: tuple[Stage, ...] = Field(min_length=1)
     rate: float = Field(default=0.25, gt=0)
     """Learning rate of the images; it falls to zero along a cosine in each stage (seed, B.3)."""

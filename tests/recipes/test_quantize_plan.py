@@ -17,6 +17,7 @@ from recipes.images import ImageSet
 from recipes.progress import Silent
 from recipes.quantize.engine import output_path, quantize
 from recipes.quantize.plan import LayerPlan, plan_bits, signal_to_noise
+from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
@@ -72,6 +73,34 @@ def test_ends_have_their_own_bits(module_of: Callable[[str], TorchClassifier], c
     low = plans(module, calibration_images, 2, sensitive_share=0.0, end_bits=6)
     assert [plan.bits for plan in low] == [6, 2, 2, 2, 2, 2, 6]
     assert {(p.bits, p.reason) for p in plans(module, calibration_images, 8, 8)} == {(8, None)}
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(1000.0, 8), (-1000.0, 2)])
+def test_a_last_layer_that_holds_much_is_judged_as_the_others_are(
+    limit: float, bits: int, module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    module = module_of("plain")
+    last = plans(module, calibration_images, 2, 4, end_share=0.0, sensitive_share=1.0, sensitive_snr=limit)[-1]
+    assert (last.bits, last.act_bits) == (bits, 8)
+    assert last.snr is not None
+    assert last.reason is not None
+    assert last.reason.startswith("hurts most" if bits == 8 else "last layer's input")
+    share = last.layer.parameters / sum(layer.parameters for layer in module.layers())
+    at_the_limit = plans(module, calibration_images, end_share=share)[-1]
+    assert (at_the_limit.bits, at_the_limit.snr, at_the_limit.reason) == (8, None, "last layer")
+
+
+def test_ratios_are_those_of_the_whole_model_with_one_layer_rounded(
+    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    module = module_of("residual")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    with torch.no_grad():
+        reference = module(x)
+        for plan in plans(module, calibration_images, 3)[1:-1]:
+            rounded = QuantizedWeight(module.constant(plan.layer.weight), plan.layer.axis, 3, NEAREST).tensor()
+            logits = module.whole({module.input_name: x}, {plan.layer.weight: rounded})[module.logits_name]
+            assert plan.snr == pytest.approx(signal_to_noise(reference, logits), abs=0.05)
 
 
 def test_inputs_of_the_ends_keep_their_bits_whatever_the_weights_have(
