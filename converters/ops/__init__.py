@@ -3,4 +3,13 @@
 `registry.find` is the one look-up: our table first, onnx2torch's second.
 """
 
-from converters.ops import layers, pooling, shapes  # noqa: F401  (importing fills the table)
+from converters.ops import (  # noqa: F401  (importing fills the table)
+    arrangement,
+    attention,
+    elementwise,
+    layers,
+    normalisation,
+    pooling,
+    resize,
+    shapes,
+)

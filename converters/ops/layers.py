@@ -18,6 +18,8 @@ from converters.ops.registry import Attributes, Body, operator
 
 CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
 
 def same_pads(
     sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], *, upper: bool
@@ -60,6 +62,31 @@ def conv(attributes: Attributes) -> Body:
         if pads[:rank] != pads[rank:]:
             x, pads = F.pad(x, torch_pads(pads)), [0] * 2 * rank
         return CONVOLUTIONS[rank](x, weight, bias, tuple(strides), tuple(pads[:rank]), tuple(dilations), groups)
+
+    return run
+
+
+@operator("ConvTranspose", 1, 11, 22)
+def conv_transpose(attributes: Attributes) -> Body:
+    """The full transpose, cropped by the pads; with `output_shape`, by the pads that give it."""
+    groups = attributes.get("group", 1)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rank = weight.dim() - 2
+        ones = [1] * rank
+        strides, dilations = attributes.get("strides", ones), attributes.get("dilations", ones)
+        more = attributes.get("output_padding", [0] * rank)
+        y = TRANSPOSED[rank](x, weight, bias, tuple(strides), 0, tuple(more), groups, tuple(dilations))
+        auto_pad, wanted = attributes.get("auto_pad", "NOTSET"), attributes.get("output_shape")
+        begins = list(attributes.get("pads", [0] * 2 * rank))[:rank]
+        ends = list(attributes.get("pads", [0] * 2 * rank))[rank:]
+        if wanted is None and auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            wanted = [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+        if wanted is not None:
+            total = [have - want for have, want in zip(y.shape[2:], wanted[-rank:], strict=True)]
+            small, large = [amount // 2 for amount in total], [amount - amount // 2 for amount in total]
+            begins, ends = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
+        return F.pad(y, [-amount for amount in torch_pads(begins + ends)])
 
     return run
 

@@ -60,11 +60,19 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
+def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = x.prod(axis, keep)
+    return x
+
+
 for _name, _reduce, _elementwise, _versions in (
     ("ReduceMean", torch.mean, _itself, (18,)),
     ("ReduceMax", torch.amax, _itself, (18, 20)),
     ("ReduceMin", torch.amin, _itself, (18, 20)),
     ("ReduceSumSquare", _sum_square, torch.square, (18,)),
+    ("ReduceProd", _product, _itself, (1, 11, 13, 18)),
+    ("ReduceLogSumExp", torch.logsumexp, _itself, (1, 11, 13, 18)),
     ("ReduceL2", lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keep), torch.abs, (1, 11, 13, 18)),
     ("ReduceL1", lambda x, axes, keep: torch.linalg.vector_norm(x, 1, axes, keep), torch.abs, (1, 11, 13, 18)),
 ):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.errors import UnsupportedOperatorError
+from converters.ops import registry
 from converters.runtime import Session
 from tests.converters.oracle import Array, assert_close, check, find, ints, single
 from tests.models import random
@@ -244,3 +245,44 @@ def test_constant(attributes: dict[str, Any]) -> None:
     model = onnx.shape_inference.infer_shapes(model)
     (expected,) = Session(model.SerializeToString()).run(np.zeros(1, np.float32))
     assert_close(find(model).body().numpy(), expected, 0)
+
+
+OLDER = [
+    ("Selu", 6, {}),
+    ("Celu", 12, {"alpha": 0.7}),
+    ("Mish", 18, {}),
+    ("Softsign", 1, {}),
+    ("ThresholdedRelu", 10, {"alpha": 0.3}),
+    ("Cos", 7, {}),
+    ("Sin", 7, {}),
+    ("Round", 11, {}),
+    ("LpNormalization", 1, {"axis": 1}),
+    ("LpPool", 11, {"kernel_shape": [2, 2], "pads": [1, 0, 0, 1]}),
+    ("DepthToSpace", 1, {"blocksize": 2}),
+    ("DepthToSpace", 11, {"blocksize": 2, "mode": "CRD"}),
+    ("SpaceToDepth", 1, {"blocksize": 2}),
+    ("Flatten", 9, {"axis": 2}),
+    ("Flatten", 11, {"axis": -1}),
+    ("ReduceProd", 11, {"axes": [1, 3]}),
+    ("ReduceLogSumExp", 13, {"axes": [-1], "keepdims": 0}),
+    ("Dropout", 13, {"seed": 3}),
+]
+
+
+@pytest.mark.parametrize(("op", "opset", "attributes"), OLDER, ids=[f"{op}-{opset}" for op, opset, _ in OLDER])
+def test_older_versions(op: str, opset: int, attributes: dict[str, Any]) -> None:
+    check(op, [random(2, 4, 6, 6)], opset=max(opset, 7), tolerance=1e-5, **attributes)
+
+
+@pytest.mark.parametrize("opset", [11, 22])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv_transpose(groups: int, opset: int) -> None:
+    operands = [random(2, 4, 5, 6), random(4, 6 // groups, 3, 2, seed=1), random(6, seed=2)]
+    attributes = {"strides": [2, 3], "pads": [1, 0, 0, 1], "output_padding": [1, 0], "group": groups}
+    check("ConvTranspose", operands, opset=opset, tolerance=1e-5, **attributes)
+
+
+def test_a_cache_of_keys_is_not_a_classifiers() -> None:
+    x = torch.from_numpy(random(1, 2, 3, 4))
+    with pytest.raises(NotImplementedError, match="cache"):
+        registry._TABLE["", "Attention", 23]({})(x, x, x, None, x, x)

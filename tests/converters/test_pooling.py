@@ -9,10 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from converters.errors import UnsupportedOperatorError
 from converters.ops import registry
 from tests import models
-from tests.converters.oracle import check, find, single
+from tests.converters.oracle import check
 from tests.models import random
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)
@@ -42,10 +41,33 @@ def test_average_pool_with_auto_pad(data: st.DataObject, auto_pad: str, count: i
     check("AveragePool", [random(1, 2, *sizes)], count_include_pad=count, **attributes)
 
 
-def test_dilated_average_pool_is_refused() -> None:
-    model = single("AveragePool", [random(1, 1, 8, 8)], 19, 1, {"kernel_shape": [2, 2], "dilations": [2, 2]})
-    with pytest.raises(UnsupportedOperatorError, match=r"the node.*ai\.onnx\.AveragePool, opset 19"):
-        find(model)
+@given(data=st.data(), op=st.sampled_from(["MaxPool", "AveragePool"]), ceil=st.sampled_from([0, 1]))
+@QUICK
+def test_dilated_windows(data: st.DataObject, op: str, ceil: int) -> None:
+    kernel, strides, dilations = ([data.draw(st.integers(1, 3)) for _ in range(2)] for _ in range(3))
+    pads = [data.draw(st.integers(0, side - 1)) for side in kernel * 2]
+    sizes = [data.draw(st.integers(7, 10)) for _ in range(2)]
+    attributes = {"kernel_shape": kernel, "strides": strides, "dilations": dilations, "pads": pads, "ceil_mode": ceil}
+    check(op, [random(2, 3, *sizes)], opset=22, **attributes)
+
+
+@given(data=st.data(), rank=st.integers(1, 3), ceil=st.sampled_from([0, 1]))
+@QUICK
+def test_max_pool(data: st.DataObject, rank: int, ceil: int) -> None:
+    kernel = [data.draw(st.integers(1, 4)) for _ in range(rank)]
+    strides = [data.draw(st.integers(1, 3)) for _ in range(rank)]
+    pads = [data.draw(st.integers(0, side - 1)) for side in kernel * 2]
+    sizes = [data.draw(st.integers(4, 9)) for _ in range(rank)]
+    opset = data.draw(st.sampled_from([10, 11, 12, 17, 22]))
+    attributes = {"kernel_shape": kernel, "strides": strides, "pads": pads, "ceil_mode": ceil}
+    check("MaxPool", [random(2, 3, *sizes) - 5], opset=opset, tolerance=0, **attributes)
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("size", [7, 8])
+def test_max_pool_with_auto_pad(size: int, auto_pad: str) -> None:
+    attributes: dict[str, Any] = {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": auto_pad}
+    check("MaxPool", [random(1, 2, size, size) - 5], tolerance=0, **attributes)
 
 
 @pytest.mark.parametrize("opset", [9, 11, 17, 18, 19, 20, 21, 22, 25])
