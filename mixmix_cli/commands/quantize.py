@@ -96,7 +96,9 @@ def command(**given: Any) -> int:
             f" (1/{result.size_before / result.size_after:.1f}) in {result.seconds:.0f} s"
         )
         kept = "; ".join(f"{plan.layer.name} {plan.bits} bits ({plan.reason})" for plan in result.kept)
-        terminal.show(f"not at {result.bits} bits: {kept or 'none'}")
+        terminal.show(
+            f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits: {kept or 'none'}"
+        )
         terminal.show(validation_table(validation))
         terminal.show(f"on the {validation.images} calibration images: hold it against others with mixmix validate")
     return 0 if validation.passed else 1

@@ -138,7 +138,7 @@ def quantize(
         size_after=file_size(output),
         seconds=time.perf_counter() - started,
         written_difference=difference,
-        kept=[plan for plan in run.plans if plan.bits > bits],
+        kept=[plan for plan in run.plans if plan.kept(bits)],
     )
 
 
@@ -186,8 +186,14 @@ class _Run:
             self.weights[layer.weight] = QuantizedWeight(
                 self.module.constant(layer.weight), layer.axis, plan.bits, self.settings
             )
-            if plan.bits > self.bits and plan.snr is not None:  # kept for what was measured, not for its place
-                progress.say(f"{layer.name} ({layer.op}) is kept at {plan.bits} bits: {plan.reason}")
+        hurting = sorted(
+            (plan.snr, plan.layer.name) for plan in self.plans if plan.snr is not None and plan.kept(self.bits)
+        )
+        if hurting:
+            worst = ", ".join(f"{name} ({snr:.1f} dB)" for snr, name in hurting[:3])
+            progress.say(
+                f"{len(hurting)} layers that hurt most are kept at {self.settings.sensitive_bits} bits, first {worst}"
+            )
 
     def reconstruct_all(self, progress: Progress) -> None:
         """Go through the blocks; afterwards every change is hard."""

@@ -31,6 +31,10 @@ class LayerPlan:
     snr: float | None = None
     """Logit signal-to-noise ratio in dB with this layer alone rounded to the bits asked for."""
 
+    def kept(self, bits: int) -> bool:
+        """Whether the weight has more than the `bits` asked for."""
+        return self.bits > bits
+
 
 def signal_to_noise(reference: Tensor, other: Tensor) -> float:
     """10 log10 of the reference's power over the difference's, in dB; infinite where they are equal."""
@@ -102,7 +106,7 @@ def _keep_worst(plans: Sequence[LayerPlan], settings: QuantizeSettings) -> list[
     for plan in sorted(hurting, key=_noise_per_weight, reverse=True):
         if plan.layer.parameters <= budget:
             budget -= plan.layer.parameters
-            reason = f"hurts most: alone it leaves the logits {plan.snr:.1f} dB"
+            reason = f"alone it leaves the logits {plan.snr:.1f} dB"
             kept[plan.layer.output] = replace(plan, bits=settings.sensitive_bits, reason=reason)
     return [kept.get(plan.layer.output, plan) for plan in plans]
 

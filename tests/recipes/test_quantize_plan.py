@@ -84,7 +84,7 @@ def test_a_last_layer_that_holds_much_is_judged_as_the_others_are(
     assert (last.bits, last.act_bits) == (bits, 8)
     assert last.snr is not None
     assert last.reason is not None
-    assert last.reason.startswith("hurts most" if bits == 8 else "last layer's input")
+    assert last.reason.startswith("alone it leaves" if bits == 8 else "last layer's input")
     share = last.layer.parameters / sum(layer.parameters for layer in module.layers())
     at_the_limit = plans(module, calibration_images, end_share=share)[-1]
     assert (at_the_limit.bits, at_the_limit.snr, at_the_limit.reason) == (8, None, "last layer")
