@@ -257,7 +257,13 @@ class Segment:
         for name in self.inputs:
             env[name] = transforms[name](values[name]) if name in transforms else values[name]
         for step, done in zip(self.steps, self._done, strict=True):
-            operands: list[object] = [env[name] for name in step.inputs]
+            try:
+                operands: list[object] = [env[name] for name in step.inputs]
+            except KeyError as missing:
+                raise UnsupportedOperatorError(
+                    f"{self.owner.classifier.path}: node {step.name} ({step.op}) reads {missing}, a second output "
+                    "(a mask, indices, a cache) that is not computed: export the model without it"
+                ) from None
             for index, number in step.fixed.items():
                 if parameters is None or step.inputs[index] not in parameters:
                     operands[index] = number

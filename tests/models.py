@@ -263,6 +263,16 @@ def unknown_operator() -> onnx.ModelProto:
     return assemble([node("Frobnicate", "image", "frob", domain="com.example"), *head("frob")], head_tensors(3))
 
 
+def read_indices() -> onnx.ModelProto:
+    """Pooling whose second output, the places of the maxima, is read."""
+    nodes = [
+        node("MaxPool", "image", "largest places", kernel_shape=[2, 2]),
+        node("Cast", "places", "indices", to=TensorProto.FLOAT),
+        node("Add", "largest indices", "features"),
+    ]
+    return assemble([*nodes, *head("features")], head_tensors(IMAGE[1]))
+
+
 def nan_weights(*, constant_node: bool = False) -> onnx.ModelProto:
     """A Gemm with one NaN among its weights, in an initializer or in a Constant node."""
     weight = weights(CLASSES, PIXELS)

@@ -30,6 +30,11 @@ def test_unsupported_operator_is_named(load: Load) -> None:
     assert unsupported_operators(classifier) == [("Frobnicate", 1, "frob/Frobnicate")]
 
 
+def test_a_second_output_that_is_not_computed_is_a_sentence(load: Load) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=r"model\.onnx: node indices/Cast \(Cast\) reads 'places'"):
+        to_torch(load(models.read_indices()))
+
+
 def test_supported_operators_are_not_listed(embedded: Classifier) -> None:
     assert unsupported_operators(embedded) == []
 
