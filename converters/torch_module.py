@@ -315,6 +315,8 @@ def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0
     try:
         whole = Segment(module, [module.input_name], [classifier.output_name])
         actual = whole({module.input_name: x})[classifier.output_name]
+    except UnsupportedOperatorError:
+        raise
     except Exception as error:  # whatever an operator runs into
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversionError(

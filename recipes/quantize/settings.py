@@ -59,7 +59,7 @@ class QuantizeSettings(Settings):
     """A last layer that holds more than this share of all weights gets `end_bits` only if it hurts like the others."""
     sensitive_bits: int = Field(default=8, ge=2, le=8)
     """Bits of the layers that hurt most."""
-    sensitive_share: float = Field(default=0.05, ge=0, le=1)
+    sensitive_share: float = Field(default=0.10, ge=0, le=1)
     """How much of the model's weights may be kept at `sensitive_bits`, as a share of all weights."""
     sensitive_snr: float = Field(default=25.0)
     """Only layers whose rounding alone brings the logits below this signal-to-noise ratio (dB) are kept."""
