@@ -174,7 +174,8 @@ def synthesize(
             store.add(index, shard_seed, pixels, labels, facts)
     final = {name: _mean([shard["losses"][name] for shard in store.shards]) for name in store.shards[0]["losses"]}
     seconds = time.perf_counter() - started
-    store.finish(load_images(directory, 64).pixels, {"losses": final, "seconds": round(seconds, 3)})
+    spent = sum(shard["seconds"] for shard in store.shards)  # a resumed call keeps the time of earlier ones
+    store.finish(load_images(directory, 64).pixels, {"losses": final, "seconds": round(spent, 3)})
     return Synthesis(directory, settings.images, seconds, [teacher.name for teacher in teachers], final)
 
 
