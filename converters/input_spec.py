@@ -4,7 +4,8 @@ An image batch is canonical everywhere else: float32 [N, C, H, W] in pixel range
 it into what one model was trained on: resize, channel order, `scale`, mean and standard deviation, layout.
 
 Sources, first that applies: options, `MODEL.toml` beside `MODEL.onnx` (table `[input]`), the file's own metadata
-(`mixmix.input.*`), and otherwise an assumption that says so.
+(`mixmix.input.*`), detection (`converters.detect`), and otherwise an assumption that says so. A source speaks of pixel
+values when it has `mean`, `std` or `scale`; one that has none of them leaves those to the next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +30,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TEXT_KEYS = ("labels", "layout")  # never numbers or lists, whatever their text looks like
 MOST_CHANNELS = 4096
 
+PIXEL_KEYS = ("mean", "std", "scale")
+
+Source = Literal["options", "sidecar", "metadata", "detected", "assumed"]
 Channels = Literal["rgb", "bgr", "gray"] | Annotated[int, Field(ge=1, le=MOST_CHANNELS, strict=True)]
 
 
@@ -49,7 +54,7 @@ class InputSpec(BaseModel):
     std: tuple[FiniteFloat, ...]
     labels: str | None = None
     offset: int = 0
-    source: Literal["options", "sidecar", "metadata", "assumed"] = "assumed"
+    source: Source = "assumed"
 
     @field_validator("size")
     @classmethod
@@ -113,6 +118,17 @@ class InputSpec(BaseModel):
         }
 
 
+@dataclass(frozen=True)
+class Detection:
+    """What a model itself says of its input: the spec's keys, how sure that is (0 to 1), and what comes second."""
+
+    keys: Mapping[str, Any]
+    name: str
+    confidence: float
+    runner_up: str | None
+    evidence: str
+
+
 def read_sidecar(model_path: Path) -> dict[str, Any] | None:
     """Table `[input]` of `MODEL.toml` beside `MODEL.onnx`, or None where there is no such file."""
     path = model_path.with_suffix(".toml")
@@ -148,21 +164,20 @@ def resolve(
     shape: Sequence[int | None],
     properties: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
+    detected: Mapping[str, Any] | None = None,
 ) -> InputSpec:
     """The input spec of a model whose image input has `shape` (4 entries, None where the file leaves it open).
 
-    Options override single keys of whatever the sidecar or the metadata say. Raises SpecError when a key is unknown or
-    malformed, or contradicts the shape in the file.
+    Options override single keys of whatever the sidecar or the metadata say, and these override what was `detected`.
+    Raises SpecError when a key is unknown or malformed, or contradicts the shape in the file.
     """
     given = {key: value for key, value in (options or {}).items() if value is not None}
     sidecar, metadata = read_sidecar(model_path), read_metadata(properties)
     stated = {**(sidecar if sidecar is not None else metadata), **given}
     layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
     height, width, channels = shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2]  # type: ignore[operator]
-    values = _assumed(height, width, channels, stated) | {"layout": layout} | stated
-    values["source"] = (
-        "options" if given else "sidecar" if sidecar is not None else "metadata" if metadata else "assumed"
-    )
+    values = _assumed(height, width, channels, stated) | {"layout": layout} | dict(detected or {}) | stated
+    values["source"] = _source(given, sidecar, metadata, detected)
     where = f"{model_path.with_suffix('.toml')}" if sidecar is not None and not given else f"{model_path}"
     if "source" in stated:
         raise SpecError(f"{where}: the input spec has no key source: remove it")
@@ -180,6 +195,22 @@ def resolve(
         if fixed is not None and fixed != wanted:
             raise SpecError(f"{where}: the input spec says {name} {wanted}, the model takes {fixed}: correct the spec")
     return spec
+
+
+def _source(
+    given: Mapping[str, Any],
+    sidecar: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
+    detected: Mapping[str, Any] | None,
+) -> Source:
+    """Who says how pixel values become numbers."""
+    sources: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+        ("options", given),
+        ("sidecar", sidecar or {}),
+        ("metadata", metadata if sidecar is None else {}),
+        ("detected", detected or {}),
+    )
+    return next((name for name, keys in sources if any(key in keys for key in PIXEL_KEYS)), "assumed")
 
 
 def _assumed(height: int | None, width: int | None, channels: int | None, stated: Mapping[str, Any]) -> dict[str, Any]:

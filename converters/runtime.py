@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
 from converters.errors import ModelError
 
 Array = NDArray[np.generic]
+INPUT_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}
+PROTOBUF_LIMIT = (1 << 31) - (1 << 20)  # bytes of a serialised model, with some room
 SILENT = 4  # onnxruntime's log level that leaves only what ends the process; errors come as exceptions
 
 
@@ -35,33 +44,54 @@ class Session:
     """One model in onnxruntime on the CPU.
 
     `optimise=False` turns every graph optimisation off: the plain meaning of the file, against which the fused result
-    is held. `threads` is the number of intra-operator threads (0: all cores).
+    is held. `threads` is the number of intra-operator threads (0: all cores). `first` names the output to give first.
     """
 
-    def __init__(self, model: Path | bytes, *, optimise: bool = True, threads: int = 0, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Path | bytes | ir.Model,
+        *,
+        optimise: bool = True,
+        threads: int = 0,
+        name: str = "",
+        first: str | None = None,
+    ) -> None:
         options = onnxruntime.SessionOptions()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.log_severity_level = SILENT
         self.name = name or (str(model) if isinstance(model, Path) else "model")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's exception classes are not part of its public API
-            raise ModelError(f"{self.name}: onnxruntime cannot load the model ({_first_line(error)})") from error
-        self.input_name: str = self._session.get_inputs()[0].name
-        self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
+        with tempfile.TemporaryDirectory() as folder:
+            content = _for_runtime(model, Path(folder))
+            try:
+                self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's exception classes are not part of its public API
+                raise ModelError(f"{self.name}: onnxruntime cannot load the model ({_first_line(error)})") from error
+        image = self._session.get_inputs()[0]
+        self.input_name: str = image.name
+        self._type = INPUT_TYPES.get(image.type)
+        names = [output.name for output in self._session.get_outputs()]
+        self.output_names: list[str] = sorted(names, key=lambda output: output != first) if first else names
 
     def run(self, inputs: Array, outputs: Sequence[str] | None = None) -> list[Array]:
-        """Outputs (all, or those named) for one batch. Raises ModelError when onnxruntime refuses the batch."""
+        """Outputs (all, or those named) for one batch, which is brought to the input's type.
+
+        Raises ModelError when onnxruntime refuses the batch.
+        """
         try:
             quiet = onnxruntime.RunOptions()
             quiet.log_severity_level = SILENT
-            return self._session.run(list(outputs) if outputs else None, {self.input_name: inputs}, quiet)
+            return self._session.run(list(outputs or self.output_names), {self.input_name: self._typed(inputs)}, quiet)
         except Exception as error:  # as above
             raise ModelError(f"{self.name}: onnxruntime cannot run the model ({_first_line(error)})") from error
+
+    def _typed(self, inputs: Array) -> Array:
+        if self._type is None or inputs.dtype == self._type:
+            return inputs
+        if self._type is np.uint8:
+            inputs = inputs.round().clip(0, 255)
+        return inputs.astype(self._type)
 
     def latency(self, inputs: Array, *, seconds: float = 0.5, least: int = 5) -> float:
         """Median time of one run on `inputs` in milliseconds, over at least `least` runs after one warm-up."""
@@ -73,6 +103,23 @@ class Session:
             self.run(inputs)
             times.append(time.perf_counter() - before)
         return float(np.median(times) * 1e3)
+
+
+def serialise(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _for_runtime(model: Path | bytes | ir.Model, folder: Path) -> str | bytes:
+    """What onnxruntime reads: a path or bytes; a graph too large for bytes goes to `folder` first."""
+    if isinstance(model, Path):
+        return str(model)
+    if isinstance(model, bytes):
+        return model
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    if sum(tensor.nbytes for tensor in tensors if tensor is not None) < PROTOBUF_LIMIT:
+        return serialise(model)
+    ir.save(model, folder / "model.onnx", external_data="model.data")
+    return str(folder / "model.onnx")
 
 
 def _first_line(error: Exception) -> str:

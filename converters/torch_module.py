@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from onnx2torch.onnx_graph import OnnxGraph
 from torch import Tensor, nn
 
-from converters import passes
+from converters import graphs, passes
+from converters.classifier import Classifier
 from converters.errors import ConversionError, MixMixError, ModelError, UnsupportedOperatorError
-from converters.load import Classifier
 from converters.ops import registry
+from converters.ops.advice import what_helps
 from converters.ops.layers import convolution_geometry, torch_pads
 from converters.runtime import Session
 
@@ -31,6 +32,12 @@ Transform = Callable[[Tensor], Tensor]
 
 TOLERANCE = 1e-4
 """Largest difference from onnxruntime, relative to the largest magnitude of the output, that a conversion may have."""
+
+OTHER_FLOAT_TOLERANCE = 2e-2
+"""The same for a file that computes in 16 bits, as onnxruntime does then and the module does not."""
+
+STORED_AS = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+LIGHT = 1 << 16  # bytes; what decides how a node is converted, sizes and axes, is far below
 
 
 @dataclass(frozen=True)
@@ -93,32 +100,31 @@ class BatchNorm:
 class TorchClassifier(nn.Module):
     """The differentiable module. `forward` takes the model's input tensor and gives its logits [N, classes]."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, operators: Mapping[str, registry.Found] | None = None) -> None:
         super().__init__()
         self.classifier = classifier
         self.spec = classifier.spec
         self.input_name, self.logits_name = classifier.input_name, classifier.logits
         self._buffer_of: dict[str, str] = {}
-        self.steps = self._convert(classifier)
+        self._hold_constants(classifier)
+        self.steps = self._steps(operators or find_operators(classifier))
         self.whole = Segment(self, [self.input_name], [self.logits_name])
 
-    def _convert(self, classifier: Classifier) -> list[Step]:
+    def _hold_constants(self, classifier: Classifier) -> None:
         for index, (name, value) in enumerate(classifier.normal.graph.initializers.items()):
-            array = np.array(passes.to_numpy(value))  # a copy: the proto's memory is read-only
+            array = graphs.to_numpy(value)
             if array.dtype.kind not in "biufc":
                 raise UnsupportedOperatorError(
-                    f"{classifier.path}: tensor {name} is {value.dtype}, so the model is quantized already:"
-                    " give the float model"
+                    f"{classifier.path}: tensor {name} is {value.dtype}, which torch lacks: give the float model"
                 )
+            if not array.flags.writeable:  # the proto's own memory, which torch must not have
+                array = array.copy()
             self._buffer_of[name] = f"constant_{index}"
             self.register_buffer(f"constant_{index}", torch.from_numpy(array))
-        graph, versions = _onnx2torch_graph(classifier)
+
+    def _steps(self, operators: Mapping[str, registry.Found]) -> list[Step]:
         steps: list[Step] = []
-        for name, node in graph.nodes.items():
-            try:
-                operator = registry.find(node, graph, versions.get(node.domain, 1))
-            except UnsupportedOperatorError as error:
-                raise UnsupportedOperatorError(f"{classifier.path}: {error}") from error
+        for name, (node, operator) in operators.items():
             if operator.module is not None:
                 self.add_module(f"node_{len(steps)}", operator.module)
             fixed = {
@@ -283,9 +289,11 @@ def to_torch(classifier: Classifier, *, check: bool = True) -> TorchClassifier:
     Raises UnsupportedOperatorError, or ConversionError naming the first value that differs.
     """
     try:
-        module = TorchClassifier(classifier).eval().requires_grad_(False)
-        if check:
-            check_against_runtime(module)
+        operators = find_operators(classifier)
+        expectation = _Expectation(classifier) if check else None  # before the weights, which it holds for a while too
+        module = TorchClassifier(classifier, operators).eval().requires_grad_(False)
+        if expectation is not None:
+            expectation.hold(module)
     except MixMixError:
         raise
     except Exception as error:  # a damaged field can lead anywhere
@@ -293,47 +301,82 @@ def to_torch(classifier: Classifier, *, check: bool = True) -> TorchClassifier:
     return module
 
 
-@torch.no_grad()
-def check_against_runtime(module: TorchClassifier, batch: int = 2, seed: int = 0) -> float:
-    """Largest relative difference from onnxruntime on seeded noise through the input spec.
+class _Expectation:
+    """What onnxruntime makes of seeded noise through the input spec: logits of the file, optimisations off.
 
-    onnxruntime runs the ORIGINAL graph with optimisations off. Raises ConversionError above TOLERANCE.
+    Two images, or two batches of what the file insists on, so that any batch size is tried.
     """
-    classifier = module.classifier
-    height, width = module.spec.size
-    generator = torch.Generator().manual_seed(seed)
-    shape = (classifier.fixed_batch or batch, module.spec.channel_count, height, width)
-    pixels = torch.rand(shape, generator=generator)
-    x = module.spec.to_input(pixels)
-    session = Session(serialise(classifier.original), optimise=False, name=str(classifier.path))
-    expected = session.run(x.contiguous().numpy())[0]
-    if expected.ndim != 2:
-        raise ModelError(
-            f"{classifier.path}: output {classifier.output_name} has shape {list(expected.shape)},"
-            " not [batch, classes]: it is not an image classifier"
-        )
-    try:
-        whole = Segment(module, [module.input_name], [classifier.output_name])
-        actual = whole({module.input_name: x})[classifier.output_name]
-    except UnsupportedOperatorError:
-        raise
-    except Exception as error:  # whatever an operator runs into
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+    def __init__(self, classifier: Classifier, seed: int = 0) -> None:
+        self.classifier = classifier
+        height, width = classifier.spec.size
+        batch = classifier.fixed_batch or 1
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.rand(2 * batch, classifier.spec.channel_count, height, width, generator=generator)
+        x = classifier.spec.to_input(pixels).contiguous()
+        dtype = classifier.image_type
+        if dtype in STORED_AS:  # what a narrower input keeps of it
+            x = x.to(STORED_AS[dtype]).float()
+        self.x = x.round() if dtype == ir.DataType.UINT8 else x
+        session = classifier.session(optimise=False)
+        parts = [session.run(part.numpy())[0] for part in self.x.split(batch if classifier.fixed_batch else 2)]
+        self.logits = np.concatenate(parts)
+        shape = self.logits.shape
+        if self.logits.ndim < 2 or math.prod(shape[1:]) != max(shape[1:]):
+            raise ModelError(
+                f"{classifier.path}: output {classifier.output_name} has shape {list(shape)},"
+                " not [batch, classes]: it is not an image classifier"
+            )
+        self.logits = self.logits.reshape(len(self.x), -1).astype(np.float32)
+
+    @torch.no_grad()
+    def hold(self, module: TorchClassifier) -> float:
+        """The module's largest relative difference. Raises ConversionError when it is too large."""
+        try:
+            actual = module(self.x).numpy()
+        except UnsupportedOperatorError:
+            raise
+        except Exception as error:  # whatever an operator runs into
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConversionError(
+                f"{self.classifier.path}: the converted model does not run ({reason}): please report it"
+            ) from error
+        difference = relative_difference(actual, self.logits)
+        if difference <= (OTHER_FLOAT_TOLERANCE if self.classifier.other_floats else TOLERANCE):
+            return difference
+        name, worst = _first_difference(module, self.x[: self.classifier.fixed_batch or 1])
         raise ConversionError(
-            f"{classifier.path}: the converted model does not run ({reason}): please report it"
-        ) from error
-    difference = relative_difference(actual.numpy(), expected)
-    if not difference <= TOLERANCE:
-        name, worst = _first_difference(module, x)
-        raise ConversionError(
-            f"{classifier.path}: the converted model differs from onnxruntime by {difference:.1e},"
+            f"{self.classifier.path}: the converted model differs from onnxruntime by {difference:.1e},"
             f" first at value {name!r} ({worst:.1e}): please report it"
         )
-    return difference
 
 
-def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
-    """(operator, opset, node) of everything that keeps the model from being converted."""
+def find_operators(classifier: Classifier) -> dict[str, registry.Found]:
+    """Each node of the normalised graph with its operator, by name, in order. Raises UnsupportedOperatorError."""
+    graph, versions = _onnx2torch_graph(classifier)
+    try:
+        return {
+            name: (node, registry.find(node, graph, versions.get(node.domain, 1))) for name, node in graph.nodes.items()
+        }
+    except UnsupportedOperatorError as error:
+        raise UnsupportedOperatorError(f"{classifier.path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A node that cannot be converted, and what would help."""
+
+    op: str
+    opset: int
+    node: str
+    help: str
+
+    def __str__(self) -> str:
+        return f"node {self.node} is {self.op} (opset {self.opset}), which cannot be converted: {self.help}"
+
+
+def unsupported_operators(classifier: Classifier) -> list[Unsupported]:
+    """Everything that keeps the model from being converted."""
     graph, versions = _onnx2torch_graph(classifier)
     found = []
     for name, node in graph.nodes.items():
@@ -341,13 +384,20 @@ def unsupported_operators(classifier: Classifier) -> list[tuple[str, int, str]]:
         try:
             registry.find(node, graph, opset)
         except UnsupportedOperatorError:
-            found.append((node.operation_type, opset, node.name or name))
+            help_ = what_helps(node.operation_type, node.domain)
+            found.append(Unsupported(node.operation_type, opset, node.name or name, help_))
     return found
 
 
 def _onnx2torch_graph(classifier: Classifier) -> tuple[OnnxGraph, dict[str, int]]:
-    """The normalised graph as onnx2torch reads it, and the opset of each domain."""
-    proto = ir.to_proto(classifier.normal)
+    """The normalised graph as onnx2torch reads it, large tensors left out, and the opset of each domain."""
+    light = classifier.normal.clone()
+    for name, value in light.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > LIGHT:
+            kind, shape = ir.DataType(tensor.dtype), graphs.shape_of(tensor)
+            value.const_value = ir.ExternalTensor("left out", 0, tensor.nbytes, kind, shape=shape, name=name)
+    proto = ir.to_proto(light)
     return OnnxGraph(proto.graph), {entry.domain: entry.version for entry in proto.opset_import}
 
 
@@ -359,25 +409,21 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max(initial=0.0)) / max(scale, 1e-12)
 
 
-def serialise(model: ir.Model) -> bytes:
-    return bytes(ir.to_proto(model).SerializeToString())
-
-
 def _first_difference(module: TorchClassifier, x: Tensor) -> tuple[str, float]:
     """The first value, in order, that onnxruntime computes differently from the normalised graph."""
     classifier = module.classifier
     probe = classifier.normal.clone()
-    names = [n for s in module.whole.steps for n in s.outputs if n and n != classifier.output_name]
+    names = [n for s in module.whole.steps for n in s.outputs if n and n != classifier.logits]
     values = {str(v.name): v for node in probe.graph for v in node.outputs}
     floats = [n for n in names if values[n].dtype in (ir.DataType.FLOAT, None)]
     probe.graph.outputs.extend(values[n] for n in floats)
     for name in floats:
         values[name].type = ir.TensorType(ir.DataType.FLOAT)
-    session = Session(serialise(probe), optimise=False, name=str(classifier.path))
+    session = Session(probe, optimise=False, name=str(classifier.path))
     expected = dict(zip(session.output_names, session.run(x.contiguous().numpy()), strict=True))
     actual = Segment(module, [module.input_name], floats)({module.input_name: x})
     for name in floats:
         difference = relative_difference(actual[name].numpy(), expected[name])
         if not difference <= TOLERANCE:
             return name, difference
-    return classifier.output_name, float("nan")
+    return classifier.logits, float("nan")

@@ -18,12 +18,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from converters import passes
+from converters import graphs, passes, precision
+from converters.classifier import Classifier, build, logits_session
+from converters.endings import find_ending
 from converters.errors import ModelError, OutputError
-from converters.load import Classifier, build
-from converters.runtime import Session
+from converters.runtime import Session, serialise
 from converters.targets import ACTIVATIONS, Container, weight_container
-from converters.torch_module import relative_difference, serialise
+from converters.torch_module import relative_difference
 
 WEIGHT, BIAS = 1, 2  # operand positions
 
@@ -72,13 +73,16 @@ def prepare_for_quantization(classifier: Classifier, *, four_bit: bool) -> Class
     Per-channel weight quantization commutes with the fold, the file loses four vectors a layer, and Conv stands next
     to what follows it, which is what fusing runtimes look for.
     """
+    if classifier.quantized:
+        raise ModelError(f"{classifier.path} is quantized already: give the float model that it was made from")
     model = classifier.original.clone()
     container = weight_container(4 if four_bit else 8)
+    precision.to_float32_inside(model)
     passes.raise_opset(model, container.opset, str(classifier.path))
     model.ir_version = max(model.ir_version or 0, container.ir_version)
     passes.fold_batchnorm(model)
     passes.tidy(model)
-    return build(classifier.path, model, classifier.spec, classifier.sha256)
+    return build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
 
 
 def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
@@ -93,7 +97,7 @@ def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
             case FloatEdit():
                 node = _producer(values[edit.output])
                 name = _operand_name(node, edit.index) or f"{edit.output}.bias"
-                new = passes.add_initializer(graph, passes.unused_name(graph, name), edit.values)
+                new = graphs.add_initializer(graph, graphs.unused_name(graph, name), edit.values)
                 _wire(values[edit.output], edit.index, new)
             case ActivationEdit():
                 _quantize_activation(graph, values[edit.value], edit)
@@ -126,8 +130,8 @@ def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Contain
     high = low + 2**bits - 1
     if values.min(initial=0) < low or values.max(initial=0) > high:
         raise ValueError(f"{name}: integers outside [{low}, {high}]")
-    tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=passes.unused_name(graph, name))
-    return passes.add_initializer(graph, str(tensor.name), tensor)
+    tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=graphs.unused_name(graph, name))
+    return graphs.add_initializer(graph, str(tensor.name), tensor)
 
 
 def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> ir.Value:
@@ -136,13 +140,13 @@ def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> 
     container = weight_container(edit.bits)
     operands = [
         _integers(graph, f"{name}.q", edit.values, container, edit.bits),
-        passes.add_initializer(graph, passes.unused_name(graph, f"{name}.scale"), edit.scale),
+        graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.scale"), edit.scale),
         _integers(graph, f"{name}.zero", edit.zero_point, container, edit.bits),
     ]
     dequantize = ir.node(
         "DequantizeLinear", operands, attributes={"axis": edit.axis}, name=f"{node.name or edit.output}/weight/DQ"
     )
-    dequantize.outputs[0].name = passes.unused_name(graph, f"{name}.dequantized")
+    dequantize.outputs[0].name = graphs.unused_name(graph, f"{name}.dequantized")
     graph.insert_before(node, dequantize)
     return dequantize.outputs[0]
 
@@ -151,7 +155,7 @@ def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit)
     readers = [(node, index) for node, index in value.uses()]
     scale = np.array(edit.scale, np.float32)
     parameters = [
-        passes.add_initializer(graph, passes.unused_name(graph, f"{edit.value}.scale"), scale),
+        graphs.add_initializer(graph, graphs.unused_name(graph, f"{edit.value}.scale"), scale),
         _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), ACTIVATIONS, edit.bits),
     ]
     first, inserted = value, []
@@ -159,16 +163,16 @@ def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit)
         bounds = (0 - edit.zero_point, 2**edit.bits - 1 - edit.zero_point)
         names = (f"{edit.value}.low", f"{edit.value}.high")
         operands = [
-            passes.add_initializer(graph, passes.unused_name(graph, name), np.array(bound * scale, np.float32))
+            graphs.add_initializer(graph, graphs.unused_name(graph, name), np.array(bound * scale, np.float32))
             for name, bound in zip(names, bounds, strict=True)
         ]
         inserted.append(ir.node("Clip", [value, *operands], name=f"{edit.value}/Clip"))
         first = inserted[0].outputs[0]
-        first.name = passes.unused_name(graph, f"{edit.value}.clipped")
+        first.name = graphs.unused_name(graph, f"{edit.value}.clipped")
     quantize = ir.node("QuantizeLinear", [first, *parameters], name=f"{edit.value}/Q")
-    quantize.outputs[0].name = passes.unused_name(graph, f"{edit.value}.q")
+    quantize.outputs[0].name = graphs.unused_name(graph, f"{edit.value}.q")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=f"{edit.value}/DQ")
-    dequantize.outputs[0].name = passes.unused_name(graph, f"{edit.value}.dequantized")
+    dequantize.outputs[0].name = graphs.unused_name(graph, f"{edit.value}.dequantized")
     inserted += [quantize, dequantize]
     producer = value.producer()
     if producer is None:
@@ -185,11 +189,11 @@ def save(
     metadata: Mapping[str, str],
     *,
     overwrite: bool = False,
-    check: Callable[[bytes], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Write the model with `metadata` added; nothing appears under `path` unless all went well.
 
-    onnxruntime loads the bytes, `check` may judge them, and only then is the temporary file renamed. Raises
+    onnxruntime loads the bytes, `check` may judge the model, and only then is the temporary file renamed. Raises
     OutputError when `path` exists (without `overwrite`) or cannot be written.
     """
     ensure_writable(path, overwrite=overwrite)
@@ -197,7 +201,7 @@ def save(
     content = serialise(model)
     Session(content, name=str(path))
     if check is not None:
-        check(content)
+        check()
     write_atomically(path, content)
 
 
@@ -238,13 +242,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def matches(content: bytes, x: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> float:
-    """Relative difference between the written file in onnxruntime, optimisations off, and `expected` logits.
+def difference_from(model: ir.Model, x: NDArray[np.float32], expected: NDArray[np.float32], path: Path) -> float:
+    """Relative difference between a written model's logits in onnxruntime, optimisations off, and `expected` ones.
 
-    Raises ModelError when the file does not run.
+    Raises ModelError when the model does not run.
     """
-    actual = Session(content, optimise=False, name=name).run(x)[0]
-    difference = relative_difference(np.asarray(actual), expected)
+    session = logits_session(model, model, find_ending(model.graph, path), str(path), optimise=False)
+    actual = np.asarray(session.run(x)[0], np.float32).reshape(expected.shape)
+    difference = relative_difference(actual, expected)
     if not np.isfinite(difference):
-        raise ModelError(f"{name}: the written model gives another shape or NaN: please report it")
+        raise ModelError(f"{path}: the written model gives another shape or NaN: please report it")
     return difference

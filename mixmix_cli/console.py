@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from converters.classifier import Classifier
     from converters.input_spec import InputSpec
 
 
@@ -64,13 +65,21 @@ class Terminal:
         if not self.quiet:
             self.errors.print(message, markup=False, soft_wrap=True)
 
-    def warn_of_assumption(self, path: Path, spec: InputSpec) -> None:
-        """Say it when a model's input spec is a guess."""
-        if spec.source == "assumed":
+    def tell_choices(self, classifier: Classifier) -> None:
+        """Say what was not in the file and had to be judged or assumed."""
+        spec, detection, path = classifier.spec, classifier.detection, classifier.path
+        for note in classifier.notes:
+            self.say(f"{path}: {note}")
+        if spec.source == "detected" and detection is not None:
+            self.say(
+                f"{path} does not say how it takes pixels; found: {pixels(spec)}"
+                f" (confidence {detection.confidence:.2f}; mixmix inspect shows why)"
+            )
+        elif spec.source == "assumed":
             height, width = spec.size
             self.say(
                 f"warning: {path} does not say how it takes pixels; assuming {height}x{width} {spec.channels},"
-                f" mean {_listed(spec.mean)}, std {_listed(spec.std)}: set --mean, --std and --scale if that is wrong"
+                f" {pixels(spec)}: set --mean, --std and --scale if that is wrong"
             )
 
     def check_output(self, path: Path, force: bool) -> None:
@@ -115,6 +124,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def pixels(spec: InputSpec) -> str:
+    """What is done to pixel values in [0, 1]."""
+    scale = f"x {spec.scale:g}, " if spec.scale != 1 else ""
+    return f"{scale}mean {_listed(spec.mean)}, std {_listed(spec.std)}"
 
 
 def percent(value: float | None) -> str:

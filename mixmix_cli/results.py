@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from mixmix_cli.console import percent, size, table
+from mixmix_cli.console import percent, pixels, size, table
 
 if TYPE_CHECKING:
+    from converters.input_spec import Detection
     from recipes.inspect import Inspection
     from recipes.quantize.engine import Quantization
     from recipes.synth.engine import Synthesis
@@ -119,7 +121,8 @@ def validation_table(result: Validation) -> Table:
 
 
 def inspection_json(result: Inspection) -> dict[str, Any]:
-    classifier, spec = result.classifier, result.classifier.spec
+    classifier, spec, detection = result.classifier, result.classifier.spec, result.classifier.detection
+    reasons = _reasons(result)
     return {
         "path": classifier.path,
         "input": {
@@ -130,6 +133,11 @@ def inspection_json(result: Inspection) -> dict[str, Any]:
             "mean": list(spec.mean),
             "std": list(spec.std),
             "source": spec.source,
+            "confidence": detection.confidence if detection is not None else None,
+            "runner_up": detection.runner_up if detection is not None else None,
+            "evidence": detection.evidence if detection is not None else None,
+            "type": classifier.image_type.name.lower(),
+            "batch": classifier.fixed_batch,
         },
         "classes": result.classes,
         "output": classifier.output_kind,
@@ -141,41 +149,53 @@ def inspection_json(result: Inspection) -> dict[str, Any]:
             {"input": block.input, "output": block.output, "layers": [layer.name for layer in block.layers]}
             for block in result.blocks
         ],
-        "unsupported": [{"op": op, "opset": opset, "node": node} for op, opset, node in result.unsupported],
-        "can": {"synth": result.can_synthesize, "quantize": result.can_quantize, "prune": False},
+        "quantized": classifier.quantized,
+        "notes": list(classifier.notes),
+        "unsupported": [
+            {"op": found.op, "opset": found.opset, "node": found.node, "help": found.help}
+            for found in result.unsupported
+        ],
+        "can": {task: reason is None for task, reason in reasons.items()},
+        "why_not": {task: reason for task, reason in reasons.items() if reason is not None},
+    }
+
+
+def _reasons(result: Inspection) -> dict[str, str | None]:
+    """Why each task cannot be done with the model; None where it can."""
+    return {
+        "synth": result.why_not_synthesize,
+        "quantize": result.why_not_quantize,
+        "prune": "this version does not prune",
     }
 
 
 def inspection_page(result: Inspection) -> Table:
-    classifier, spec = result.classifier, result.classifier.spec
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
+    classifier, spec, detection = result.classifier, result.classifier.spec, result.classifier.detection
     macs = "-" if result.macs is None else f"{result.macs / 1e6:,.1f} million for one image"
     sizes = [len(block.layers) for block in result.blocks]
+    source = spec.source if detection is None else f"detected, confidence {detection.confidence:.2f}"
+    batch = "any batch" if classifier.fixed_batch is None else f"batches of {classifier.fixed_batch}"
+    kind = classifier.image_type.name.lower()
     rows = [
-        ("input", f"{spec.size[0]}x{spec.size[1]} {spec.channels}, {spec.layout} ({spec.source})"),
-        ("pixels", f"x {spec.scale:g}, minus {mean}, over {std}"),
+        ("input", f"{spec.size[0]}x{spec.size[1]} {spec.channels}, {spec.layout}, {kind}, {batch}"),
+        ("pixels", f"{pixels(spec)} ({source})"),
+        *([("", f"{detection.evidence}" + _second(detection))] if detection is not None else []),
         ("output", f"{result.classes if result.classes is not None else '?'} classes, {classifier.output_kind}"),
+        *(("", note) for note in classifier.notes),
         ("file", f"{size(classifier.size_bytes)}, opset {classifier.opset}"),
         ("parameters", f"{result.parameters:,}"),
         ("MACs", macs),
         ("BatchNorm", f"{result.batchnorms} layers kept, {result.folded} convolutions with a folded bias"),
         ("blocks", f"{len(sizes)} to reconstruct, of {min(sizes)} to {max(sizes)} layers" if sizes else "none"),
-        ("synth", "yes" if result.can_synthesize else "no: " + _why_no_synth(result)),
-        ("quantize", "yes" if result.can_quantize else "no: " + _unsupported(result)),
+        *((task, "yes" if reason is None else f"no: {reason}") for task, reason in _reasons(result).items()),
     ]
     page = Table(title=str(classifier.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     page.add_column(style="bold")
     page.add_column(overflow="fold")
     for key, value in rows:
-        page.add_row(key, value)
+        page.add_row(key, escape(value))
     return page
 
 
-def _unsupported(result: Inspection) -> str:
-    if not result.unsupported:
-        return "it has no weighted layer"
-    return "unsupported " + ", ".join(f"{op} (opset {opset}, node {node})" for op, opset, node in result.unsupported)
-
-
-def _why_no_synth(result: Inspection) -> str:
-    return _unsupported(result) if result.unsupported else "it has no BatchNorm statistics; use other models (--zoo)"
+def _second(detection: Detection) -> str:
+    return f"; second best: {detection.runner_up}" if detection.runner_up else ""

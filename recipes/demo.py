@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from converters.classifier import Classifier
 from converters.errors import OutputError
-from converters.load import Classifier, load_classifier
+from converters.load import load_classifier
 from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.images import PREVIEW, ImageSet, gaussian_noise, load_images

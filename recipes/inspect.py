@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from converters.load import Classifier
-from converters.torch_module import TorchClassifier, to_torch, unsupported_operators
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.torch_module import TorchClassifier, Unsupported, to_torch, unsupported_operators
+from converters.writeback import prepare_for_quantization
 from recipes.blocks import Block, find_blocks
 
 
@@ -23,15 +25,29 @@ class Inspection:
     folded: int
     """Convolutions with a bias and no BatchNorm behind them: where a fold has most likely happened."""
     blocks: list[Block]
-    unsupported: list[tuple[str, int, str]]
+    unsupported: list[Unsupported]
+    obstacle: str | None = None
+    """Why a graph that converts cannot be written back in few bits."""
 
     @property
-    def can_quantize(self) -> bool:
-        return bool(self.blocks)
+    def why_not_quantize(self) -> str | None:
+        """What keeps the model from being quantized, or None."""
+        if self.classifier.quantized:
+            return "it is quantized already: give the float model that it was made from"
+        if self.unsupported:
+            return self._unsupported
+        return self.obstacle if self.blocks else "it has no weighted layer"
 
     @property
-    def can_synthesize(self) -> bool:
-        return not self.unsupported and self.batchnorms > 0
+    def why_not_synthesize(self) -> str | None:
+        """What keeps images from being made from the model alone, or None."""
+        if self.unsupported:
+            return self._unsupported
+        return None if self.batchnorms else "it has no BatchNorm statistics: give other models with --zoo"
+
+    @property
+    def _unsupported(self) -> str:
+        return "; ".join(str(operator) for operator in self.unsupported)
 
 
 def inspect_model(classifier: Classifier) -> Inspection:
@@ -46,7 +62,18 @@ def inspect_model(classifier: Classifier) -> Inspection:
     layers = module.layers()
     folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
     classes, macs = _count(module)
-    return Inspection(classifier, classes, parameters, macs, len(norms), folded, find_blocks(module), [])
+    blocks, obstacle = find_blocks(module), _obstacle(classifier)
+    return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle)
+
+
+def _obstacle(classifier: Classifier) -> str | None:
+    if classifier.quantized:
+        return None
+    try:
+        prepare_for_quantization(classifier, four_bit=True)
+    except MixMixError as error:
+        return str(error).removeprefix(f"{classifier.path}: ")
+    return None
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from converters.load import Classifier
+from converters.classifier import Classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.images import ImageSet, load_images
 from recipes.progress import Progress

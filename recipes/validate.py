@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.classifier import Classifier
 from converters.errors import MixMixError
-from converters.load import Classifier
 from converters.runtime import Session
 from recipes.images import ImageSet, LabelKind
 from recipes.progress import Progress, Silent
@@ -206,14 +206,16 @@ def _judge(
 
 def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: int, stop: int) -> NDArray[np.float32]:
     """A model that says nothing of its input is fed as the reference is."""
-    spec = reference.spec if model.spec.source == "assumed" else model.spec
+    spec = model.spec
+    if spec.source in ("detected", "assumed"):
+        spec = reference.spec.model_copy(update={"layout": spec.layout})
     return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
 
 
 def _logits(
     model: Classifier, reference: Classifier, images: ImageSet, *, threads: int, optimise: bool = True
 ) -> Logits:
-    session = Session(model.path, optimise=optimise, threads=threads)
+    session = model.session(optimise=optimise, threads=threads)
     batch = model.fixed_batch or BATCH
     if len(images) % batch and model.fixed_batch:
         raise MixMixError(f"{model.path} takes batches of {batch} only: give a multiple of that many images")
@@ -221,7 +223,7 @@ def _logits(
         session.run(_inputs(model, reference, images, start, start + batch))[0]
         for start in range(0, len(images), batch)
     ]
-    return np.concatenate(parts).astype(np.float64)
+    return np.concatenate(parts).reshape(len(images), -1).astype(np.float64)
 
 
 def _latency(model: Classifier, reference: Classifier, images: ImageSet, threads: int) -> float:

@@ -11,7 +11,8 @@ import onnx
 import pytest
 import torch
 
-from converters.load import Classifier, load_classifier
+from converters.classifier import Classifier
+from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes import zoo
 from tests import models

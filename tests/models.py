@@ -169,12 +169,21 @@ def batchnorm(*, shared: bool = False, opset: int = 17) -> onnx.ModelProto:
 
 
 def batchnorm_last() -> onnx.ModelProto:
-    """No classifier: Conv and BatchNormalization, whose value `normed` [N, classes, 1, 1] is the output."""
+    """Conv and BatchNormalization, whose value `normed` [N, classes, 1, 1] is the output."""
     tensors = {"conv.weight": weights(CLASSES, CHANNELS, SIDE, SIDE), "conv.bias": weights(CLASSES, seed=1)}
     return assemble(
         [node("Conv", "image conv.weight conv.bias", "features"), batchnorm_node("features", "normed")],
         tensors | statistics(CLASSES),
         outputs={"normed": ("batch", CLASSES, 1, 1)},
+    )
+
+
+def feature_map() -> onnx.ModelProto:
+    """No classifier: a Conv, whose value `features` [N, 4, 6, 6] is the output."""
+    return assemble(
+        [node("Conv", "image conv.weight", "features")],
+        {"conv.weight": weights(4, CHANNELS, 3, 3)},
+        outputs={"features": ("batch", 4, SIDE - 2, SIDE - 2)},
     )
 
 

@@ -1,4 +1,4 @@
-"""Operators that onnx2torch lacks, has at older versions only, or keeps its weights inside of.
+"""The operators of the standard that classifiers use, each one function for every version from opset 7 to 25.
 
 `registry.find` is the one look-up: our table first, onnx2torch's second.
 """
@@ -10,6 +10,8 @@ from converters.ops import (  # noqa: F401  (importing fills the table)
     layers,
     normalisation,
     pooling,
+    quantization,
+    reductions,
     resize,
     shapes,
 )

@@ -1,14 +1,15 @@
-"""Operators that move elements: blocks and depth, gathers and scatters, triangles, sums of products by name."""
+"""Operators that move elements: blocks and depth, gathers and scatters, samples of images, triangles, sums by name."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from converters.ops.registry import Attributes, Body, operator
+from converters.ops.registry import Attributes, Body, numbers, operator
 
 
-@operator("DepthToSpace", 1, 11, 13)
+@operator("DepthToSpace")
 def depth_to_space(attributes: Attributes) -> Body:
     size, column_major = attributes["blocksize"], attributes.get("mode", "DCR") == "CRD"
 
@@ -23,7 +24,7 @@ def depth_to_space(attributes: Attributes) -> Body:
     return run
 
 
-@operator("SpaceToDepth", 1, 13)
+@operator("SpaceToDepth")
 def space_to_depth(attributes: Attributes) -> Body:
     size = attributes["blocksize"]
 
@@ -35,43 +36,42 @@ def space_to_depth(attributes: Attributes) -> Body:
     return run
 
 
-@operator("Flatten", 1, 9, 11, 13, 21, 23, 24, 25)
-def flatten(attributes: Attributes) -> Body:
-    """To two dimensions: those before `axis`, and the others."""
-    axis = attributes.get("axis", 1)
-
-    def run(x: Tensor) -> Tensor:
-        before = x.shape[:axis]  # a negative axis counts from the end, as a slice does
-        rows = before.numel()
-        return x.reshape(rows, -1 if rows else x.shape[axis:].numel())
-
-    return run
-
-
-@operator("Einsum", 12)
+@operator("Einsum")
 def einsum(attributes: Attributes) -> Body:
     equation = attributes["equation"].replace(" ", "")
     return lambda *operands: torch.einsum(equation, *operands)
 
 
-@operator("Trilu", 14, static=(1,))
+@operator("Trilu", static=(1,))
 def trilu(attributes: Attributes) -> Body:
     part = torch.triu if attributes.get("upper", 1) else torch.tril
 
-    def run(x: Tensor, diagonal: Tensor | list[int] | int | None = None) -> Tensor:
-        offset = diagonal[0] if isinstance(diagonal, list) else diagonal
-        return part(x, int(offset) if offset is not None else 0)
+    def run(x: Tensor, diagonal: Tensor | list[int] | int = 0) -> Tensor:
+        return part(x, *numbers(diagonal))
 
     return run
 
 
-@operator("GatherElements", 11, 13)
+@operator("Gather")
+def gather(attributes: Attributes) -> Body:
+    """The indices' axes take the place of the axis that they index."""
+    axis = attributes.get("axis", 0)
+
+    def run(x: Tensor, indices: Tensor) -> Tensor:
+        at = axis % x.dim()
+        found = x.index_select(at, indices.long().reshape(-1) % x.shape[at])
+        return found.reshape(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])
+
+    return run
+
+
+@operator("GatherElements")
 def gather_elements(attributes: Attributes) -> Body:
     axis = attributes.get("axis", 0)
     return lambda x, indices: torch.gather(x, axis, indices.long() % x.shape[axis])
 
 
-@operator("GatherND", 11, 12, 13)
+@operator("GatherND")
 def gather_nd(attributes: Attributes) -> Body:
     batch = attributes.get("batch_dims", 0)
 
@@ -86,7 +86,28 @@ def gather_nd(attributes: Attributes) -> Body:
     return run
 
 
-@operator("ScatterND", 11, 13, 16, 18)
+SCATTERS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+"""Torch's names of the ways to combine what falls on one place."""
+
+
+def scatter_elements(attributes: Attributes) -> Body:
+    """Updates at indices along one axis; equal indices are combined with `reduction`, and unordered without."""
+    axis, reduction = attributes.get("axis", 0), attributes.get("reduction", "none")
+
+    def run(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+        index = indices.long() % x.shape[axis]
+        if reduction == "none":
+            return x.scatter(axis, index, updates)
+        return x.scatter_reduce(axis, index, updates, SCATTERS[reduction])
+
+    return run
+
+
+operator("Scatter")(scatter_elements)
+operator("ScatterElements")(scatter_elements)
+
+
+@operator("ScatterND")
 def scatter_nd(attributes: Attributes) -> Body:
     """Updates at indices; equal indices are combined with `reduction`, and unordered without."""
     reduction = attributes.get("reduction", "none")
@@ -99,21 +120,48 @@ def scatter_nd(attributes: Attributes) -> Body:
         strides = [x.shape[axis + 1 : len(places)].numel() for axis in range(len(places))]
         rows = sum((at % side) * step for at, side, step in zip(places, x.shape, strides, strict=False))
         assert isinstance(rows, Tensor)
-        named = {"mul": "prod", "max": "amax", "min": "amin"}[reduction]
         into = x.reshape(-1, inner.numel())
         index = rows.reshape(-1, 1).expand(-1, inner.numel())
-        return into.scatter_reduce(0, index, updates.reshape(-1, inner.numel()), named).reshape(x.shape)
+        return into.scatter_reduce(0, index, updates.reshape(-1, inner.numel()), SCATTERS[reduction]).reshape(x.shape)
 
     return run
 
 
-@operator("TopK", 10, 11, 24, static=(1,))
-def top_k(attributes: Attributes) -> Body:
-    """Sorted; of equal values the first ones come first."""
-    axis, largest = attributes.get("axis", -1), bool(attributes.get("largest", 1))
+@operator("NonZero")
+def non_zero(_attributes: Attributes) -> Body:
+    return lambda x: torch.nonzero(x).T
 
-    def run(x: Tensor, k: Tensor | list[int]) -> tuple[Tensor, Tensor]:
-        values, indices = torch.sort(x, stable=True, dim=axis, descending=largest)
-        return values.narrow(axis, 0, int(k[0])), indices.narrow(axis, 0, int(k[0]))
+
+@operator("OneHot", static=(1,))
+def one_hot(attributes: Attributes) -> Body:
+    """Off everywhere where an index is out of range."""
+    axis = attributes.get("axis", -1)
+
+    def run(indices: Tensor, depth: Tensor | list[int] | int, values: Tensor) -> Tensor:
+        (count,) = numbers(depth)
+        places = torch.where(indices < 0, indices + count, indices).unsqueeze(axis)
+        shape = [1] * places.dim()
+        shape[axis] = -1
+        hot = places == torch.arange(count, device=indices.device).view(shape)
+        return torch.where(hot, values[1], values[0])
 
     return run
+
+
+SAMPLINGS = {"linear": "bilinear", "cubic": "bicubic"}
+"""The names of opset 20, and those of opset 16, which are torch's."""
+
+
+@operator("GridSample")
+def grid_sample(attributes: Attributes) -> Body:
+    given: str = attributes.get("mode", "linear")
+    padding: str = attributes.get("padding_mode", "zeros")
+    mode: str = SAMPLINGS.get(given, given)
+    aligned = bool(attributes.get("align_corners", 0))
+    return lambda x, grid: F.grid_sample(x, grid, mode, padding, aligned)
+
+
+@operator("AffineGrid", static=(1,))
+def affine_grid(attributes: Attributes) -> Body:
+    aligned = bool(attributes.get("align_corners", 0))
+    return lambda theta, size: F.affine_grid(theta, numbers(size), aligned)

@@ -1,71 +1,223 @@
-"""Elementwise operators: activations that newer exporters name, comparisons, remainders."""
+"""Elementwise operators: arithmetic, comparisons, activations, casts. Operands broadcast as in numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from converters.ops.registry import Attributes, Body, operator
 
-SELU_ALPHA, SELU_GAMMA = 1.67326319217681884765625, 1.05070102214813232421875  # ONNX's defaults
+TORCH_TYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.BOOL: torch.bool,
+    onnx.TensorProto.INT8: torch.int8,
+    onnx.TensorProto.INT16: torch.int16,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.UINT16: torch.uint16,
+    onnx.TensorProto.UINT32: torch.uint32,
+    onnx.TensorProto.UINT64: torch.uint64,
+}
 
 
-@operator("Mish", 18, 22)
-def mish(_attributes: Attributes) -> Body:
-    return F.mish
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """Of integers, rounded towards zero."""
+    return torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc")
 
 
-@operator("Swish", 24)
+def _power(base: Tensor, exponent: Tensor) -> Tensor:
+    """In the base's type."""
+    return torch.pow(base, exponent).to(base.dtype)
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x < 0, slope * x, x)
+
+
+def _same(x: Tensor, *_: Tensor | None) -> Tensor:
+    return x
+
+
+def _of_any_number(function: Callable[[Tensor, Tensor], Tensor]) -> Body:
+    return lambda *operands: functools.reduce(function, operands)
+
+
+def _mean(*operands: Tensor) -> Tensor:
+    return functools.reduce(torch.add, operands) / len(operands)
+
+
+PLAIN: Mapping[str, Body] = {
+    "Abs": torch.abs,
+    "Acos": torch.acos,
+    "Acosh": torch.acosh,
+    "Add": torch.add,
+    "And": torch.logical_and,
+    "Asin": torch.asin,
+    "Asinh": torch.asinh,
+    "Atan": torch.atan,
+    "Atanh": torch.atanh,
+    "BitwiseAnd": torch.bitwise_and,
+    "BitwiseNot": torch.bitwise_not,
+    "BitwiseOr": torch.bitwise_or,
+    "BitwiseXor": torch.bitwise_xor,
+    "Ceil": torch.ceil,
+    "Cos": torch.cos,
+    "Cosh": torch.cosh,
+    "Div": _divide,
+    "Dropout": _same,  # inference form, whatever the seed, the ratio and the mode say
+    "Equal": torch.eq,
+    "Erf": torch.erf,
+    "Exp": torch.exp,
+    "Floor": torch.floor,
+    "Greater": torch.gt,
+    "GreaterOrEqual": torch.ge,
+    "HardSwish": F.hardswish,
+    "Identity": _same,
+    "IsNaN": torch.isnan,
+    "Less": torch.lt,
+    "LessOrEqual": torch.le,
+    "Log": torch.log,
+    "Max": _of_any_number(torch.maximum),
+    "Mean": _mean,
+    "Min": _of_any_number(torch.minimum),
+    "Mish": F.mish,
+    "Mul": torch.mul,
+    "Neg": torch.neg,
+    "Not": torch.logical_not,
+    "Or": torch.logical_or,
+    "PRelu": _prelu,
+    "Pow": _power,
+    "Reciprocal": torch.reciprocal,
+    "Relu": torch.relu,
+    "Round": torch.round,  # halves to even
+    "Sigmoid": torch.sigmoid,
+    "Sign": torch.sign,
+    "Sin": torch.sin,
+    "Sinh": torch.sinh,
+    "Softplus": F.softplus,
+    "Softsign": F.softsign,
+    "Sqrt": torch.sqrt,
+    "Sub": torch.sub,
+    "Sum": _of_any_number(torch.add),
+    "Tan": torch.tan,
+    "Tanh": torch.tanh,
+    "Where": torch.where,
+    "Xor": torch.logical_xor,
+}
+"""Operators without attributes that matter here."""
+
+
+def _plain(function: Body) -> Callable[[Attributes], Body]:
+    return lambda _attributes: function
+
+
+for _name, _function in PLAIN.items():
+    operator(_name)(_plain(_function))
+
+
+@operator("LeakyRelu")
+def leaky_relu(attributes: Attributes) -> Body:
+    slope = attributes.get("alpha", 0.01)
+    return lambda x: F.leaky_relu(x, slope)
+
+
+@operator("Elu")
+def elu(attributes: Attributes) -> Body:
+    alpha = attributes.get("alpha", 1.0)
+    return lambda x: F.elu(x, alpha)
+
+
+@operator("Celu")
+def celu(attributes: Attributes) -> Body:
+    alpha = attributes.get("alpha", 1.0)
+    return lambda x: F.celu(x, alpha)
+
+
+@operator("Selu")
+def selu(attributes: Attributes) -> Body:
+    alpha = attributes.get("alpha", 1.67326319217681884765625)
+    gamma = attributes.get("gamma", 1.05070102214813232421875)
+    return lambda x: gamma * F.elu(x, alpha)
+
+
+@operator("Gelu")
+def gelu(attributes: Attributes) -> Body:
+    approximate = attributes.get("approximate", "none")
+    return lambda x: F.gelu(x, approximate=approximate)
+
+
+@operator("Swish")
 def swish(attributes: Attributes) -> Body:
     alpha = attributes.get("alpha", 1.0)
     return lambda x: x * torch.sigmoid(alpha * x)
 
 
-@operator("Celu", 12)
-def celu(attributes: Attributes) -> Body:
-    return lambda x: F.celu(x, attributes.get("alpha", 1.0))
+@operator("HardSigmoid")
+def hard_sigmoid(attributes: Attributes) -> Body:
+    slope, offset = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
+    return lambda x: torch.clamp(slope * x + offset, 0, 1)
 
 
-@operator("Selu", 6, 22)
-def selu(attributes: Attributes) -> Body:
-    alpha, gamma = attributes.get("alpha", SELU_ALPHA), attributes.get("gamma", SELU_GAMMA)
-    return lambda x: gamma * F.elu(x, alpha)
-
-
-@operator("Softsign", 1, 22)
-def softsign(_attributes: Attributes) -> Body:
-    return F.softsign
-
-
-@operator("ThresholdedRelu", 10, 22)
+@operator("ThresholdedRelu")
 def thresholded_relu(attributes: Attributes) -> Body:
-    return lambda x: F.threshold(x, attributes.get("alpha", 1.0), 0.0)
+    alpha = attributes.get("alpha", 1.0)
+    return lambda x: F.threshold(x, alpha, 0.0)
 
 
-@operator("Mod", 10, 13)
+@operator("Shrink")
+def shrink(attributes: Attributes) -> Body:
+    """Towards zero by `bias`; zero within `lambd`."""
+    bias, limit = attributes.get("bias", 0.0), attributes.get("lambd", 0.5)
+    return lambda x: torch.where(x.abs() > limit, x - bias * torch.sign(x), 0)
+
+
+@operator("Clip", static=(1, 2))
+def clip(attributes: Attributes) -> Body:
+    """Bounds may be left out, may be computed, and were attributes before opset 11."""
+
+    def run(x: Tensor, low: Tensor | float | None = None, high: Tensor | float | None = None) -> Tensor:
+        low = attributes.get("min") if low is None else low
+        high = attributes.get("max") if high is None else high
+        if isinstance(low, float) and isinstance(high, float):
+            return torch.clamp(x, low, high)
+        x = x if low is None else torch.clamp(x, min=low)
+        return x if high is None else torch.clamp(x, max=high)
+
+    return run
+
+
+@operator("Mod")
 def mod(attributes: Attributes) -> Body:
     """The remainder has the divisor's sign; with `fmod`, the dividend's."""
     return torch.fmod if attributes.get("fmod", 0) else torch.remainder
 
 
-@operator("Dropout", 12, 13, 22)
-def dropout(_attributes: Attributes) -> Body:
-    """Inference form, whatever the seed, the ratio and the mode say."""
-    return lambda x, *_: x
+@operator("IsInf")
+def is_inf(attributes: Attributes) -> Body:
+    signs = [sign for sign, key in ((1, "detect_positive"), (-1, "detect_negative")) if attributes.get(key, 1)]
+
+    def run(x: Tensor) -> Tensor:
+        found = [x == sign * torch.inf for sign in signs]
+        return functools.reduce(torch.logical_or, found, torch.zeros_like(x, dtype=torch.bool))
+
+    return run
 
 
-def _plain(function: Callable[..., Tensor]) -> Callable[[Attributes], Body]:
-    return lambda _attributes: function
+@operator("Cast")
+def cast(attributes: Attributes) -> Body:
+    wanted = TORCH_TYPES[attributes["to"]]
+    return lambda x: x.to(wanted)
 
 
-for _name, _function, _versions in (
-    ("GreaterOrEqual", torch.ge, (12, 16)),
-    ("LessOrEqual", torch.le, (12, 16)),
-    ("Cos", torch.cos, (7, 22)),
-    ("Sin", torch.sin, (7, 22)),
-    ("Round", torch.round, (11, 22)),
-):
-    operator(_name, *_versions)(_plain(_function))
+@operator("CastLike")
+def cast_like(_attributes: Attributes) -> Body:
+    return lambda x, like: x.to(like.dtype)

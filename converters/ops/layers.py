@@ -52,7 +52,7 @@ def convolution_geometry(
     return strides, dilations, [0] * 2 * rank if auto_pad == "VALID" else attributes.get("pads", [0] * 2 * rank)
 
 
-@operator("Conv", 1, 11, 22)
+@operator("Conv")
 def conv(attributes: Attributes) -> Body:
     groups = attributes.get("group", 1)
 
@@ -66,7 +66,7 @@ def conv(attributes: Attributes) -> Body:
     return run
 
 
-@operator("ConvTranspose", 1, 11, 22)
+@operator("ConvTranspose")
 def conv_transpose(attributes: Attributes) -> Body:
     """The full transpose, cropped by the pads; with `output_shape`, by the pads that give it."""
     groups = attributes.get("group", 1)
@@ -91,7 +91,12 @@ def conv_transpose(attributes: Attributes) -> Body:
     return run
 
 
-@operator("Gemm", 7, 9, 11, 13)
+@operator("MatMul")
+def matmul(_attributes: Attributes) -> Body:
+    return torch.matmul
+
+
+@operator("Gemm")
 def gemm(attributes: Attributes) -> Body:
     alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
 
@@ -105,12 +110,14 @@ def gemm(attributes: Attributes) -> Body:
     return run
 
 
-@operator("BatchNormalization", 7, 9, 14, 15)
+@operator("BatchNormalization")
 def batch_normalization(attributes: Attributes) -> Body:
     """Inference form at every version: exports that keep BatchNorm trainable are used with their stored statistics."""
     epsilon = attributes.get("epsilon", 1e-5)
 
     def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
+        if scale.dim() == 1:
+            return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
+        return (x - mean) * torch.rsqrt(variance + epsilon) * scale + bias  # one entry a place: opset 7, spatial=0
 
     return run

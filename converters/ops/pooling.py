@@ -84,7 +84,7 @@ class Window:
         return means.reshape(count, channels, *means.shape[2:])
 
 
-@operator("AveragePool", 1, 7, 10, 11, 19, 22)
+@operator("AveragePool")
 def average_pool(attributes: Attributes) -> Body:
     """Sum over the window, divided by the number of elements that count.
 
@@ -105,7 +105,7 @@ def average_pool(attributes: Attributes) -> Body:
     return run
 
 
-@operator("MaxPool", 1, 8, 10, 11, 12, 22)
+@operator("MaxPool")
 def max_pool(attributes: Attributes) -> Body:
     """The first output; padding never wins."""
     window = Window.of(attributes)
@@ -124,7 +124,7 @@ def max_pool(attributes: Attributes) -> Body:
     return run
 
 
-@operator("LpPool", 1, 2, 11, 18, 22)
+@operator("LpPool")
 def lp_pool(attributes: Attributes) -> Body:
     window, p = Window.of(attributes), attributes.get("p", 2)
 
@@ -135,11 +135,17 @@ def lp_pool(attributes: Attributes) -> Body:
     return run
 
 
-@operator("GlobalAveragePool", 1, 22)
+@operator("GlobalLpPool")
+def global_lp_pool(attributes: Attributes) -> Body:
+    p = attributes.get("p", 2)
+    return lambda x: torch.linalg.vector_norm(x, p, tuple(range(2, x.dim())), True)
+
+
+@operator("GlobalAveragePool")
 def global_average_pool(_attributes: Attributes) -> Body:
     return lambda x: x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 
-@operator("GlobalMaxPool", 1, 22)
+@operator("GlobalMaxPool")
 def global_max_pool(_attributes: Attributes) -> Body:
     return lambda x: torch.amax(x, tuple(range(2, x.dim())), True)

@@ -1,8 +1,9 @@
 """One table of operators, keyed by (domain, operator, since_version).
 
-An entry is a plain function: it takes the node's attributes and returns the function of its operands. A version that
-changed nothing but the admitted types is listed with the entry it repeats. What is not in the table is looked up in
-onnx2torch's registry, and an operator that neither has is an error which names the node.
+An entry is a plain function: it takes the node's attributes and returns the function of its operands. One function
+serves every version of an operator that changed nothing but the admitted types, or where something is said. What is
+not in the table is looked up in onnx2torch's registry, and an operator that neither has is an error which names the
+node.
 """
 
 from __future__ import annotations
@@ -26,47 +27,17 @@ Body = Callable[..., Any]
 Attributes = Mapping[str, Any]
 Builder = Callable[[Attributes], Body]
 
+OUTPUTS = "number of outputs"
+"""Among a node's attributes: before opset 18, only that says how many parts Split makes."""
+
 _TABLE: dict[tuple[str, str, int], Builder] = {}
 
 _STATIC: dict[str, tuple[int, ...]] = {}
 """Operands, by position, that are numbers and not data: sizes, axes, bounds. Where they are constant, the body gets
 them as Python numbers, so that running a step neither copies them off a GPU nor computes with one-element tensors."""
 
-SAME_SINCE: dict[tuple[str, int], int] = {
-    ("ConstantOfShape", 20): 9,
-    ("ConstantOfShape", 21): 9,
-    ("ConstantOfShape", 23): 9,
-    ("ConstantOfShape", 24): 9,
-    ("ConstantOfShape", 25): 9,
-    ("Elu", 22): 6,
-    ("Equal", 19): 13,
-    ("HardSigmoid", 22): 6,
-    ("HardSwish", 22): 14,
-    ("Identity", 19): 16,
-    ("Identity", 21): 16,
-    ("Identity", 23): 16,
-    ("Identity", 24): 16,
-    ("Identity", 25): 16,
-    ("InstanceNormalization", 22): 6,
-    ("Shape", 19): 15,
-    ("Shape", 21): 15,
-    ("Shape", 23): 15,
-    ("Shape", 24): 15,
-    ("Shape", 25): 15,
-    ("Softplus", 22): 1,
-    ("Squeeze", 23): 13,
-    ("Squeeze", 24): 13,
-    ("Squeeze", 25): 13,
-    ("Transpose", 21): 13,
-    ("Transpose", 23): 13,
-    ("Transpose", 24): 13,
-    ("Transpose", 25): 13,
-    ("Unsqueeze", 21): 13,
-    ("Unsqueeze", 23): 13,
-    ("Unsqueeze", 24): 13,
-    ("Unsqueeze", 25): 13,
-}
-"""(operator, version) -> the older onnx2torch version that it repeats with more types admitted."""
+OLDEST, NEWEST = 7, 25
+"""The opsets whose operators are converted."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +51,18 @@ class Operator:
     static: tuple[int, ...] = ()
 
 
+Found = tuple[OnnxNode, Operator]
+"""A node as onnx2torch reads it, and its operator."""
+
+
 def operator(name: str, *versions: int, domain: str = "", static: tuple[int, ...] = ()) -> Callable[[Builder], Builder]:
-    """Enter a builder for the versions of one operator, with its static operands.
+    """Enter a builder for versions of one operator (none named: all from OLDEST to NEWEST), with its static operands.
 
     Raises ValueError for an entry that exists.
     """
 
     def enter(builder: Builder) -> Builder:
-        for version in versions:
+        for version in versions or versions_in_force(name, domain):
             key = (domain, name, version)
             if key in _TABLE:
                 raise ValueError(f"operator {key} is in the table already")
@@ -98,6 +73,13 @@ def operator(name: str, *versions: int, domain: str = "", static: tuple[int, ...
     return enter
 
 
+def numbers(operand: Tensor | list[int] | int) -> list[int]:
+    """A static operand as integers, whether it was constant or had to be computed."""
+    if isinstance(operand, Tensor):
+        operand = operand.tolist()
+    return operand if isinstance(operand, list) else [operand]
+
+
 def since_version(name: str, opset: int, domain: str = "") -> int:
     """The version of the operator in force at `opset`; `opset` itself for an operator that onnx does not know."""
     try:
@@ -106,16 +88,37 @@ def since_version(name: str, opset: int, domain: str = "") -> int:
         return opset
 
 
+def versions_in_force(name: str, domain: str = "") -> list[int]:
+    """The versions of an operator that a model of the opsets OLDEST to NEWEST can mean, oldest first."""
+    found = set()
+    for opset in range(OLDEST, NEWEST + 1):
+        try:
+            schema = onnx.defs.get_schema(name, max_inclusive_version=opset, domain=domain)
+        except (RuntimeError, onnx.defs.SchemaError):  # not yet
+            continue
+        if not schema.deprecated:
+            found.add(schema.since_version)
+    return sorted(found)
+
+
+def _attributes(node: OnnxNode) -> dict[str, Any]:
+    """The node's attributes, empty lists too, and OUTPUTS, how many outputs it names."""
+    given = {
+        name: onnx.helper.get_attribute_value(value) if isinstance(value, onnx.AttributeProto) else value
+        for name, value in node.attributes.items()
+    }
+    return given | {OUTPUTS: len(node.output_values)}
+
+
 def find(node: OnnxNode, graph: OnnxGraph, opset: int) -> Operator:
     """The operator of one node. Raises UnsupportedOperatorError with the node, the operator and the opset."""
     name, domain = node.operation_type, "" if node.domain == "ai.onnx" else node.domain
     version = since_version(name, opset, domain)
     builder = _TABLE.get((domain, name, version))
-    wanted = SAME_SINCE.get((name, version), version) if domain == "" else version
     try:
         if builder is not None:
-            return Operator(builder(node.attributes), node.input_values, node.output_values, static=_STATIC[name])
-        module, mapping = get_converter(name, wanted, domain)(node, graph)
+            return Operator(builder(_attributes(node)), node.input_values, node.output_values, static=_STATIC[name])
+        module, mapping = get_converter(name, version, domain)(node, graph)
     except Exception as error:  # converters raise whatever their reading of the node runs into
         where = f"node {node.name or node.output_values[0]!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
         raise UnsupportedOperatorError(

@@ -158,4 +158,4 @@ def _upsample(attributes: Attributes) -> Body:
 
 
 operator("Resize", 10, static=(1, 2, 3))(_upsample)
-operator("Upsample", 7, 9, static=(1,))(_upsample)
+operator("Upsample", static=(1,))(_upsample)

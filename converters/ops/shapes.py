@@ -1,8 +1,8 @@
-"""Operators whose newer versions take attributes as operands: reductions, Pad, Split, Reshape, Clip, casts."""
+"""Operators that give, take or change sizes: shapes, slices, joins, padding, and tensors made from sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import onnx
@@ -10,73 +10,157 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from converters.ops.elementwise import TORCH_TYPES
 from converters.ops.layers import torch_pads
-from converters.ops.registry import Attributes, Body, operator
+from converters.ops.registry import OUTPUTS, Attributes, Body, numbers, operator
 
-TORCH_TYPES = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-    onnx.TensorProto.DOUBLE: torch.float64,
-    onnx.TensorProto.BOOL: torch.bool,
-    onnx.TensorProto.INT8: torch.int8,
-    onnx.TensorProto.INT16: torch.int16,
-    onnx.TensorProto.INT32: torch.int32,
-    onnx.TensorProto.INT64: torch.int64,
-    onnx.TensorProto.UINT8: torch.uint8,
-}
+Static = Tensor | list[int]
+"""An operand of sizes, axes or bounds: computed, or constant."""
 
 
-def numbers(operand: Tensor | list[int]) -> list[int]:
-    """A static operand as integers, whether it was constant or had to be computed."""
-    return operand if isinstance(operand, list) else [int(number) for number in operand]
+@operator("Shape")
+def shape(attributes: Attributes) -> Body:
+    chosen = slice(attributes.get("start", 0), attributes.get("end"))
+    return lambda x: torch.tensor(x.shape[chosen], dtype=torch.int64, device=x.device)
 
 
-def _reduction(
-    reduce: Callable[[Tensor, list[int], bool], Tensor], elementwise: Callable[[Tensor], Tensor]
-) -> Callable[[Attributes], Body]:
-    """`elementwise` is what is left of the reduction when it goes over no axis at all."""
-
-    def build(attributes: Attributes) -> Body:
-        keep = bool(attributes.get("keepdims", 1))
-        empty_is_all = not attributes.get("noop_with_empty_axes", 0)
-
-        def run(x: Tensor, axes: Tensor | list[int] | None = None) -> Tensor:
-            listed = numbers(axes) if axes is not None else list(attributes.get("axes", []))
-            if not listed and not empty_is_all:
-                return elementwise(x)
-            return reduce(x, listed or list(range(x.dim())), keep)
-
-        return run
-
-    return build
+@operator("Size")
+def size(_attributes: Attributes) -> Body:
+    return lambda x: torch.tensor(x.numel(), device=x.device)
 
 
-def _sum_square(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return x.square().sum(axes, keep)
+@operator("Reshape", static=(1,))
+def reshape(attributes: Attributes) -> Body:
+    allow_zero = bool(attributes.get("allowzero", 0))
+
+    def run(x: Tensor, shape: Static) -> Tensor:
+        sizes = numbers(shape)
+        if not allow_zero:
+            sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+        return x.reshape(sizes)
+
+    return run
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
+@operator("Flatten")
+def flatten(attributes: Attributes) -> Body:
+    """To two dimensions: those before `axis`, and the others."""
+    axis = attributes.get("axis", 1)
+
+    def run(x: Tensor) -> Tensor:
+        before = x.shape[:axis]  # a negative axis counts from the end, as a slice does
+        rows = before.numel()
+        return x.reshape(rows, -1 if rows else x.shape[axis:].numel())
+
+    return run
 
 
-def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
-        x = x.prod(axis, keep)
-    return x
+@operator("Squeeze", static=(1,))
+def squeeze(attributes: Attributes) -> Body:
+    """Without axes, every axis of size 1. Axes are an attribute before opset 13."""
+
+    def run(x: Tensor, axes: Static | None = None) -> Tensor:
+        listed = attributes.get("axes") if axes is None else numbers(axes)
+        return x.squeeze() if listed is None else x.squeeze(tuple(listed))
+
+    return run
 
 
-for _name, _reduce, _elementwise, _versions in (
-    ("ReduceMean", torch.mean, _itself, (18,)),
-    ("ReduceMax", torch.amax, _itself, (18, 20)),
-    ("ReduceMin", torch.amin, _itself, (18, 20)),
-    ("ReduceSumSquare", _sum_square, torch.square, (18,)),
-    ("ReduceProd", _product, _itself, (1, 11, 13, 18)),
-    ("ReduceLogSumExp", torch.logsumexp, _itself, (1, 11, 13, 18)),
-    ("ReduceL2", lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keep), torch.abs, (1, 11, 13, 18)),
-    ("ReduceL1", lambda x, axes, keep: torch.linalg.vector_norm(x, 1, axes, keep), torch.abs, (1, 11, 13, 18)),
-):
-    operator(_name, *_versions, static=(1,))(_reduction(_reduce, _elementwise))
+@operator("Unsqueeze", static=(1,))
+def unsqueeze(attributes: Attributes) -> Body:
+    """Axes are those of the result, and an attribute before opset 13."""
+
+    def run(x: Tensor, axes: Static | None = None) -> Tensor:
+        listed = attributes["axes"] if axes is None else numbers(axes)
+        for axis in sorted(axis % (x.dim() + len(listed)) for axis in listed):
+            x = x.unsqueeze(axis)
+        return x
+
+    return run
+
+
+@operator("Transpose")
+def transpose(attributes: Attributes) -> Body:
+    order = attributes.get("perm")
+    return lambda x: x.permute(order if order is not None else tuple(reversed(range(x.dim()))))
+
+
+@operator("Expand", static=(1,))
+def expand(_attributes: Attributes) -> Body:
+    """A size of 1, on either side, gives way to the other."""
+    return lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(numbers(shape))))
+
+
+@operator("Tile", 6, 13, static=(1,))
+def tile(_attributes: Attributes) -> Body:
+    return lambda x, repeats: x.repeat(numbers(repeats))
+
+
+@operator("Concat")
+def concat(attributes: Attributes) -> Body:
+    """More than the standard's: on the other axes, an operand of size 1 is expanded to the size of the others.
+
+    A file exported with a batch of 1 holds its class token as a constant [1, 1, D], and any batch is run here.
+    """
+    axis = attributes["axis"]
+
+    def run(*operands: Tensor) -> Tensor:
+        at = axis % operands[0].dim()
+        rests = {(*x.shape[:at], *x.shape[at + 1 :]) for x in operands}
+        if len(rests) > 1:
+            common = torch.broadcast_shapes(*rests)
+            operands = tuple(x.expand(*common[:at], x.shape[at], *common[at:]) for x in operands)
+        return torch.cat(operands, at)
+
+    return run
+
+
+@operator("Split", static=(1,))
+def split(attributes: Attributes) -> Body:
+    """In given sizes (an attribute before opset 13), or in equal parts, of which the last may be the smaller."""
+    axis = attributes.get("axis", 0)
+
+    def run(x: Tensor, sizes: Static | None = None) -> tuple[Tensor, ...]:
+        listed = attributes.get("split") if sizes is None else numbers(sizes)
+        if listed is not None:
+            return torch.split(x, listed, axis)
+        parts = attributes.get("num_outputs", attributes[OUTPUTS])
+        return torch.split(x, -(-x.shape[axis] // parts), axis)
+
+    return run
+
+
+def _cut(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
+    places = range(x.shape[axis])[start:end:step]  # clamps as ONNX does
+    backwards = step < 0
+    if backwards:
+        places = places[::-1]
+    first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
+    index = [slice(None)] * axis + [slice(first, last, places.step)]
+    cut = x[tuple(index)]
+    return cut.flip(axis) if backwards else cut
+
+
+@operator("Slice", static=(1, 2, 3, 4))
+def slice_(attributes: Attributes) -> Body:
+    """Starts, ends and axes are attributes before opset 10, where there are no steps."""
+
+    def run(
+        x: Tensor,
+        starts: Static | None = None,
+        ends: Static | None = None,
+        axes: Static | None = None,
+        steps: Static | None = None,
+    ) -> Tensor:
+        first = attributes["starts"] if starts is None else numbers(starts)
+        last = attributes["ends"] if ends is None else numbers(ends)
+        along = attributes.get("axes", range(len(first))) if axes is None else numbers(axes)
+        step = [1] * len(first) if steps is None else numbers(steps)
+        for axis, *bounds in zip(along, first, last, step, strict=True):
+            x = _cut(x, axis % x.dim(), *bounds)
+        return x
+
+    return run
 
 
 def _source_index(size: int, before: int, after: int, mode: str) -> Tensor:
@@ -90,24 +174,25 @@ def _source_index(size: int, before: int, after: int, mode: str) -> Tensor:
     return (size - 1) - ((places % period) - (size - 1)).abs()
 
 
-@operator("Pad", 18, 19, 21, 23, 24, 25, static=(1, 2, 3))
+@operator("Pad", static=(1, 2, 3))
 def pad(attributes: Attributes) -> Body:
+    """Pads and value are attributes before opset 11; axes come with opset 18."""
     mode = attributes.get("mode", "constant")
 
     def run(
         x: Tensor,
-        pads: Tensor | list[int],
+        pads: Static | None = None,
         value: Tensor | list[float] | float | None = None,
-        axes: Tensor | list[int] | None = None,
+        axes: Static | None = None,
     ) -> Tensor:
+        amounts = attributes["pads"] if pads is None else numbers(pads)
+        value = attributes.get("value", 0.0) if value is None else value
         listed = [axis % x.dim() for axis in numbers(axes)] if axes is not None else list(range(x.dim()))
-        amounts = numbers(pads)
         full = [0] * (2 * x.dim())
         for index, axis in enumerate(listed):
             full[axis], full[axis + x.dim()] = amounts[index], amounts[index + len(listed)]
         if mode == "constant":
-            filler = value[0] if isinstance(value, list) else value
-            return F.pad(x, torch_pads(full), value=float(filler) if filler is not None else 0.0)
+            return F.pad(x, torch_pads(full), value=float(value[0] if isinstance(value, list) else value))
         for axis in range(x.dim()):
             before, after = full[axis], full[axis + x.dim()]
             if before or after:
@@ -117,63 +202,42 @@ def pad(attributes: Attributes) -> Body:
     return run
 
 
-@operator("Split", 18, static=(1,))
-def split(attributes: Attributes) -> Body:
-    axis = attributes.get("axis", 0)
-
-    def run(x: Tensor, sizes: Tensor | list[int] | None = None) -> tuple[Tensor, ...]:
-        if sizes is not None:
-            return torch.split(x, numbers(sizes), axis)
-        parts = attributes["num_outputs"]
-        return torch.split(x, -(-x.shape[axis] // parts), axis)
-
-    return run
-
-
-@operator("Reshape", 5, 13, 14, 19, 21, 23, 24, 25, static=(1,))
-def reshape(attributes: Attributes) -> Body:
-    allow_zero = bool(attributes.get("allowzero", 0))
-
-    def run(x: Tensor, shape: Tensor | list[int]) -> Tensor:
-        sizes = numbers(shape)
-        if not allow_zero:
-            sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
-        return x.reshape(sizes)
-
-    return run
-
-
-@operator("Clip", 11, 12, 13, static=(1, 2))
-def clip(_attributes: Attributes) -> Body:
-    """Bounds may be left out, and may be computed."""
-
-    def run(x: Tensor, low: Tensor | float | None = None, high: Tensor | float | None = None) -> Tensor:
-        if isinstance(low, float) and isinstance(high, float):
-            return torch.clamp(x, low, high)
-        x = x if low is None else torch.clamp(x, min=low)
-        return x if high is None else torch.clamp(x, max=high)
-
-    return run
-
-
-@operator("CastLike", 15, 19, 21, 23, 24, 25)
-def cast_like(_attributes: Attributes) -> Body:
-    return lambda x, like: x.to(like.dtype)
-
-
-@operator("Gelu", 20)
-def gelu(attributes: Attributes) -> Body:
-    return lambda x: F.gelu(x, approximate=attributes.get("approximate", "none"))
-
-
-@operator("Cast", 6, 9, 13, 19, 21, 23, 24, 25)
-def cast(attributes: Attributes) -> Body:
-    wanted = TORCH_TYPES[attributes["to"]]
-    return lambda x: x.to(wanted)
-
-
-@operator("Constant", 1, 9, 11, 12, 13, 19, 21, 23, 24, 25)
+@operator("Constant")
 def constant(attributes: Attributes) -> Body:
-    (value,) = attributes.values()
+    (value,) = (value for name, value in attributes.items() if name != OUTPUTS)
     tensor: Any = value.to_torch() if hasattr(value, "to_torch") else torch.tensor(value)
     return lambda: tensor
+
+
+@operator("ConstantOfShape", static=(0,))
+def constant_of_shape(attributes: Attributes) -> Body:
+    value = attributes["value"].to_torch() if "value" in attributes else torch.zeros(1)
+
+    def run(shape: Static) -> Tensor:
+        device = shape.device if isinstance(shape, Tensor) else None
+        return torch.full(numbers(shape), value.item(), dtype=value.dtype, device=device)
+
+    return run
+
+
+@operator("Range")
+def range_(_attributes: Attributes) -> Body:
+    """Computed in the operands' own type, which a Python number would not tell."""
+
+    def run(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+        count = max(0, math.ceil((limit.item() - start.item()) / delta.item()))
+        return start + delta * torch.arange(count, dtype=start.dtype, device=start.device)
+
+    return run
+
+
+@operator("EyeLike")
+def eye_like(attributes: Attributes) -> Body:
+    """Ones on one diagonal."""
+    diagonal, wanted = attributes.get("k", 0), TORCH_TYPES.get(attributes.get("dtype", onnx.TensorProto.UNDEFINED))
+
+    def run(x: Tensor) -> Tensor:
+        rows, columns = (torch.arange(side, device=x.device) for side in x.shape)
+        return (columns - rows[:, None] == diagonal).to(wanted or x.dtype)
+
+    return run

@@ -56,7 +56,7 @@ def command(**given: Any) -> int:
     torch.manual_seed(given["seed"])
     spec = options.spec_from(given)
     classifier = load_classifier(given["model"], {**spec, "size": given["size"]})
-    terminal.warn_of_assumption(classifier.path, classifier.spec)
+    terminal.tell_choices(classifier)
     output = given["output"] or output_path(given["model"], given["bits"], given["act_bits"])
     terminal.check_output(output, given["force"])
     images = calibration_images(

@@ -48,7 +48,7 @@ def command(**given: Any) -> int:
     torch.manual_seed(given["seed"])
     classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
     for classifier in classifiers:
-        terminal.warn_of_assumption(classifier.path, classifier.spec)
+        terminal.tell_choices(classifier)
     result = synthesize(
         convert_all(classifiers, device, terminal),
         given["output"],

@@ -44,7 +44,7 @@ def command(**given: Any) -> int:
     spec = {**options.spec_from(given), "size": given["size"]}
     reference = load_classifier(given["reference"], spec)
     candidates = [load_classifier(path, spec) for path in given["candidates"]]
-    terminal.warn_of_assumption(reference.path, reference.spec)
+    terminal.tell_choices(reference)
     images = load_images(given["data"], given["images"], size=reference.spec.size)
     gates = Gates(given["max_drop"], given["min_top1"], given["min_agreement"])
     result = validate(reference, candidates, images, gates, threads=given["threads"], progress=terminal)

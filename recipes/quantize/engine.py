@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import converters.writeback as writeback
+from converters.classifier import Classifier
 from converters.errors import ConversionError, MixMixError
-from converters.load import Classifier, file_size
 from converters.targets import MAX_BITS, MIN_BITS
 from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
 from recipes.blocks import Block, find_blocks
@@ -116,17 +116,21 @@ def quantize(
     }
     difference = math.nan
 
-    def check(content: bytes) -> None:
+    written = writeback.apply(prepared.original, edits)
+
+    def check() -> None:
         nonlocal difference
-        sample = run.inputs[:8]
+        sample = run.inputs[: 2 * (prepared.fixed_batch or 4)]
         expected = run.fake_quantized(sample)
-        difference = writeback.matches(content, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), str(output))
+        difference = writeback.difference_from(
+            written, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), output
+        )
         if difference > (WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE):
             raise ConversionError(
                 f"{output}: the written model differs from the quantized one by {difference:.1e}: please report it"
             )
 
-    writeback.save(writeback.apply(prepared.original, edits), output, metadata, overwrite=overwrite, check=check)
+    writeback.save(written, output, metadata, overwrite=overwrite, check=check)
     return Quantization(
         input=classifier.path,
         output=output,
@@ -135,7 +139,7 @@ def quantize(
         blocks=run.account,
         layers=run.layer_accounts(),
         size_before=classifier.size_bytes,
-        size_after=file_size(output),
+        size_after=output.stat().st_size,
         seconds=time.perf_counter() - started,
         written_difference=difference,
         kept=[plan for plan in run.plans if plan.kept(bits)],

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from converters import writeback
+from converters.classifier import Classifier
 from converters.errors import ConversionError, ModelError, UnsupportedOperatorError
-from converters.load import Classifier, load_classifier
+from converters.load import load_classifier
 from converters.ops import registry
-from converters.torch_module import relative_difference, to_torch, unsupported_operators
+from converters.runtime import Session
+from converters.torch_module import Unsupported, relative_difference, to_torch, unsupported_operators
 from tests import models
+from tests.converters import oracle
 
 Load = Callable[[onnx.ModelProto], Classifier]
 
@@ -27,7 +30,9 @@ def test_unsupported_operator_is_named(load: Load) -> None:
         to_torch(classifier)
     for part in (str(classifier.path), "frob/Frobnicate", "com.example.Frobnicate", "opset 1", "export the model"):
         assert part in str(caught.value)
-    assert unsupported_operators(classifier) == [("Frobnicate", 1, "frob/Frobnicate")]
+    assert unsupported_operators(classifier) == [
+        Unsupported("Frobnicate", 1, "frob/Frobnicate", "export the model without it")
+    ]
 
 
 def test_a_second_output_that_is_not_computed_is_a_sentence(load: Load) -> None:
@@ -70,23 +75,25 @@ def test_operator_that_fails_is_a_sentence(load: Load, monkeypatch: pytest.Monke
 
 
 def test_output_that_turns_out_to_be_a_map(load: Load) -> None:
-    """The file declares [batch, classes] and computes [batch, classes, 1, 1]."""
-    model = models.batchnorm_last()
+    """The file declares [batch, classes] and computes [batch, channels, 6, 6]."""
+    model = models.feature_map()
     del model.graph.output[0].type.tensor_type.shape.dim[2:]
-    with pytest.raises(ModelError, match=r"model\.onnx: .*normed"):
+    with pytest.raises(ModelError, match=r"model\.onnx: output features has shape .*6, 6.*not an image classifier"):
         to_torch(load(model))
 
 
-@pytest.mark.parametrize(("bits", "reason"), [(4, "INT4.*quantized already"), (8, "DequantizeLinear")])
-def test_quantized_file_is_refused(load: Load, tmp_path: Path, bits: int, reason: str) -> None:
-    """What this product writes it does not read; it says so whatever type the integers have."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_file_is_read_and_not_quantized_again(load: Load, tmp_path: Path, bits: int) -> None:
     ready = writeback.prepare_for_quantization(load(models.conv()), four_bit=bits == 4)
-    ones, zeros = np.ones((4, 3, 3, 3), np.int32), np.zeros(4, np.int32)
-    edit = writeback.WeightEdit("features", ones, np.ones(4, np.float32), zeros, axis=0, bits=bits)
-    path = tmp_path / "quantized.onnx"
+    values = np.random.default_rng(0).integers(-8, 8, (4, 3, 3, 3))
+    edit = writeback.WeightEdit("features", values, np.full(4, 0.1, np.float32), np.arange(4) - 2, axis=0, bits=bits)
+    path, x = tmp_path / "quantized.onnx", models.images()
     writeback.save(writeback.apply(ready.original, [edit]), path, {})
-    with pytest.raises(ModelError, match=rf"quantized\.onnx: .*{reason}"):
-        to_torch(load_classifier(path))
+    classifier = load_classifier(path)
+    expected = Session(path, optimise=False).run(x)[0]
+    oracle.assert_close(to_torch(classifier)(torch.from_numpy(x)).numpy(), expected, 1e-5)
+    with pytest.raises(ModelError, match=r"quantized\.onnx is quantized already: give the float model"):
+        writeback.prepare_for_quantization(classifier, four_bit=True)
 
 
 def test_relative_difference() -> None:

@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from converters import passes
-from converters.load import Classifier
+from converters.classifier import Classifier
 from tests import models
 from tests.converters import oracle
 

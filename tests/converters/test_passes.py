@@ -7,9 +7,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from converters import passes
+from converters import batch, graphs, passes
+from converters.classifier import Classifier
 from converters.errors import ModelError
-from converters.load import Classifier
 from converters.writeback import prepare_for_quantization
 from tests import models
 from tests.converters import oracle
@@ -59,13 +59,13 @@ def test_passes_say_what_they_changed(model: onnx.ModelProto, expected: list[str
 
 def test_fixed_batch_is_opened() -> None:
     model, x = ir.from_proto(models.fixed_batch()), models.images(3)
-    assert passes.open_batch(model) is True
+    assert batch.open_batch(model) is True
     expected = np.concatenate([oracle.run(models.fixed_batch(), row[None]) for row in x])
     oracle.assert_close(oracle.run(model, x), expected, 1e-6)
     assert [str(value.shape[0]) for value in (*model.graph.inputs, *model.graph.outputs) if value.shape] == [
         "batch"
     ] * 2
-    assert passes.open_batch(model) is False
+    assert batch.open_batch(model) is False
 
 
 def test_initializers_that_are_inputs_too() -> None:
@@ -112,7 +112,7 @@ def test_batch_size_is_kept_out_of_the_data_flow() -> None:
     proto = batch_size_reshape(models.PIXELS, [24, 8])
     proto.graph.node[0].CopyFrom(models.node("Flatten", "image", "table"))
     model = ir.from_proto(proto)
-    assert "keep batch in reshape" in passes.normalise(model)
+    assert "free reshapes" in passes.normalise(model)
     assert [node.op_type for node in model.graph] == ["Flatten", "Reshape", "Flatten", "Gemm"]
     np.testing.assert_array_equal(oracle.run(model, models.images()), oracle.run(proto, models.images()))
 
@@ -142,7 +142,7 @@ def test_unshare_weights() -> None:
     assert first is not None
     assert second is not None
     assert (first.name, second.name) == ("square", "square.1")
-    np.testing.assert_array_equal(passes.to_numpy(first), passes.to_numpy(second))
+    np.testing.assert_array_equal(graphs.to_numpy(first), graphs.to_numpy(second))
     np.testing.assert_array_equal(oracle.run(model, x), oracle.run(proto, x))
     assert passes.unshare_weights(model) is False
 
@@ -189,18 +189,18 @@ def test_prepare_for_quantization(embedded: Classifier, four_bit: bool, opset: i
 
 def test_unused_name() -> None:
     graph = ir.from_proto(models.conv()).graph
-    assert passes.unused_name(graph, "new") == "new"
+    assert graphs.unused_name(graph, "new") == "new"
     for taken in ("image", "conv.weight", "features"):
-        assert passes.unused_name(graph, taken) == f"{taken}.1"
+        assert graphs.unused_name(graph, taken) == f"{taken}.1"
 
 
 def test_constant_behind() -> None:
     hidden = ir.from_proto(models.hidden_weight()).graph
     conv = hidden.node("features/Conv")
-    found = passes.constant_behind(conv.inputs[1])
+    found = graphs.constant_behind(conv.inputs[1])
     assert found is not None
     assert found.name == "conv.weight"
-    assert passes.constant_behind(conv.inputs[0]) is None
-    assert passes.constant_behind(conv.outputs[0]) is None
+    assert graphs.constant_behind(conv.inputs[0]) is None
+    assert graphs.constant_behind(conv.outputs[0]) is None
     with pytest.raises(ValueError, match="features is not constant"):
-        passes.to_numpy(conv.outputs[0])
+        graphs.to_numpy(conv.outputs[0])

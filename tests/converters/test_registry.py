@@ -28,26 +28,13 @@ def test_versions_of_the_table_exist(name: str, domain: str, version: int) -> No
     assert onnx.defs.get_schema(name, max_inclusive_version=version, domain=domain).since_version == version
 
 
-@pytest.mark.parametrize(("name", "version"), registry.SAME_SINCE)
-def test_same_since_names_what_exists(name: str, version: int) -> None:
-    """The newer version exists in onnx, the older one too, and onnx2torch has it."""
-    older = registry.SAME_SINCE[name, version]
-    assert older < version
-    for wanted in (version, older):
-        assert onnx.defs.get_schema(name, max_inclusive_version=wanted).since_version == wanted
-    assert callable(get_converter(name, older))
-
-
-@pytest.mark.parametrize(("name", "version"), registry.SAME_SINCE)
-def test_same_since_changed_types_only(name: str, version: int) -> None:
-    """Same operands, outputs and attributes as the version that it is taken for."""
-    newer = onnx.defs.get_schema(name, max_inclusive_version=version)
-    older = onnx.defs.get_schema(name, max_inclusive_version=registry.SAME_SINCE[name, version])
-    for schema in (newer, older):
-        assert schema.deprecated is False
-    assert [x.name for x in newer.inputs] == [x.name for x in older.inputs]
-    assert [x.name for x in newer.outputs] == [x.name for x in older.outputs]
-    assert set(newer.attributes) == set(older.attributes)
+@pytest.mark.parametrize("name", ["Softmax", "Reshape", "Upsample", "Gelu", "Conv"])
+def test_versions_in_force(name: str) -> None:
+    """Every version that some opset from the oldest to the newest means, and no other."""
+    meant = {registry.since_version(name, opset) for opset in range(registry.OLDEST, registry.NEWEST + 1)}
+    known = {schema.since_version for schema in onnx.defs.get_all_schemas_with_history() if schema.name == name}
+    deprecated = {s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == name and s.deprecated}
+    assert set(registry.versions_in_force(name)) == (meant & known) - deprecated
 
 
 @pytest.mark.parametrize(

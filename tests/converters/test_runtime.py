@@ -45,8 +45,8 @@ def test_unknown_operator() -> None:
 
 @pytest.mark.parametrize(
     "batch",
-    [np.zeros((1, 3, 8), np.float32), np.zeros((1, 4, 8, 8), np.float32), np.zeros((1, 3, 8, 8), np.float64)],
-    ids=["rank", "channels", "type"],
+    [np.zeros((1, 3, 8), np.float32), np.zeros((1, 4, 8, 8), np.float32)],
+    ids=["rank", "channels"],
 )
 def test_input_that_does_not_fit(batch: oracle.Array) -> None:
     with pytest.raises(ModelError) as caught:

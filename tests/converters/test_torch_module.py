@@ -11,8 +11,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from converters.classifier import Classifier
 from converters.errors import ModelError
-from converters.load import Classifier
 from converters.runtime import Session
 from converters.torch_module import TorchClassifier, to_torch
 from tests import models

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from converters.classifier import Classifier
 from converters.errors import ModelError
-from converters.load import Classifier
-from converters.runtime import Session
-from converters.torch_module import serialise
+from converters.runtime import Session, serialise
+from converters.torch_module import to_torch
 from converters.writeback import (
     BIAS,
     WEIGHT,
@@ -21,7 +23,7 @@ from converters.writeback import (
     FloatEdit,
     WeightEdit,
     apply,
-    matches,
+    difference_from,
     prepare_for_quantization,
 )
 from tests import models
@@ -239,12 +241,18 @@ def test_four_bit_file_means_the_same_when_optimised(load: Load, optimise: bool)
     oracle.assert_close(actual, oracle.run(replaced(model, weight, dequantized(edit)), x), 2e-6)
 
 
-def test_matches(load: Load) -> None:
-    content, x = serialise(load(models.conv()).original), models.images()
+def test_difference_from(load: Load) -> None:
+    model, x, path = load(models.conv()).original, models.images(), Path("m")
     expected = oracle.run(models.conv(), x)
-    assert matches(content, x, expected, "m") <= 1e-6
-    assert matches(content, x, expected * np.float32(1.1), "m") == pytest.approx(0.1 / 1.1, rel=1e-3)
+    assert difference_from(model, x, expected, path) <= 1e-6
+    assert difference_from(model, x, expected * np.float32(1.1), path) == pytest.approx(0.1 / 1.1, rel=1e-3)
     with pytest.raises(ModelError, match="m: the written model gives another shape or NaN"):
-        matches(content, x, expected[:, :4], "m")
-    with pytest.raises(ModelError, match="m: the written model gives another shape or NaN"):
-        matches(content, x * np.nan, expected, "m")
+        difference_from(model, x * np.nan, expected, path)
+
+
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
+def test_difference_is_that_of_the_logits(load: Load, op: str) -> None:
+    """A file that ends in a softmax is compared before it."""
+    classifier, x = load(models.softmax(op)), models.images()
+    logits = to_torch(classifier)(torch.from_numpy(x)).numpy()
+    assert difference_from(classifier.original, x, logits, Path("m")) <= 1e-5

@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from converters.load import Classifier, load_classifier
+from converters.classifier import Classifier
+from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes import zoo
 from recipes.images import ImageSet, load_images

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from converters import writeback
-from converters.load import Classifier, load_classifier
+from converters.classifier import Classifier
+from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import to_torch
 from recipes.images import ImageSet

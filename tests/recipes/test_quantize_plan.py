@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from converters.classifier import Classifier
 from converters.errors import MixMixError, OutputError
-from converters.load import Classifier, load_classifier
+from converters.load import load_classifier
 from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 from recipes.progress import Silent

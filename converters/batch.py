@@ -1,0 +1,229 @@
+"""Any batch size: what exporters write of the one they saw is taken out of the graph.
+
+A file with a fixed batch has it in the targets of its Reshapes, alone or multiplied into another dimension (windows,
+heads). A file with an open batch computes those targets from the image's shape; that side path runs past every layer,
+so no block could end before it, and it ties a stretch of the graph to the image. Both become constants with 0 (as in
+the input) or -1 (what is left) in the batch's place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from converters import graphs
+
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the batch is in a shape: in dimension `axis`, with a factor `inner` of that dimension inside of it.
+
+    [N, 3, 8, 8]: Place(0, 1); [N * 12, 197, 64], twelve heads an image: Place(0, 12); [197, N, 768]: Place(1, 1).
+    """
+
+    axis: int
+    inner: int = 1
+
+
+def open_batch(model: ir.Model) -> bool:
+    """A batch dimension fixed in the file becomes symbolic, and stale inferred shapes are forgotten.
+
+    The constants that hold it must be folded already.
+    """
+    graph = model.graph
+    image = graphs.image_input(graph)
+    fixed = image.shape[0] if image.shape is not None and len(image.shape) else None
+    if not isinstance(fixed, int):
+        return False
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    _open_reshapes(graph, image, fixed)
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None if not value.is_graph_output() or value.shape is None else _any_batch(value.shape)
+    assert image.shape is not None
+    image.shape = _any_batch(image.shape)
+    return True
+
+
+def _any_batch(shape: ir.Shape) -> ir.Shape:
+    return ir.Shape([BATCH, *list(shape)[1:]])
+
+
+def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
+    """Follow the batch from value to value, and free the target of every Reshape on the way."""
+    places = {image: Place(0)}
+    for node in graph:
+        for index, value in enumerate(node.inputs):
+            if value is None or value not in places:
+                continue
+            source, target = _sizes(value), _sizes(node.outputs[0])
+            if source is None or target is None:
+                break
+            place = _after(node, index, places[value], source, target, batch)
+            if place is not None and node.op_type == "Reshape":
+                kept = place.axis == places[value].axis and source[place.axis] == target[place.axis]
+                target[place.axis] = 0 if kept else -1
+                _set_target(graph, node, target)
+            if place is not None:
+                places.update(dict.fromkeys(node.outputs, place))
+            break
+
+
+def _sizes(value: ir.Value) -> list[int] | None:
+    if value.shape is None or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return [int(size) for size in value.shape]  # type: ignore[arg-type]
+
+
+def _after(
+    node: ir.Node, index: int, place: Place, source: Sequence[int], target: Sequence[int], batch: int
+) -> Place | None:
+    """Where the batch is in a node's outputs, given where it is in operand `index`; None where it is in none."""
+    axis, shift = place.axis, len(target) - len(source)
+    match node.op_type:
+        case "Shape" | "Size":
+            return None
+        case "Reshape" | "Flatten":
+            return reshaped(place, source, target, batch)
+        case "Transpose":
+            order = graphs.ints(node, "perm") or list(range(len(source)))[::-1]
+            return replace(place, axis=list(order).index(axis))
+        case "Squeeze":
+            gone = graphs.axes(node, len(source))
+            if gone is None:
+                gone = [a for a, size in enumerate(source) if size == 1]
+            return None if axis in gone else replace(place, axis=axis - sum(a < axis for a in gone))
+        case "Unsqueeze":
+            new = set(graphs.axes(node, len(target)) or [])
+            return replace(place, axis=[a for a in range(len(target)) if a not in new][axis])
+        case "Gather":
+            along = graphs.integer(node, "axis", 0) % len(source)
+            if index != 0 or axis == along:
+                return None
+            return replace(place, axis=axis + shift if axis > along else axis)
+        case "Einsum":
+            return _in_einsum(node, index, place)
+        case name if name.startswith("Reduce") or name == "ArgMax":
+            gone = graphs.axes(node, len(source)) or []
+            dropped = sum(a < axis for a in gone) if shift else 0
+            return None if axis in gone else replace(place, axis=axis - dropped)
+        case _:
+            return replace(place, axis=axis + shift) if 0 <= axis + shift < len(target) else None  # aligned right
+
+
+def _in_einsum(node: ir.Node, index: int, place: Place) -> Place | None:
+    equation = graphs.text(node, "equation").replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    if not arrow or "." in equation:
+        return None
+    found = result.find(terms.split(",")[index][place.axis])
+    return replace(place, axis=found) if found >= 0 else None
+
+
+def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: int) -> Place | None:
+    """Where the batch is after a Reshape, which keeps the order of elements: where its stride falls.
+
+    An edge between two dimensions belongs to both when the batch is 1. A dimension of the batch's own size comes first,
+    then one in front of dimensions that stay as they were ([197, N, 768] -> [197 N, 768]), then one that the batch can
+    be multiplied into ([197, N, 768] -> [197, N 12, 64]).
+    """
+    stride = place.inner * math.prod(source[place.axis + 1 :])
+    inside = [math.prod(target[axis + 1 :]) for axis in range(len(target))]
+    fitting = [
+        axis
+        for axis, size in enumerate(target)
+        if stride % inside[axis] == 0 and batch * stride <= inside[axis] * size and inside[axis] <= stride
+    ]
+    if not fitting:
+        return None
+    alone = [axis for axis in fitting if target[axis] == batch and inside[axis] == stride]
+    same = [
+        axis
+        for axis in fitting
+        if place.inner == 1 and list(target[axis + 1 :]) == list(source[place.axis + 1 :]) and inside[axis] == stride
+    ]
+    outermost = [axis for axis in fitting if inside[axis] * target[axis] == batch * stride]
+    axis = (alone or same or outermost or fitting)[0]
+    return Place(axis, stride // inside[axis])
+
+
+def free_reshapes(model: ir.Model) -> bool:
+    """A Reshape whose target has one computed size, and no -1, gets -1 for it; for the batch beside a -1, it gets 0."""
+    changed = False
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        if graphs.integer(node, "allowzero", 0):
+            continue
+        sizes = _partly_constant(node.inputs[1])
+        if sizes is None or sizes.count(None) != 1:
+            continue
+        at, source = sizes.index(None), node.inputs[0].shape
+        begins_with_batch = at == 0 and source is not None and len(source) > 0 and source[0] == BATCH
+        if -1 not in sizes:
+            sizes[at] = -1
+        elif begins_with_batch and _is_batch_size(_first_part(node.inputs[1])):
+            sizes[at] = 0
+        else:
+            continue
+        _set_target(model.graph, node, [int(size or 0) for size in sizes])
+        changed = True
+    return changed
+
+
+def _set_target(graph: ir.Graph, node: ir.Node, sizes: Sequence[int]) -> None:
+    name = graphs.unused_name(graph, f"{node.outputs[0].name}.shape")
+    node.replace_input_with(1, graphs.add_initializer(graph, name, np.array(sizes, np.int64)))
+
+
+def _partly_constant(target: ir.Value) -> list[int | None] | None:
+    """The sizes that a Concat puts together, None for a computed one; None where it is no such Concat."""
+    concat = target.producer()
+    if concat is None or concat.op_type != "Concat":
+        return None
+    sizes: list[int | None] = []
+    for part in concat.inputs:
+        constant = graphs.constant_behind(part)
+        if constant is not None:
+            sizes += [int(size) for size in np.atleast_1d(graphs.to_numpy(constant))]
+        elif part is not None and _is_one_number(part):
+            sizes.append(None)
+        else:
+            return None
+    return sizes
+
+
+def _is_one_number(value: ir.Value) -> bool:
+    """Whether a computed part of a shape is a single size: by its inferred shape, or a scalar that was unsqueezed."""
+    if value.shape is not None and len(value.shape) == 1 and isinstance(value.shape[0], int):
+        return value.shape[0] == 1
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Unsqueeze"
+
+
+def _first_part(target: ir.Value) -> ir.Value | None:
+    concat = target.producer()
+    return concat.inputs[0] if concat is not None else None
+
+
+def _is_batch_size(value: ir.Value | None) -> bool:
+    """Whether a value is element 0 of the Shape of something, as exporters spell the size of the batch."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Unsqueeze", "Cast", "Squeeze", "Reshape"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Shape":
+        return graphs.integer(node, "end", 0) == 1 and graphs.integer(node, "start", 0) == 0
+    index = node.inputs[1] if len(node.inputs) > 1 else None
+    taken = graphs.constant_behind(index)
+    source = node.inputs[0].producer()
+    takes_first = node.op_type == "Gather" and taken is not None and not graphs.to_numpy(taken).any()
+    return takes_first and source is not None and source.op_type == "Shape"

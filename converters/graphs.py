@@ -1,0 +1,91 @@
+"""Reading and changing a graph: what passes and edits have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+
+def image_input(graph: ir.Graph) -> ir.Value:
+    """The input that is not an initializer (old files list those too)."""
+    return next(value for value in graph.inputs if not value.is_initializer())
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def ints(node: ir.Node, name: str) -> list[int] | None:
+    attribute = node.attributes.get(name)
+    return None if attribute is None else list(attribute.as_ints())
+
+
+def text(node: ir.Node, name: str) -> str:
+    attribute = node.attributes.get(name)
+    return "" if attribute is None else attribute.as_string()
+
+
+def axes(node: ir.Node, rank: int) -> list[int] | None:
+    """Axes of a reduction, Squeeze or Unsqueeze, from 0 up, by attribute or constant operand; None where not given."""
+    given = ints(node, "axes")
+    if given is None and "axis" in node.attributes:
+        given = [integer(node, "axis", 0)]
+    if given is None:
+        constant = constant_behind(node.inputs[1]) if len(node.inputs) > 1 else None
+        given = None if constant is None else [int(axis) for axis in to_numpy(constant).ravel()]
+    return None if given is None else [axis % rank for axis in given]
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def constant_behind(value: ir.Value | None) -> ir.Value | None:
+    """The constant that a value is, looking through Identity and Constant nodes; None where it is computed."""
+    while value is not None:
+        if is_constant(value):
+            return value
+        producer = value.producer()
+        if producer is None:
+            return None
+        if producer.op_type == "Constant":
+            return value if ir.convenience.get_const_tensor(value) is not None else None
+        value = producer.inputs[0] if producer.op_type == "Identity" else None
+    return None
+
+
+def to_numpy(value: ir.Value) -> np.ndarray:
+    """The array of a constant value. Raises ValueError for one that is computed."""
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        raise ValueError(f"{value.name} is not constant")
+    return tensor.numpy()
+
+
+def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape(tensor.shape.numpy())
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Register a new initializer. The name must be unused (`unused_name`)."""
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def unused_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or `name.N` with the least N that no value of the graph has."""
+    taken = set(graph.initializers) | {v.name for v in graph.inputs} | set(value_names(graph))
+    candidate, count = name, 0
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}.{count}"
+    return candidate
+
+
+def value_names(graph: ir.Graph) -> Iterable[str]:
+    return (str(value.name) for node in graph for value in node.outputs)
