@@ -124,7 +124,7 @@ def split(attributes: Attributes) -> Body:
         listed = attributes.get("split") if sizes is None else numbers(sizes)
         if listed is not None:
             return torch.split(x, listed, axis)
-        parts = attributes.get("num_outputs", attributes[OUTPUTS])
+        parts = attributes["num_outputs"] if "num_outputs" in attributes else attributes[OUTPUTS]
         return torch.split(x, -(-x.shape[axis] // parts), axis)
 
     return run
