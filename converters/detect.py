@@ -181,7 +181,7 @@ def _by_arithmetic(classifier: Classifier, orders: tuple[str, ...]) -> Detection
                     float((np.abs(offset - wanted_offset) / np.maximum(1, np.abs(wanted_offset))).max()),
                 )
                 matches.append((worst, known.name, limit, order))
-    worst, name, limit, order = min(matches, default=(np.inf, "", 255.0, orders[0]))
+    worst, name, limit, order = min(matches, default=(np.inf, "", 255.0, orders[0]), key=lambda match: match[0])
     if worst > NEAR and not is_bytes:
         return None
     inside = f", which the graph brings to {name}" if worst <= NEAR else ""

@@ -179,7 +179,7 @@ def widen_few_bits(model: ir.Model) -> bool:
                 graphs.add_initializer(
                     model.graph,
                     graphs.unused_name(model.graph, f"{node.outputs[0].name}.{end}"),
-                    bound.reshape(()).astype(np.float32),
+                    np.array(bound, np.float32).reshape(()),
                 )
                 for end, bound in zip(("low", "high"), bounds, strict=True)
             ]
@@ -189,6 +189,6 @@ def widen_few_bits(model: ir.Model) -> bool:
             node.replace_input_with(0, clip.outputs[0])
             node.attributes.pop("output_dtype", None)
         name = graphs.unused_name(model.graph, f"{zero.name}.wide")
-        node.replace_input_with(2, graphs.add_initializer(model.graph, name, point.astype(wide.numpy())))
+        node.replace_input_with(2, graphs.add_initializer(model.graph, name, np.asarray(point, wide.numpy())))
         changed = True
     return changed

@@ -66,14 +66,22 @@ def test_own_table_comes_first() -> None:
 
 
 def test_operand_left_out_in_the_middle() -> None:
-    """onnx2torch takes operands by keyword then: Resize without `roi`."""
-    scales = np.array([1, 1, 2, 2], np.float32)
-    resize = models.node("Resize", "image - scales", "large", mode="nearest")
-    x, large = torch.rand(1, 3, 4, 4), ("batch", 3, 16, 16)
-    found = oracle.find(models.assemble([resize], {"scales": scales}, outputs={"large": large}, opset=13))
-    values = {"": None, "image": x, "scales": torch.from_numpy(scales)}
-    enlarged = found.body(*[values[name] for name in found.inputs])
-    torch.testing.assert_close(enlarged, x.repeat_interleave(2, 2).repeat_interleave(2, 3), rtol=0, atol=0)
+    """Modules of onnx2torch take operands by keyword then."""
+
+    class Sum(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor | float = 1.0, c: torch.Tensor | float = 10.0) -> Any:
+            return a + b + c
+
+    call, two = registry._positional(Sum()), torch.tensor(2.0)
+    assert call(two) == 13
+    assert call(two, two, two) == 6
+    assert call(two, None, two) == 5
+
+
+def test_what_the_table_lacks_comes_from_onnx2torch() -> None:
+    operands = [models.random(1, 2, 8, 8), np.array([[0, 0, 4, 4]], np.float32), np.zeros(1, np.int64)]
+    model = oracle.single("RoiAlign", operands, 16, 1, {"output_height": 2, "output_width": 2})
+    assert oracle.find(model).module is not None
 
 
 def ints(*values: int) -> torch.Tensor:

@@ -1,0 +1,76 @@
+"""A batch that the file fixes is followed through the graph, wherever exporters put it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from converters.batch import Place, reshaped
+from converters.classifier import Classifier
+from converters.torch_module import to_torch
+from tests import models
+from tests.converters import oracle
+
+Load = Callable[[onnx.ModelProto], Classifier]
+
+
+@pytest.mark.parametrize(
+    ("place", "source", "target", "batch", "expected"),
+    [
+        (Place(0), [1, 768, 14, 14], [1, 768, 196], 1, Place(0)),
+        (Place(0), [1, 8, 8, 7, 7, 96], [64, 49, 96], 1, Place(0, 64)),  # windows into the batch
+        (Place(0, 64), [64, 49, 96], [1, 8, 8, 7, 7, 96], 1, Place(0)),  # and back
+        (Place(1), [197, 1, 768], [197, 12, 64], 1, Place(1, 12)),  # heads into the batch
+        (Place(1), [197, 1, 768], [197, 768], 1, Place(0)),  # tokens and batch together
+        (Place(0, 12), [12, 197, 64], [1, 12, 197, 64], 1, Place(0)),
+        (Place(0), [4, 6, 6], [4, 36], 4, Place(0)),
+        (Place(0), [4, 6, 6], [24, 6], 4, Place(0, 6)),
+        (Place(0), [4, 6, 6], [2, 72], 4, None),  # no dimension holds the whole batch
+    ],
+)
+def test_place_behind_a_reshape(
+    place: Place, source: Sequence[int], target: Sequence[int], batch: int, expected: Place | None
+) -> None:
+    assert reshaped(place, source, target, batch) == expected
+
+
+def attention(batch: int) -> onnx.ModelProto:
+    """Rows of the image as tokens, a class token in front, one attention with two heads in the batch's dimension."""
+    width, tokens, heads = models.CHANNELS * models.SIDE, models.SIDE + 1, 2
+    inner = width // heads
+    shapes = {
+        "rows.shape": [batch, models.SIDE, width],
+        "split.shape": [tokens, batch * heads, inner],
+        "joined.shape": [tokens, batch, width],
+    }
+    nodes = [
+        models.node("Transpose", "image", "upright", perm=[0, 2, 1, 3]),
+        models.node("Reshape", "upright rows.shape", "rows"),
+        models.node("Concat", "class rows", "tokens", axis=1),
+        models.node("Transpose", "tokens", "first", perm=[1, 0, 2]),
+        models.node("Reshape", "first split.shape", "split"),
+        models.node("Transpose", "split", "heads", perm=[1, 0, 2]),
+        models.node("Transpose", "heads", "turned", perm=[0, 2, 1]),
+        models.node("MatMul", "heads turned", "scores"),
+        models.node("Softmax", "scores", "shares", axis=-1),
+        models.node("MatMul", "shares heads", "mixed"),
+        models.node("Transpose", "mixed", "back", perm=[1, 0, 2]),
+        models.node("Reshape", "back joined.shape", "joined"),
+        models.node("Gather", "joined zero", "class.out", axis=0),
+        models.node("Gemm", "class.out fc.weight", "logits", transB=1),
+    ]
+    tensors = {name: np.array(shape, np.int64) for name, shape in shapes.items()}
+    token = np.repeat(models.random(1, 1, width, seed=3), batch, 0)
+    weights = {"class": token, "fc.weight": models.weights(models.CLASSES, width), "zero": np.array(0, np.int64)}
+    image, logits = (batch, *models.IMAGE[1:]), (batch, models.CLASSES)
+    return models.assemble(nodes, {**tensors, **weights}, inputs={"image": image}, outputs={"logits": logits})
+
+
+def test_attention_with_a_fixed_batch_takes_any(load: Load) -> None:
+    model, x = attention(1), models.images(3)
+    expected = np.concatenate([oracle.run(model, row[None]) for row in x])
+    oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), expected, 1e-5)
