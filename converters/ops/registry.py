@@ -20,6 +20,7 @@ from onnx2torch.onnx_node import OnnxNode
 from torch import Tensor, nn
 
 from converters.errors import UnsupportedOperatorError
+from converters.ops.advice import what_helps
 
 Body = Callable[..., Any]
 """The operator on tensors: operands in ONNX order, None for one left out; a tensor, or a tuple of outputs."""
@@ -122,7 +123,7 @@ def find(node: OnnxNode, graph: OnnxGraph, opset: int) -> Operator:
     except Exception as error:  # converters raise whatever their reading of the node runs into
         where = f"node {node.name or node.output_values[0]!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
         raise UnsupportedOperatorError(
-            f"{where} cannot be converted ({str(error).strip() or 'no converter'}): export the model without it"
+            f"{where} cannot be converted ({str(error).strip() or 'no converter'}): {what_helps(name, domain)}"
         ) from error
     module.eval().requires_grad_(False)
     return Operator(_positional(module), mapping.inputs, tuple(mapping.outputs), module)
