@@ -179,6 +179,7 @@ def free_reshapes(model: ir.Model) -> bool:
 
 
 def _set_target(graph: ir.Graph, node: ir.Node, sizes: Sequence[int]) -> None:
+    node.attributes.pop("allowzero", None)  # today's exporter writes it everywhere; here 0 means "as in the input"
     name = graphs.unused_name(graph, f"{node.outputs[0].name}.shape")
     node.replace_input_with(1, graphs.add_initializer(graph, name, np.array(sizes, np.int64)))
 

@@ -38,7 +38,7 @@ def test_place_behind_a_reshape(
     assert reshaped(place, source, target, batch) == expected
 
 
-def attention(batch: int) -> onnx.ModelProto:
+def attention(batch: int, **how: int) -> onnx.ModelProto:
     """Rows of the image as tokens, a class token in front, one attention with two heads in the batch's dimension."""
     width, tokens, heads = models.CHANNELS * models.SIDE, models.SIDE + 1, 2
     inner = width // heads
@@ -49,17 +49,17 @@ def attention(batch: int) -> onnx.ModelProto:
     }
     nodes = [
         models.node("Transpose", "image", "upright", perm=[0, 2, 1, 3]),
-        models.node("Reshape", "upright rows.shape", "rows"),
+        models.node("Reshape", "upright rows.shape", "rows", **how),
         models.node("Concat", "class rows", "tokens", axis=1),
         models.node("Transpose", "tokens", "first", perm=[1, 0, 2]),
-        models.node("Reshape", "first split.shape", "split"),
+        models.node("Reshape", "first split.shape", "split", **how),
         models.node("Transpose", "split", "heads", perm=[1, 0, 2]),
         models.node("Transpose", "heads", "turned", perm=[0, 2, 1]),
         models.node("MatMul", "heads turned", "scores"),
         models.node("Softmax", "scores", "shares", axis=-1),
         models.node("MatMul", "shares heads", "mixed"),
         models.node("Transpose", "mixed", "back", perm=[1, 0, 2]),
-        models.node("Reshape", "back joined.shape", "joined"),
+        models.node("Reshape", "back joined.shape", "joined", **how),
         models.node("Gather", "joined zero", "class.out", axis=0),
         models.node("Gemm", "class.out fc.weight", "logits", transB=1),
     ]
@@ -70,7 +70,8 @@ def attention(batch: int) -> onnx.ModelProto:
     return models.assemble(nodes, {**tensors, **weights}, inputs={"image": image}, outputs={"logits": logits})
 
 
-def test_attention_with_a_fixed_batch_takes_any(load: Load) -> None:
-    model, x = attention(1), models.images(3)
+@pytest.mark.parametrize("how", [{}, {"allowzero": 1}], ids=["plain", "allowzero"])
+def test_attention_with_a_fixed_batch_takes_any(load: Load, how: dict[str, int]) -> None:
+    model, x = attention(1, **how), models.images(3)
     expected = np.concatenate([oracle.run(model, row[None]) for row in x])
     oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), expected, 1e-5)

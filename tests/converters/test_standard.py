@@ -62,7 +62,7 @@ SMOOTH_NAMES = """
     MeanVarianceNormalization Mish Mul PRelu Pad RMSNormalization ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax
     ReduceMean ReduceProd ReduceSumSquare Relu Reshape Resize RotaryEmbedding ScatterElements ScatterND Selu Shrink
     Sigmoid Slice Softmax Softplus Softsign SpaceToDepth Split Squeeze Swish Tanh ThresholdedRelu Tile TopK
-    Transpose Trilu Unsqueeze
+    Transpose Unsqueeze
 """
 SMOOTH = SMOOTH_NAMES.split()
 TOLERANCE = 2e-4  # some expected values are written with four decimals
