@@ -341,6 +341,11 @@ class _Expectation:
             raise ConversionError(
                 f"{self.classifier.path}: the converted model does not run ({reason}): please report it"
             ) from error
+        if len(actual) != len(self.x):
+            raise ConversionError(
+                f"{self.classifier.path}: its batch size is wound into the graph, so that it computes"
+                f" {len(actual)} of {len(self.x)} images: export it with an open batch size"
+            )
         difference = relative_difference(actual, self.logits)
         if difference <= (OTHER_FLOAT_TOLERANCE if self.classifier.other_floats else TOLERANCE):
             return difference

@@ -11,6 +11,7 @@ import torch
 
 from converters.batch import Place, reshaped
 from converters.classifier import Classifier
+from converters.errors import ConversionError
 from converters.torch_module import to_torch
 from tests import models
 from tests.converters import oracle
@@ -68,6 +69,23 @@ def attention(batch: int, **how: int) -> onnx.ModelProto:
     weights = {"class": token, "fc.weight": models.weights(models.CLASSES, width), "zero": np.array(0, np.int64)}
     image, logits = (batch, *models.IMAGE[1:]), (batch, models.CLASSES)
     return models.assemble(nodes, {**tensors, **weights}, inputs={"image": image}, outputs={"logits": logits})
+
+
+def test_batch_that_cannot_be_opened_is_a_sentence(load: Load) -> None:
+    """All pixels of all images in one row, of which as many are taken as one image has (as_strided is exported so)."""
+    nodes = [
+        models.node("Reshape", "image all", "row"),
+        models.node("Gather", "row places", "flat", axis=0),
+        models.node("Gemm", "flat fc.weight", "logits", transB=1),
+    ]
+    tensors = {
+        "all": np.array([models.PIXELS], np.int64),
+        "places": np.arange(models.PIXELS)[None],
+        "fc.weight": models.weights(models.CLASSES, models.PIXELS),
+    }
+    ends = {"inputs": {"image": (1, *models.IMAGE[1:])}, "outputs": {"logits": (1, models.CLASSES)}}
+    with pytest.raises(ConversionError, match=r"computes 1 of 2 images: export it with an open batch size"):
+        to_torch(load(models.assemble(nodes, tensors, **ends)))
 
 
 @pytest.mark.parametrize("how", [{}, {"allowzero": 1}], ids=["plain", "allowzero"])
