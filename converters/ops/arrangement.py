@@ -60,7 +60,7 @@ def gather(attributes: Attributes) -> Body:
     def run(x: Tensor, indices: Tensor) -> Tensor:
         at = axis % x.dim()
         found = x.index_select(at, indices.long().reshape(-1) % x.shape[at])
-        return found.reshape(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])
+        return found.reshape((*x.shape[:at], *indices.shape, *x.shape[at + 1 :]))
 
     return run
 
@@ -81,7 +81,7 @@ def gather_nd(attributes: Attributes) -> Body:
         rows = indices.long().reshape(leading.numel(), -1, indices.shape[-1])
         places = torch.arange(len(flat), device=x.device)[:, None]
         found = flat[(places, *rows.unbind(-1))]
-        return found.reshape(*indices.shape[:-1], *x.shape[batch + indices.shape[-1] :])
+        return found.reshape((*indices.shape[:-1], *x.shape[batch + indices.shape[-1] :]))
 
     return run
 

@@ -130,14 +130,19 @@ def split(attributes: Attributes) -> Body:
     return run
 
 
+ALL = (2**31 - 1, 2**63 - 1)
+"""Ends of a slice that mean the last element, or with a negative step the first."""
+
+
 def _cut(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
-    places = range(x.shape[axis])[start:end:step]  # clamps as ONNX does
-    backwards = step < 0
-    if backwards:
-        places = places[::-1]
-    first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
-    index = [slice(None)] * axis + [slice(first, last, places.step)]
-    cut = x[tuple(index)]
+    """A slice of one axis; unlike Python's, one that runs backwards from before the beginning takes the first."""
+    size, backwards = x.shape[axis], step < 0
+    low, high = (-1, size - 1) if backwards else (0, size)
+    first = min(max(start + size * (start < 0), 0), high)
+    last = min(max(end + size * (end < 0), low), high) if end not in ALL else low if backwards else high
+    places = range(first, last, step)[:: -1 if backwards else 1]
+    chosen = slice(places[0], places[-1] + 1, places.step) if places else slice(0)
+    cut = x[(slice(None),) * axis + (chosen,)]
     return cut.flip(axis) if backwards else cut
 
 
