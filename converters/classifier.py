@@ -13,7 +13,7 @@ from converters import graphs, passes
 from converters.batch import BATCH
 from converters.endings import Ending, find_ending
 from converters.input_spec import Detection, InputSpec
-from converters.precision import OTHER_FLOATS, uses_other_floats
+from converters.precision import FEW_BITS, FLOATS, OTHER_FLOATS, uses_other_floats
 from converters.runtime import Session
 
 
@@ -105,15 +105,7 @@ def logits_session(
     return Session(probe, optimise=optimise, threads=threads, name=name, first=logits)
 
 
-FLOATS = (ir.DataType.FLOAT, *OTHER_FLOATS)
-INTEGER_WEIGHTS = (
-    ir.DataType.INT8,
-    ir.DataType.UINT8,
-    ir.DataType.INT4,
-    ir.DataType.UINT4,
-    ir.DataType.INT2,
-    ir.DataType.UINT2,
-)
+INTEGER_WEIGHTS = (ir.DataType.INT8, ir.DataType.UINT8, *FEW_BITS)
 
 
 def _weight_type(model: ir.Model) -> ir.DataType:
@@ -140,7 +132,6 @@ def build(
     *,
     size_bytes: int,
     is_file: bool = False,
-    detection: Detection | None = None,
 ) -> Classifier:
     """The classifier around a graph that has been checked already (a loaded one, or one prepared for quantization)."""
     normal = original.clone()
@@ -161,7 +152,6 @@ def build(
         sha256=sha256,
         is_file=is_file,
         passes=passes.normalise(normal),
-        detection=detection,
     )
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (names the types that numpy lacks)
 import numpy as np
 import onnx
 import onnx_ir as ir

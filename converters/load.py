@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from converters.classifier import FLOATS, Classifier, build, constants
+from converters.classifier import Classifier, build, constants
 from converters.detect import detect
 from converters.errors import MixMixError, ModelError
 from converters.files import check_skeleton, read_model
 from converters.input_spec import resolve
-from converters.precision import IMAGE_TYPES
+from converters.precision import FLOATS, IMAGE_TYPES
 
 
 def load_classifier(path: Path, options: Mapping[str, Any] | None = None) -> Classifier:

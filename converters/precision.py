@@ -15,7 +15,8 @@ import onnx_ir as ir
 from converters import graphs
 
 OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-IMAGE_TYPES = (ir.DataType.FLOAT, *OTHER_FLOATS, ir.DataType.UINT8)
+FLOATS = (ir.DataType.FLOAT, *OTHER_FLOATS)
+IMAGE_TYPES = (*FLOATS, ir.DataType.UINT8)
 """Types that an image input may have."""
 
 FEW_BITS = {
@@ -52,12 +53,12 @@ def to_float32(model: ir.Model) -> bool:
         return False
     for value in model.graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype in OTHER_FLOATS:
-            value.const_value = _converted(value.const_value, np.float32, ir.DataType.FLOAT)
+            value.const_value = _as_float32(value.const_value)
             value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in model.graph.all_nodes():
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in OTHER_FLOATS:
-                node.attributes[name] = ir.AttrTensor(name, _converted(attribute.value, np.float32, ir.DataType.FLOAT))
+                node.attributes[name] = ir.AttrTensor(name, _as_float32(attribute.value))
             elif name in ("to", "dtype", "output_dtype") and attribute.value in OTHER_FLOATS:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT.value)
     for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)):
@@ -100,12 +101,14 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str) -> ir
     return node
 
 
-def _converted(tensor: ir.TensorProtocol, kind: type[np.generic], dtype: ir.DataType) -> ir.TensorProtocol:
-    return _lazily(lambda: tensor.numpy().astype(kind), dtype, graphs.shape_of(tensor), tensor.name)
+def _as_float32(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    return _lazily(lambda: tensor.numpy().astype(np.float32), graphs.shape_of(tensor), tensor.name)
 
 
-def _lazily(read: Callable[[], np.ndarray], dtype: ir.DataType, shape: ir.Shape, name: str | None) -> ir.LazyTensor:
-    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(read())), dtype=dtype, shape=shape, name=name)
+def _lazily(read: Callable[[], np.ndarray], shape: ir.Shape, name: str | None) -> ir.LazyTensor:
+    """A float32 tensor that is computed whenever it is read."""
+    kind = ir.DataType.FLOAT
+    return ir.LazyTensor(lambda: ir.Tensor(np.ascontiguousarray(read())), dtype=kind, shape=shape, name=name)
 
 
 def image_is_float(model: ir.Model) -> bool:
@@ -154,7 +157,7 @@ def _dequantized(quantized: ir.Value, parameters: list[ir.Value], axis: int, blo
         scale, *zero = (spread(graphs.to_numpy(value).astype(np.float32), length) for value in parameters)
         return ((integers - zero[0] if zero else integers) * scale).astype(np.float32)
 
-    return _lazily(read, ir.DataType.FLOAT, shape, None)
+    return _lazily(read, shape, None)
 
 
 def widen_few_bits(model: ir.Model) -> bool:

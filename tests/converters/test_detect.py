@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import torch
 from converters.classifier import Classifier
 from converters.detect import KNOWN, LEAST_CONFIDENCE, Known
 from converters.input_spec import InputSpec
+from converters.load import load_classifier
 from tests import models
 from tests.converters import oracle
 
@@ -64,13 +66,11 @@ def test_statistics_tell_the_normalisation(load: Load, known: Known, seed: int) 
     assert sorted(classifier.spec.mean) == sorted(known.mean)
 
 
-def test_options_override_what_is_detected(load: Load, write: Callable[[onnx.ModelProto], object]) -> None:
-    from converters.load import load_classifier
-
+def test_options_override_what_is_detected(write: Callable[[onnx.ModelProto], Path]) -> None:
     path = write(trained(KNOWN[2], 0))
-    spec = load_classifier(path, {"mean": [0.1, 0.2, 0.3]}).spec  # type: ignore[arg-type]
+    spec = load_classifier(path, {"mean": [0.1, 0.2, 0.3]}).spec
     assert (spec.mean, spec.source) == ((0.1, 0.2, 0.3), "options")
-    assert load_classifier(path, {"channels": "bgr"}).spec.channels == "bgr"  # type: ignore[arg-type]
+    assert load_classifier(path, {"channels": "bgr"}).spec.channels == "bgr"
 
 
 def test_untrained_statistics_tell_nothing(load: Load) -> None:
