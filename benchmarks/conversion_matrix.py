@@ -1,13 +1,8 @@
-"""Which classifiers convert: architecture by exporter, each held against onnxruntime.
+"""Which classifiers convert: architecture by exporter by opset, each held against onnxruntime.
 
-    pip install timm
-    python benchmarks/conversion_matrix.py -o matrix.md                  # everything; about an hour on two cores
-    python benchmarks/conversion_matrix.py -o matrix.md --only resnet18 --only vit
-
-Weights are random (seed 0). `difference` is the largest one of the logits from onnxruntime's, relative to the largest
-logit; `gradient` says whether it reaches every pixel channel of the input; `batch 8` is the difference on eight images
-at once; `weights` counts the layers whose weight is found in the file bit for bit, of all layers; `BN` counts
-BatchNorm layers with statistics that are left; seconds are load and conversion, the check against onnxruntime included.
+pip install timm
+python benchmarks/conversion_matrix.py -o docs/conversion.md         # everything; about two hours on one core
+python benchmarks/conversion_matrix.py -o matrix.md --only resnet18 --only vit
 """
 
 from __future__ import annotations
@@ -20,21 +15,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+import light_models
 import onnx
 import onnxruntime
 import timm
 import torch
 import torchvision
-from exporting import export_folded, export_kept
+from conformance import LARGEST, measure
+from exporting import export_folded, export_kept, export_legacy
 from torch import nn
 
 from converters.errors import MixMixError
-from converters.load import load_classifier
-from converters.runtime import Session
-from converters.torch_module import relative_difference, to_torch
+from converters.input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec
+from recipes.synth.procedural import dead_leaves
 
 TORCHVISION = """
     alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet1_0
@@ -45,14 +41,32 @@ TIMM = """
     cait_xxs24_224 coat_tiny convmixer_768_32 crossvit_tiny_240 deit_tiny_patch16_224 dla34 dm_nfnet_f0 dpn68
     edgenext_small efficientformer_l1 efficientvit_b0 fastvit_t8 ghostnet_100 gmlp_s16_224 hardcorenas_a hrnet_w18_small
     levit_128s mixer_s32_224 mobilevit_s mobilevitv2_050 nasnetalarge nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0
-    regnetx_002
-    repvgg_a0 res2net50_26w_4s resmlp_12_224 resnest14d rexnet_100 seresnet50 sknet18 tinynet_a tf_efficientnet_b0
-    visformer_tiny volo_d1_224 xcit_nano_12_p16_224
+    regnetx_002 repvgg_a0 res2net50_26w_4s resmlp_12_224 resnest14d rexnet_100 seresnet50 skresnet18 tinynet_a
+    tf_efficientnet_b0 visformer_tiny volo_d1_224 xcit_nano_12_p16_224
 """.split()  # noqa: SIM905
-EXPORTERS: dict[str, Callable[[nn.Module, torch.Tensor, Path], None]] = {
-    "legacy, kept": export_kept,
-    "default": export_folded,
-}
+EVERY_OPSET = ("torchvision resnet18", "torchvision mobilenet_v3_large", "torchvision convnext_tiny")
+
+Export = Callable[..., None]
+EXPORTERS: tuple[tuple[str, Export, tuple[int, ...]], ...] = (
+    ("legacy, BN kept", export_kept, (11, 13)),
+    ("legacy", export_legacy, (11, 13)),
+    ("dynamo", export_folded, (18, 21, 23)),
+)
+"""Name, function, and the opsets besides its usual one for the models of EVERY_OPSET."""
+
+COLUMNS = ["model", "exporter", "opset", "difference", "gradient", "batch 8", "weights", "BN", "seconds"]
+TEXT = """# Which classifiers convert
+
+Printed by `benchmarks/conversion_matrix.py`; do not edit. Weights are random (seed 0), what constructors leave at 0 or
+1 (biases, norms, layer scales, heads) perturbed, and BatchNorm's statistics those of eight images of dead leaves, so
+that every activation lives. `difference` is the largest one of the logits from onnxruntime's (optimisations off) on
+such an image, relative to the largest logit; `gradient` says whether it is finite and reaches every channel of the
+image; `batch 8` is the difference on eight images at once; `weights` counts the constant weights of Conv, Gemm and
+MatMul nodes in the file that are a layer's, bit for bit; `BN` counts BatchNorm layers with statistics that are left;
+seconds are load, conversion and the converter's own check against onnxruntime. `dynamo` is the default exporter of this
+torch. The outputs that onnx ships with its `light_*` models are those of constant weights.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -61,13 +75,12 @@ class Row:
 
     model: str
     exporter: str
-    opset: str
-    difference: str
-    gradient: str
-    batch: str
-    weights: str
-    norms: str
-    seconds: str
+    opset: int | None
+    cells: tuple[str, ...]
+    holds: bool
+
+    def __str__(self) -> str:
+        return " | ".join([self.model, self.exporter, str(self.opset or "-"), *self.cells])
 
 
 def models() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
@@ -77,46 +90,66 @@ def models() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
         side = 299 if name == "inception_v3" else 256 if name == "swin_v2_t" else 224
         yield f"torchvision {name}", lambda name=name, extra=extra: torchvision.models.get_model(name, **extra), side
     for name in TIMM:
-        if not timm.is_model(name):
-            print(f"timm has no {name}")
-            continue
         side = timm.get_pretrained_cfg(name).input_size[1]
         yield f"timm {name}", lambda name=name: timm.create_model(name), side
 
 
-def judge(name: str, exporter: str, path: Path, side: int) -> Row:
-    """Load, convert and compare one exported file."""
-    opset = str(next(o.version for o in onnx.load(path, load_external_data=False).opset_import if not o.domain))
-    started = time.perf_counter()
-    try:
-        classifier = load_classifier(path)
-        module = to_torch(classifier)
-    except MixMixError as error:
-        return Row(name, exporter, opset, str(error).replace(str(path), "").strip(": ")[:120], *["-"] * 5)
-    seconds = time.perf_counter() - started
-    session = Session(path)
-    x = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+@torch.no_grad()
+def bring_alive(model: nn.Module, side: int) -> None:
+    """Perturb what constructors leave at 0 or 1, and give each BatchNorm the statistics of what it reads of images."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1 or not parameter.any():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    images = dead_leaves(8, 3, (side, side), torch.Generator().manual_seed(0))
+    model(InputSpec(size=(side, side), mean=IMAGENET_MEAN, std=IMAGENET_STD).to_input(images))
+    model.eval()
 
-    def difference(part: torch.Tensor) -> float:
-        with torch.no_grad():
-            return relative_difference(module(part).numpy(), np.asarray(session.run(part.numpy())[0]))
 
-    image = x[:1].clone().requires_grad_(True)
-    module(image).square().sum().backward()
-    reaches = image.grad is not None and bool(
-        image.grad.isfinite().all() and (image.grad.abs().amax((0, 2, 3)) > 0).all()
+def write_seeded(name: str, path: Path) -> None:
+    path.write_bytes(light_models.seeded(name).SerializeToString())
+
+
+def judge(name: str, exporter: str, export: Callable[[Path], None], opset: int | None) -> Row:
+    """Export, load, convert and compare."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        try:
+            export(path)
+        except Exception as error:  # the exporter's own failures are rows too
+            return Row(name, exporter, opset, (f"not exported: {type(error).__name__}",), False)
+        try:
+            found = measure(path)
+        except MixMixError as error:
+            return Row(name, exporter, opset, (str(error).replace(str(path), "").strip(": ")[:200],), False)
+    cells = (
+        f"{found.difference:.0e}",
+        "yes" if found.gradient else "no",
+        f"{found.batch_difference:.0e}",
+        f"{found.mapped}/{found.weights}",
+        str(found.batchnorms),
+        f"{found.seconds:.1f}",
     )
-    layers = module.layers()
-    stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
-    found = sum(
-        layer.weight in stored and np.array_equal(stored[layer.weight], module.constant(layer.weight))
-        for layer in layers
+    return Row(name, exporter, found.opset, cells, found.holds)
+
+
+def document(rows: list[Row], minutes: float) -> str:
+    """The table with what it was measured on."""
+    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, timm, onnx, onnxruntime))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    failed = [row for row in rows if not row.holds]
+    architectures = len({row.model for row in rows})
+    lines = [f"| {row} |" + " |" * (6 - len(row.cells)) for row in rows]
+    return (
+        f"{TEXT}{machine}, {versions}; {minutes:.0f} minutes. {len(rows) - len(failed)} of {len(rows)} files of"
+        f" {architectures} architectures convert within 1e-4 of onnxruntime, with a gradient and every weight.\n\n"
+        f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|\n" + "\n".join(lines) + "\n"
     )
-    norms = str(len(module.batchnorms()))
-    return Row(
-        name, exporter, opset, f"{difference(x[:1]):.0e}", "yes" if reaches else "no", f"{difference(x):.0e}",
-        f"{found}/{len(layers)}", norms, f"{seconds:.1f}",
-    )  # fmt: skip
 
 
 def main() -> None:
@@ -125,28 +158,30 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="only models whose name holds this; repeatable")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    started = time.perf_counter()
     rows: list[Row] = []
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, timm, onnx, onnxruntime))
-    columns = ["model", "exporter", "opset", "difference", "gradient", "batch 8", "weights", "BN", "seconds"]
-    head = f"{platform.machine()}, {os.cpu_count()} cores, {versions}\n\n| {' | '.join(columns)} |\n"
-    head += "| --- " * len(columns) + "|\n"
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        options.output.write_text(document(rows, (time.perf_counter() - started) / 60))
+
+    for name in light_models.NAMES:
+        if not options.only or any(part in name for part in options.only):
+            shipped = light_models.difference_from_shipped(name)
+            add(Row(f"onnx {name}", "as shipped", 9, (f"{shipped:.0e}",), shipped < LARGEST))
+            add(judge(f"onnx {name}", "seeded weights", partial(write_seeded, name), 9))
     for name, build, side in models():
         if options.only and not any(part in name for part in options.only):
             continue
         torch.manual_seed(0)
-        model = build().eval()
-        for exporter, export in EXPORTERS.items():
-            with tempfile.TemporaryDirectory() as directory:
-                path = Path(directory) / "model.onnx"
-                try:
-                    export(model, torch.zeros(2, 3, side, side), path)
-                    row = judge(name, exporter, path, side)
-                except Exception as error:  # the exporter's own failures are rows too
-                    row = Row(name, exporter, "-", f"not exported: {type(error).__name__}", *["-"] * 5)
-            rows.append(row)
-            print(" | ".join(vars(row).values()), flush=True)
-            lines = "".join("| " + " | ".join(vars(r).values()) + " |\n" for r in rows)
-            options.output.write_text(head + lines)
+        model = build()
+        bring_alive(model, side)
+        example = torch.zeros(2, 3, side, side)
+        for exporter, export, others in EXPORTERS:
+            for opset in (*others, None) if name in EVERY_OPSET else (None,):
+                write = partial(export, model, example, **({} if opset is None else {"opset": opset}))
+                add(judge(name, exporter, write, opset))
 
 
 if __name__ == "__main__":

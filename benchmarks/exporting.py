@@ -1,4 +1,4 @@
-"""The two exports that matter here: BatchNorm kept, and what the default exporter makes of a model (folded)."""
+"""How models become files here: the legacy exporter with BatchNorm kept or folded, and the default one, which folds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.onnx import TrainingMode
 
 
-def export_kept(model: nn.Module, example: torch.Tensor, path: Path) -> None:
-    """Legacy exporter, opset 17, nothing folded, any batch."""
+def export_kept(model: nn.Module, example: torch.Tensor, path: Path, opset: int = 17) -> None:
+    """Legacy exporter, nothing folded, any batch."""
+    _export_legacy(model, example, path, opset, keep=True)
+
+
+def export_legacy(model: nn.Module, example: torch.Tensor, path: Path, opset: int = 17) -> None:
+    """Legacy exporter as it is used most: BatchNorm and constants folded, any batch."""
+    _export_legacy(model, example, path, opset, keep=False)
+
+
+def _export_legacy(model: nn.Module, example: torch.Tensor, path: Path, opset: int, *, keep: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -18,16 +28,16 @@ def export_kept(model: nn.Module, example: torch.Tensor, path: Path) -> None:
             (example,),
             path,
             dynamo=False,
-            opset_version=17,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
+            opset_version=opset,
+            training=TrainingMode.PRESERVE if keep else TrainingMode.EVAL,
+            do_constant_folding=not keep,
             input_names=["image"],
             output_names=["logits"],
             dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
         )
 
 
-def export_folded(model: nn.Module, example: torch.Tensor, path: Path) -> None:
+def export_folded(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None = None) -> None:
     """Default exporter: BatchNorm folded into the convolutions, any batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -36,6 +46,7 @@ def export_folded(model: nn.Module, example: torch.Tensor, path: Path) -> None:
             (example,),
             path,
             dynamo=True,
+            opset_version=opset,
             external_data=False,
             input_names=["image"],
             output_names=["logits"],

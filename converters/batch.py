@@ -71,9 +71,28 @@ def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
                 kept = place.axis == places[value].axis and source[place.axis] == target[place.axis]
                 target[place.axis] = 0 if kept else -1
                 _set_target(graph, node, target)
+            if place == Place(0) and node.op_type == "Resize":
+                _free_sizes(graph, node)
             if place is not None:
                 places.update(dict.fromkeys(node.outputs, place))
             break
+
+
+def _free_sizes(graph: ir.Graph, node: ir.Node) -> None:
+    """A Resize to constant sizes takes the first of them, the batch, from what it reads."""
+    sizes = graphs.constant_behind(node.inputs[3]) if len(node.inputs) > 3 else None
+    if sizes is None or "axes" in node.attributes:
+        return
+    name = str(node.outputs[0].name)
+    first = graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.first"), np.zeros(1, np.int64))
+    sides = graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.sides"), graphs.to_numpy(sizes)[1:])
+    shape = ir.node("Shape", [node.inputs[0]])
+    batch = ir.node("Gather", [shape.outputs[0], first])
+    joined = ir.node("Concat", [batch.outputs[0], sides], attributes={"axis": 0})
+    for new, kind in ((shape, "shape"), (batch, "batch"), (joined, "sizes")):
+        new.name = new.outputs[0].name = graphs.unused_name(graph, f"{name}.{kind}")
+        graph.insert_before(node, new)
+    node.replace_input_with(3, joined.outputs[0])
 
 
 def _sizes(value: ir.Value) -> list[int] | None:

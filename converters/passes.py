@@ -52,7 +52,7 @@ def unshare_weights(model: ir.Model) -> bool:
     changed = False
     for node in model.graph:
         for index, value in enumerate(node.inputs):
-            if index == 0 or value is None or not graphs.is_constant(value) or node.op_type not in LAYERS:
+            if value is None or not graphs.is_constant(value) or node.op_type not in LAYERS:
                 continue
             if value in seen:
                 copy = graphs.add_initializer(
@@ -65,7 +65,7 @@ def unshare_weights(model: ir.Model) -> bool:
 
 
 LAYERS = ("Conv", "Gemm", "MatMul")
-"""Operators whose second operand, when constant, is the weight of a layer that can be quantized or pruned."""
+"""Operators whose constant operand (MatMul: either) is the weight of a layer that can be quantized or pruned."""
 
 NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("inline functions", _shared(common.InlinePass())),

@@ -26,7 +26,7 @@ from converters.runtime import Session, serialise
 from converters.targets import ACTIVATIONS, Container, weight_container
 from converters.torch_module import relative_difference
 
-WEIGHT, BIAS = 1, 2  # operand positions
+BIAS = 2  # operand position
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class WeightEdit:
     zero_point: NDArray[np.int32]
     axis: int
     bits: int
+    index: int = 1
+    """The weight's operand position."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
     for edit in edits:
         match edit:
             case WeightEdit():
-                _wire(values[edit.output], WEIGHT, _dequantized_weight(graph, values[edit.output], edit))
+                _wire(values[edit.output], edit.index, _dequantized_weight(graph, values[edit.output], edit))
             case FloatEdit():
                 node = _producer(values[edit.output])
                 name = _operand_name(node, edit.index) or f"{edit.output}.bias"
@@ -136,7 +138,7 @@ def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Contain
 
 def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> ir.Value:
     node = _producer(output)
-    name = _operand_name(node, WEIGHT) or f"{edit.output}.weight"
+    name = _operand_name(node, edit.index) or f"{edit.output}.weight"
     container = weight_container(edit.bits)
     operands = [
         _integers(graph, f"{name}.q", edit.values, container, edit.bits),

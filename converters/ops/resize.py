@@ -2,7 +2,8 @@
 
 Resizing is separable and linear: along each axis, output o = sum_k w[o, k] x[i[o, k]]. Indices i and weights w come
 from the coordinate transformation and the kernel (one tap for nearest, two for linear, four for cubic, more with
-antialias), in double precision; gradients pass through the gathers.
+antialias), in double precision; gradients pass through the gathers. Nearest is decided in single precision, as
+onnxruntime does it, because there the last digit can choose another pixel.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from converters.ops.registry import Attributes, Body, operator
 Numbers = Tensor | Sequence[float] | None
 
 
-def _coordinates(mode: str, out: int, size: int, scale: float, start: float, end: float) -> Tensor:
+def _coordinates(mode: str, out: int, size: int, scale: float, start: float, end: float, dtype: torch.dtype) -> Tensor:
     """Where each of `out` outputs lies on an axis of `size` inputs, in inputs."""
-    x = torch.arange(out, dtype=torch.float64)
+    x = torch.arange(out, dtype=dtype)
     match mode:
         case "asymmetric":
             return x / scale
@@ -58,8 +59,8 @@ def _cubic(a: float) -> Callable[[Tensor], Tensor]:
 
 
 NEAREST: dict[str, Callable[[Tensor], Tensor]] = {
-    "round_prefer_floor": lambda c: torch.ceil(c - 0.5),
-    "round_prefer_ceil": lambda c: torch.floor(c + 0.5),
+    "round_prefer_floor": lambda c: c.floor() + (c - c.floor() > 0.5),
+    "round_prefer_ceil": lambda c: c.floor() + (c - c.floor() >= 0.5),
     "floor": torch.floor,
     "ceil": torch.ceil,
 }
@@ -104,7 +105,9 @@ def _outcome(
 ) -> list[tuple[int, float]]:
     """Length and scale of each resized axis."""
     if not sizes:
-        return [(math.floor(length * scale), scale) for length, scale in zip(lengths, scales, strict=True)]
+        # in single precision, where 3 * 2.3333333 is 7
+        outs = torch.tensor(lengths, dtype=torch.float32) * torch.tensor(scales, dtype=torch.float32)
+        return list(zip(outs.int().tolist(), scales, strict=True))
     policy = attributes.get("keep_aspect_ratio_policy", "stretch")
     ratios = [wanted / length for wanted, length in zip(sizes, lengths, strict=True)]
     if policy == "stretch":
@@ -116,17 +119,19 @@ def _outcome(
 def _resize(attributes: Attributes, x: Tensor, roi: Numbers, scales: Numbers, sizes: Numbers) -> Tensor:
     axes = [axis % x.dim() for axis in attributes.get("axes", range(x.dim()))]
     mode = attributes.get("coordinate_transformation_mode", "half_pixel")
+    dtype = torch.float32 if attributes.get("mode", "nearest") == "nearest" else torch.float64
     region = _listed(roi) if mode == "tf_crop_and_resize" else []
     region = region or [0.0] * len(axes) + [1.0] * len(axes)
     lengths = [x.shape[axis] for axis in axes]
-    for order, (axis, (out, scale)) in enumerate(
-        zip(axes, _outcome(attributes, lengths, _listed(scales), _listed(sizes)), strict=True)
-    ):
+    outcome = _outcome(attributes, lengths, _listed(scales), _listed(sizes))
+    if mode != "tf_crop_and_resize" and [out for out, _ in outcome] == lengths:
+        return x  # onnxruntime copies it, whatever the scales say
+    for order, (axis, (out, scale)) in enumerate(zip(axes, outcome, strict=True)):
         start, end = region[order], region[order + len(axes)]
         size = x.shape[axis]
         if out == size and scale == 1 and (start, end) == (0.0, 1.0):
             continue
-        where = _coordinates(mode, out, size, scale, start, end)
+        where = _coordinates(mode, out, size, scale, start, end, dtype)
         x = _along(x, axis, *_taps(attributes, where, size, scale))
         if mode == "tf_crop_and_resize":
             shape = [1] * x.dim()

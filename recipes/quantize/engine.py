@@ -360,6 +360,7 @@ class _Run:
                     zero_point=weight.zero.flatten().cpu().numpy().astype("int32"),
                     axis=layer.axis,
                     bits=weight.bits,
+                    index=layer.operand,
                 )
             )
             if layer.bias in self.biases:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from converters import writeback
+from converters import torch_module, writeback
 from converters.classifier import Classifier
 from converters.errors import ConversionError, ModelError, UnsupportedOperatorError
 from converters.load import load_classifier
@@ -62,6 +62,23 @@ def test_wrong_last_operator_is_found(load: Load, monkeypatch: pytest.MonkeyPatc
     wrong(monkeypatch, "Gemm", 13, lambda value: value * 1.001)
     with pytest.raises(ConversionError, match=r"model\.onnx: .* first at value 'logits'"):
         to_torch(load(models.conv()))
+
+
+def test_float_noise_that_the_model_amplifies_is_no_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sin of large numbers makes much of the last digit of a Sigmoid, which onnxruntime computes in another way."""
+    tensors = {"loud": np.float32(1e4), "fc.weight": models.weights(models.CLASSES, models.PIXELS)}
+    nodes = [
+        models.node("Sigmoid", "image", "gate"),
+        models.node("Mul", "gate loud", "large"),
+        models.node("Sin", "large", "chaos"),
+        models.node("Flatten", "chaos", "flat"),
+        models.node("Gemm", "flat fc.weight", "logits", transB=1),
+    ]
+    classifier = load(models.assemble(nodes, tensors))
+    to_torch(classifier)
+    monkeypatch.setattr(torch_module, "ROUNDING", 0.0)
+    with pytest.raises(ConversionError, match="first at value 'chaos'"):
+        to_torch(classifier)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, IndexError])

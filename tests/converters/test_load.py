@@ -188,3 +188,10 @@ def test_parameters_are_counted_once(load: Load) -> None:
     """A weight that two layers share is in the file once, however the private copy spells it."""
     proto = models.shared_weight()
     assert load(proto).parameter_count() == sum(numpy_helper.to_array(t).size for t in proto.graph.initializer)
+
+
+def test_old_file_whose_initializers_are_no_inputs(load: Load) -> None:
+    """IR version 3 wanted them to be; onnxruntime does not."""
+    model = models.conv(opset=9)
+    model.ir_version = 3
+    to_torch(load(model))

@@ -43,6 +43,20 @@ def test_resize_by_scales(data: st.DataObject, mode: str, transformation: str, o
     check("Resize", operands, opset=opset, tolerance=1e-5, **attributes)
 
 
+@given(
+    data=st.data(),
+    transformation=st.sampled_from(TRANSFORMATIONS),
+    rule=st.sampled_from(["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"]),
+)
+@QUICK
+def test_nearest_by_any_scale(data: st.DataObject, transformation: str, rule: str) -> None:
+    """Scales that are no binary fractions, so that lengths and pixels hang on the last digit of single precision."""
+    x = random(1, 2, *[data.draw(st.integers(1, 14)) for _ in range(2)])
+    chosen = [data.draw(st.sampled_from([1.0, 1.3, 1.5, 7 / 3, 3.0])) for _ in range(2)]
+    attributes = {"coordinate_transformation_mode": transformation, "nearest_mode": rule}
+    check("Resize", [x, scales(), scales(1, 1, *chosen)], opset=19, mode="nearest", **attributes)
+
+
 @given(data=st.data(), mode=st.sampled_from(["linear", "cubic"]), transformation=st.sampled_from(TRANSFORMATIONS))
 @QUICK
 def test_resize_to_sizes(data: st.DataObject, mode: str, transformation: str) -> None:

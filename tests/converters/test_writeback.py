@@ -18,7 +18,6 @@ from converters.runtime import Session, serialise
 from converters.torch_module import to_torch
 from converters.writeback import (
     BIAS,
-    WEIGHT,
     ActivationEdit,
     FloatEdit,
     WeightEdit,
@@ -140,7 +139,7 @@ def test_bias_that_was_absent_is_added(load: Load, model: onnx.ModelProto, outpu
     oracle.assert_close(oracle.run(edited, x), oracle.run(expected, x), 0)
 
 
-@pytest.mark.parametrize(("index", "name"), [(WEIGHT, "conv.weight"), (BIAS, "conv.bias")])
+@pytest.mark.parametrize(("index", "name"), [(1, "conv.weight"), (BIAS, "conv.bias")])
 def test_float_edit(load: Load, index: int, name: str) -> None:
     x, values = models.images(), models.random(*tensor_array(models.conv(), name).shape, seed=5)
     edited = apply(load(models.conv()).original, [FloatEdit("features", index, values)])
@@ -217,7 +216,7 @@ def test_activation_zero_point_out_of_range(load: Load, bits: int, zero: int) ->
 @pytest.mark.parametrize("name", ["nowhere", "image"])
 def test_edit_of_no_node(load: Load, name: str) -> None:
     with pytest.raises(KeyError, match=name):
-        apply(load(models.conv()).original, [FloatEdit(name, WEIGHT, models.random(1))])
+        apply(load(models.conv()).original, [FloatEdit(name, 1, models.random(1))])
 
 
 def test_the_original_is_left_as_it_was(embedded: Classifier) -> None:
