@@ -73,8 +73,7 @@ def measure(path: Path, seed: int = 1) -> Conformance:
 
 def _images(classifier: Classifier, seed: int) -> torch.Tensor:
     spec = classifier.spec
-    x = spec.to_input(_leaves(spec.channel_count, spec.size, seed)).contiguous()
-    return x.round() if classifier.image_type == ir.DataType.UINT8 else x
+    return classifier.as_stored(spec.to_input(_leaves(spec.channel_count, spec.size, seed))).contiguous()
 
 
 @cache
@@ -84,9 +83,8 @@ def _leaves(channels: int, size: tuple[int, int], seed: int) -> torch.Tensor:
 
 def _expected(classifier: Classifier, x: torch.Tensor) -> np.ndarray:
     """Logits [8, classes] by onnxruntime, in the batches that the file takes."""
-    session = classifier.session(optimise=False)
-    parts = [session.run(part.numpy())[0] for part in x.split(classifier.fixed_batch or BATCH)]
-    return np.concatenate(parts).reshape(BATCH, -1).astype(np.float32)
+    logits = classifier.session(optimise=False).run_in_batches(x.numpy(), classifier.fixed_batch or BATCH)
+    return logits.reshape(BATCH, -1).astype(np.float32)
 
 
 def gradient_reaches(module: TorchClassifier, x: torch.Tensor) -> bool:
@@ -102,17 +100,21 @@ def gradient_reaches(module: TorchClassifier, x: torch.Tensor) -> bool:
 def mapped_weights(classifier: Classifier, module: TorchClassifier) -> tuple[int, int]:
     """How many constant weights of the file are those of a layer of the module, bit for bit, and how many there are.
 
-    A weight is what a Conv, Gemm or MatMul of the file reads, through whatever hides it; the layer is that of the same
-    output.
+    A weight is what a Conv, Gemm or MatMul behind the image reads, through whatever hides it; the layer is that of the
+    same output.
     """
+    seen = {graphs.image_input(classifier.original.graph)}
     layers = {layer.output: layer for layer in module.layers()}
     mapped = total = 0
     for node in classifier.original.graph:
+        if seen.isdisjoint(node.inputs):
+            continue
+        seen.update(node.outputs)
         if node.op_type not in LAYERS:
             continue
         first, second = (_stored(value) for value in node.inputs[:2])
         weight = first if second is None else second
-        if weight is None or (first is not None and second is not None):
+        if weight is None:
             continue
         total += 1
         layer = layers.get(str(node.outputs[0].name))

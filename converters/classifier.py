@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
+from torch import Tensor
 
 from converters import graphs, passes
 from converters.batch import BATCH
@@ -15,6 +17,8 @@ from converters.endings import Ending, find_ending
 from converters.input_spec import Detection, InputSpec
 from converters.precision import FEW_BITS, FLOATS, OTHER_FLOATS, uses_other_floats
 from converters.runtime import Session
+
+STORED_AS = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ class Classifier:
         image = graphs.image_input(self.original.graph)
         batch = image.shape[0] if image.shape is not None else None
         return batch if isinstance(batch, int) else None
+
+    def as_stored(self, x: Tensor) -> Tensor:
+        """What the type of the image input keeps of `x`: whole numbers for uint8, fewer digits for 16 bits."""
+        if self.image_type == ir.DataType.UINT8:
+            return x.round().clamp(0, 255)
+        narrower = STORED_AS.get(self.image_type)
+        return x if narrower is None else x.to(narrower).float()
 
     def parameter_count(self) -> int:
         """Elements of all float and of all quantized initializers and constants, as the file has them."""

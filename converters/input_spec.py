@@ -159,6 +159,15 @@ def read_metadata(properties: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def stated_keys(
+    model_path: Path, properties: Mapping[str, str], options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The input-spec keys that somebody wrote down: in the sidecar or else the file, with options over them."""
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    sidecar = read_sidecar(model_path)
+    return {**(sidecar if sidecar is not None else read_metadata(properties)), **given}
+
+
 def resolve(
     model_path: Path,
     shape: Sequence[int | None],
@@ -173,7 +182,7 @@ def resolve(
     """
     given = {key: value for key, value in (options or {}).items() if value is not None}
     sidecar, metadata = read_sidecar(model_path), read_metadata(properties)
-    stated = {**(sidecar if sidecar is not None else metadata), **given}
+    stated = stated_keys(model_path, properties, options)
     layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
     height, width, channels = shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2]  # type: ignore[operator]
     values = _assumed(height, width, channels, stated) | {"layout": layout} | dict(detected or {}) | stated
@@ -224,5 +233,6 @@ def _assumed(height: int | None, width: int | None, channels: int | None, stated
         count = 1 if named == "gray" else 3
     values: dict[str, Any] = {"size": (height or 224, width or 224)}
     if count == 3:
-        return values | {"channels": "rgb", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        mean, std = (v[::-1] if named == "bgr" else v for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return values | {"channels": "rgb", "mean": mean, "std": std}
     return values | {"channels": "gray" if count == 1 else count, "mean": (0.5,) * count, "std": (0.5,) * count}

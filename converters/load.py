@@ -15,7 +15,8 @@ from converters.classifier import Classifier, build, constants
 from converters.detect import detect
 from converters.errors import MixMixError, ModelError
 from converters.files import check_skeleton, read_model
-from converters.input_spec import resolve
+from converters.input_spec import resolve, stated_keys
+from converters.passes import LAYERS
 from converters.precision import FLOATS, IMAGE_TYPES
 
 
@@ -46,7 +47,7 @@ def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
     classifier = build(path, original, spec, file.sha256, size_bytes=file.size_bytes, is_file=True)
     if spec.source != "assumed":
         return classifier
-    detection = detect(classifier, options or {})
+    detection = detect(classifier, stated_keys(path, properties, options))
     if detection is None:
         return classifier
     spec = resolve(path, shape, properties, options, detected=detection.keys)
@@ -67,9 +68,15 @@ def _image_input(model: ir.Model, path: Path) -> ir.Value:
 
 
 def _finite(model: ir.Model, path: Path) -> None:
+    """Refuse NaN anywhere, and infinity in weights; masks and what pads a MaxPool are infinite by right."""
     for value in constants(model):
         tensor = ir.convenience.get_const_tensor(value)
-        if tensor is not None and tensor.dtype in FLOATS:
-            array = tensor.numpy()
-            if not np.isfinite(array.astype(np.float32) if array.dtype.itemsize < 4 else array).all():
-                raise ModelError(f"{path}: weight {value.name} contains NaN or infinity: export the model again")
+        if tensor is None or tensor.dtype not in FLOATS:
+            continue
+        array = tensor.numpy()
+        array = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+        if np.isfinite(array).all():
+            continue
+        weighs = any(node.op_type in (*LAYERS, "BatchNormalization") for node, _ in value.uses())
+        if weighs or np.isnan(array).any():
+            raise ModelError(f"{path}: weight {value.name} contains NaN or infinity: export the model again")

@@ -47,20 +47,16 @@ def fold_constants(model: ir.Model) -> bool:
 
 
 def unshare_weights(model: ir.Model) -> bool:
-    """Give every operand of a weighted layer an initializer of its own, so that layers are changed one by one."""
-    seen: set[ir.Value] = set()
+    """Give every operand of a weighted layer an initializer that nothing else reads, so that it is changed alone."""
     changed = False
     for node in model.graph:
+        if node.op_type not in LAYERS:
+            continue
         for index, value in enumerate(node.inputs):
-            if value is None or not graphs.is_constant(value) or node.op_type not in LAYERS:
-                continue
-            if value in seen:
-                copy = graphs.add_initializer(
-                    model.graph, graphs.unused_name(model.graph, str(value.name)), graphs.to_numpy(value)
-                )
-                node.replace_input_with(index, copy)
+            if value is not None and graphs.is_constant(value) and len(value.uses()) > 1:
+                name = graphs.unused_name(model.graph, str(value.name))
+                node.replace_input_with(index, graphs.add_initializer(model.graph, name, graphs.to_numpy(value)))
                 changed = True
-            seen.add(value)
     return changed
 
 

@@ -86,6 +86,15 @@ class Session:
         except Exception as error:  # as above
             raise ModelError(f"{self.name}: onnxruntime cannot run the model ({_first_line(error)})") from error
 
+    def run_in_batches(self, inputs: Array, batch: int) -> Array:
+        """The first output for any number of inputs [N, ...], `batch` at a time; the last batch is filled up."""
+        parts = []
+        for start in range(0, len(inputs), batch):
+            part = inputs[start : start + batch]
+            filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)]) if len(part) < batch else part
+            parts.append(self.run(filled)[0][: len(part)])
+        return np.concatenate(parts)
+
     def _typed(self, inputs: Array) -> Array:
         if self._type is None or inputs.dtype == self._type:
             return inputs

@@ -39,7 +39,6 @@ OTHER_FLOAT_TOLERANCE = 2e-2
 ROUNDING = 10.0
 """How much more than its own rounding a conversion may differ by, in models that make much of the last digits."""
 
-STORED_AS = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 LIGHT = 1 << 16  # bytes; what decides how a node is converted, sizes and axes, is far below
 
 
@@ -86,10 +85,6 @@ class Layer:
     @property
     def parameters(self) -> int:
         return int(np.prod(self.shape))
-
-    @property
-    def depthwise(self) -> bool:
-        return self.op == "Conv" and self.groups > 1 and self.shape[1] == 1
 
 
 @dataclass(frozen=True)
@@ -322,14 +317,8 @@ class _Expectation:
         batch = classifier.fixed_batch or 1
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.rand(2 * batch, classifier.spec.channel_count, height, width, generator=generator)
-        x = classifier.spec.to_input(pixels).contiguous()
-        dtype = classifier.image_type
-        if dtype in STORED_AS:  # what a narrower input keeps of it
-            x = x.to(STORED_AS[dtype]).float()
-        self.x = x.round() if dtype == ir.DataType.UINT8 else x
-        session = classifier.session(optimise=False)
-        parts = [session.run(part.numpy())[0] for part in self.x.split(batch if classifier.fixed_batch else 2)]
-        self.logits = np.concatenate(parts)
+        self.x = classifier.as_stored(classifier.spec.to_input(pixels)).contiguous()
+        self.logits = classifier.session(optimise=False).run_in_batches(self.x.numpy(), classifier.fixed_batch or 2)
         shape = self.logits.shape
         if self.logits.ndim < 2 or math.prod(shape[1:]) != max(shape[1:]):
             raise ModelError(

@@ -97,14 +97,22 @@ def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
             case WeightEdit():
                 _wire(values[edit.output], edit.index, _dequantized_weight(graph, values[edit.output], edit))
             case FloatEdit():
-                node = _producer(values[edit.output])
-                name = _operand_name(node, edit.index) or f"{edit.output}.bias"
-                new = graphs.add_initializer(graph, graphs.unused_name(graph, name), edit.values)
-                _wire(values[edit.output], edit.index, new)
+                _replace_float(graph, values[edit.output], edit)
             case ActivationEdit():
                 _quantize_activation(graph, values[edit.value], edit)
     common.RemoveUnusedNodesPass()(edited)
     return edited
+
+
+def _replace_float(graph: ir.Graph, output: ir.Value, edit: FloatEdit) -> None:
+    """A tensor that only this operand reads keeps its name; others get a new one."""
+    node = _producer(output)
+    old = node.inputs[edit.index] if edit.index < len(node.inputs) else None
+    if old is not None and graphs.is_constant(old) and len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value = ir.tensor(edit.values, name=old.name)
+        return
+    name = str(old.name) if old is not None else f"{edit.output}.bias"
+    _wire(output, edit.index, graphs.add_initializer(graph, graphs.unused_name(graph, name), edit.values))
 
 
 def _producer(value: ir.Value) -> ir.Node:
@@ -211,6 +219,8 @@ def ensure_writable(path: Path, *, overwrite: bool) -> None:
     """Raise OutputError, before any work is done, when the file exists or its folder cannot be written to."""
     folder = path.parent
     try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder: name a file with -o")
         if path.exists() and not overwrite:
             raise OutputError(f"{path} exists: choose another name with -o, or pass --force to replace it")
         if not folder.is_dir():
@@ -244,13 +254,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def difference_from(model: ir.Model, x: NDArray[np.float32], expected: NDArray[np.float32], path: Path) -> float:
+def difference_from(
+    model: ir.Model, x: NDArray[np.float32], expected: NDArray[np.float32], path: Path, batch: int
+) -> float:
     """Relative difference between a written model's logits in onnxruntime, optimisations off, and `expected` ones.
+
+    `x` holds any number of inputs, of which `batch` are run at once.
 
     Raises ModelError when the model does not run.
     """
     session = logits_session(model, model, find_ending(model.graph, path), str(path), optimise=False)
-    actual = np.asarray(session.run(x)[0], np.float32).reshape(expected.shape)
+    actual = session.run_in_batches(x, batch).astype(np.float32).reshape(expected.shape)
     difference = relative_difference(actual, expected)
     if not np.isfinite(difference):
         raise ModelError(f"{path}: the written model gives another shape or NaN: please report it")

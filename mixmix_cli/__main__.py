@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 
 import click
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:  # the last line of defence: a sentence, never a traceback
         if "--traceback" in arguments:
-            raise
+            traceback.print_exc()
         click.echo(_sentence(error), err=True)
         return BAD_INPUT
 

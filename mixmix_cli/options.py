@@ -67,6 +67,41 @@ def recipe(default: str | None, what: str) -> Callable[[F], F]:
     )
 
 
+class ListOption(click.Option):
+    """An option that may be repeated, and takes several values at once too (`CommandWithLists`)."""
+
+
+class CommandWithLists(click.Command):
+    """A command with one argument, whose list options take what a shell makes of `models/*.onnx`.
+
+    `--zoo a.onnx b.onnx` is `--zoo a.onnx --zoo b.onnx`; where no word is left for the argument, the last one is it.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._spread(args))
+
+    def _spread(self, words: list[str]) -> list[str]:
+        options = {name: p for p in self.params if isinstance(p, click.Option) for name in p.opts}
+        spread: list[str] = []
+        listing: str | None = None  # the list option whose values are being read
+        last: int | None = None  # where it was repeated
+        owed = free = False
+        for word in words:
+            if word.startswith("-") and not owed:
+                option = options.get(word)
+                owed = option is not None and not option.is_flag
+                listing = word if isinstance(option, ListOption) else None
+            elif listing and not owed:
+                last = len(spread)
+                spread.append(listing)
+            else:
+                free, owed = free or not owed, False
+            spread.append(word)
+        if not free and last is not None:
+            del spread[last]
+        return spread
+
+
 force = click.option("--force", is_flag=True, help="Replace what exists.")
 
 
@@ -88,7 +123,9 @@ def pixels(_context: click.Context, parameter: click.Parameter, value: str | Non
     try:
         height, width = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a size such as 224 or 224x192", param=parameter) from None
+        height = width = 0
+    if min(height, width) < 1:
+        raise click.BadParameter(f"{value!r} is not a size such as 224 or 224x192", param=parameter)
     return height, width
 
 

@@ -42,35 +42,40 @@ class ImageStore:
             raise OutputError(f"{directory} cannot be written to ({reason}): choose another output") from error
 
     def _take_over(self, *, resume: bool, overwrite: bool) -> None:
-        """Deal with what is there already: go on with it, or replace it, if the user said so."""
-        manifest_path = self.directory / MANIFEST
+        """Go on with what is there, or replace it, if the user said so; with both, replace what is not the same."""
         if resume:
             try:
-                manifest = json.loads(manifest_path.read_text())
-                rows = [json.loads(line) for line in (self.directory / METADATA).read_text().splitlines()]
-                identity, shards = manifest["identity"], {shard["index"]: shard for shard in manifest["shards"]}
-                listed = [row for row in rows if row["shard"] in shards]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{self.directory} has no usable {MANIFEST} to resume from: use --force") from error
-            if identity != json.loads(json.dumps(self.identity)):
-                raise OutputError(
-                    f"{self.directory} was begun with other models or settings: repeat those, or use --force"
-                )
-            # A stop may have come between the two records: only what both of them have is finished.
-            counts = Counter(row["shard"] for row in listed)
-            self.shards = [shard for index, shard in sorted(shards.items()) if counts[index] == shard["images"]]
-            finished = self.finished_shards
-            self.rows = [row for row in listed if row["shard"] in finished]
-        elif not overwrite:
+                self._go_on()
+                return
+            except OutputError:
+                if not overwrite:
+                    raise
+        if not overwrite:
             raise OutputError(f"{self.directory} is not empty: pass --resume to go on, or --force to replace it")
-        elif not manifest_path.is_file():
+        if not (self.directory / MANIFEST).is_file():
             raise OutputError(
                 f"{self.directory} was not written by synth, so --force will not clear it: remove it first"
             )
-        else:
-            shutil.rmtree(self.directory / "images", ignore_errors=True)
-            for name in (METADATA, PREVIEW, MANIFEST):
-                (self.directory / name).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / "images", ignore_errors=True)
+        for name in (METADATA, PREVIEW, MANIFEST):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def _go_on(self) -> None:
+        """Find the finished shards of the same set. Raises OutputError where there is none."""
+        try:
+            manifest = json.loads((self.directory / MANIFEST).read_text())
+            rows = [json.loads(line) for line in (self.directory / METADATA).read_text().splitlines()]
+            identity, shards = manifest["identity"], {shard["index"]: shard for shard in manifest["shards"]}
+            listed = [row for row in rows if row["shard"] in shards]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{self.directory} has no usable {MANIFEST} to resume from: use --force") from error
+        if identity != json.loads(json.dumps(self.identity)):
+            raise OutputError(f"{self.directory} was begun with other models or settings: repeat those, or use --force")
+        # A stop may have come between the two records: only what both of them have is finished.
+        counts = Counter(row["shard"] for row in listed)
+        self.shards = [shard for index, shard in sorted(shards.items()) if counts[index] == shard["images"]]
+        finished = self.finished_shards
+        self.rows = [row for row in listed if row["shard"] in finished]
 
     @property
     def finished_shards(self) -> set[int]:

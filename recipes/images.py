@@ -153,6 +153,8 @@ def _stack(files: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor
     images = [_read_image(file) for file in files]
     if size is not None:
         images = [_fit(image, size) for image in images]
+    if {image.shape[2] for image in images} == {1, 3}:  # photographs, some of them gray
+        images = [image if image.shape[2] == 3 else image.repeat(3, axis=2) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         odd = next(file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape)

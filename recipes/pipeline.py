@@ -1,18 +1,25 @@
-"""Where recipes meet: images from whatever the user has, for whoever needs them."""
+"""Where recipes meet: images from whatever the user has, a smaller model from them, and the proof."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from converters.classifier import Classifier
+from converters.errors import OutputError
+from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
+from converters.writeback import ensure_writable
 from recipes.images import ImageSet, load_images
 from recipes.progress import Progress
+from recipes.quantize.engine import Quantization, check_bits, quantize
+from recipes.quantize.settings import QuantizeSettings
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import SynthSettings
+from recipes.validate import GateError, Gates, Validation, check_labels, count_classes, require_labels, validate
 
 
 def convert_all(classifiers: Sequence[Classifier], device: torch.device, progress: Progress) -> list[TorchClassifier]:
@@ -25,40 +32,87 @@ def convert_all(classifiers: Sequence[Classifier], device: torch.device, progres
     return modules
 
 
-def calibration_images(
-    target: Classifier,
-    data: Path | None,
-    zoo: Sequence[Classifier],
-    beside: Path,
-    settings: SynthSettings,
-    *,
-    recipe: str,
-    limit: int | None,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-    versions: Mapping[str, str] | None = None,
-) -> ImageSet:
+@dataclass(frozen=True)
+class Request:
+    """What `quantize` is asked for: the model, the widths, where images come from, and how."""
+
+    classifier: Classifier
+    zoo: Sequence[Classifier]
+    data: Path | None
+    bits: int
+    act_bits: int | None
+    output: Path
+    settings: QuantizeSettings
+    recipe: str
+    """Name of the settings, for the file's provenance."""
+    synth_settings: SynthSettings
+    synth_recipe: str
+    limit: int | None
+    """How many of the images in `data` to use."""
+    gates: Gates
+    seed: int
+    device: torch.device
+    overwrite: bool
+    version: str
+
+
+def compress(request: Request, progress: Progress) -> tuple[Quantization, Validation]:
+    """Images, the quantized file, and its validation on them. What cannot work is refused before any work is done."""
+    classifier, gates = request.classifier, request.gates
+    check_bits(request.bits, request.act_bits)
+    sources = {model.path.resolve() for model in (classifier, *request.zoo)}
+    if request.output.resolve() in sources:
+        raise OutputError(f"{request.output} is the model itself, which is never replaced: choose another name with -o")
+    ensure_writable(request.output, overwrite=request.overwrite)
+    if request.data is None and gates.max_drop is not None:
+        raise GateError("--max-drop needs real labels: give labelled images with --data")
+    images = calibration_images(request, progress)
+    require_labels(images, gates)
+    check_labels(images, count_classes(classifier, images), classifier)
+    provenance = {
+        "mixmix.version": request.version,
+        "mixmix.recipe": request.recipe,
+        "mixmix.source.sha256": classifier.sha256,
+    }
+    result = quantize(
+        classifier,
+        images,
+        request.output,
+        request.settings,
+        request.bits,
+        request.act_bits,
+        seed=request.seed,
+        device=request.device,
+        overwrite=request.overwrite,
+        progress=progress,
+        provenance=provenance,
+    )
+    return result, validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
+
+
+def calibration_images(request: Request, progress: Progress) -> ImageSet:
     """The user's own images, or images made from the zoo, or from the target itself when there is neither.
 
     Made images are kept in `MODEL.images` beside the output, where an interrupted or repeated run finds them again.
     Raises MixMixError where no image can be had.
     """
-    if data is not None:
-        return load_images(data, limit, size=target.spec.size)
-    modules = convert_all(zoo or [target], device, progress)
-    directory = beside / f"{target.name}.images"
+    target = request.classifier
+    if request.data is not None:
+        return load_images(request.data, request.limit, size=target.spec.size)
+    modules = convert_all(request.zoo or [target], request.device, progress)
+    directory = request.output.parent / f"{target.name}.images"
     resume = directory.exists()
     synthesize(
         modules,
         directory,
-        settings,
-        recipe=recipe,
+        request.synth_settings,
+        recipe=request.synth_recipe,
         size=target.spec.size,
-        seed=seed,
+        seed=request.seed,
         resume=resume,
+        overwrite=request.overwrite,
         progress=progress,
-        versions=versions,
+        versions={"mixmix": request.version},
     )
-    progress.say(f"calibration images {'found again' if resume else 'made from the models'}: {directory}")
+    progress.say(f"calibration images, made from the models, are in {directory}")
     return load_images(directory)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 EMBEDDED = Path(str(resources.files("recipes"))) / "embedded"
 FAMILIES = ("plain", "residual", "inverted", "shuffle", "dense", "excite")
-FOLDED = "inverted_folded"
 
 
 def model_path(name: str) -> Path:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "converters": {"recipes", "mixmix_cli", "click", "rich"},
     "recipes": {"mixmix_cli", "click", "rich", "onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime"},
-    "mixmix_cli": {"onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime", "numpy"},
+    "mixmix_cli": {"onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime", "numpy", "torch"},
 }
 SIBLINGS = ("synth", "quantize")
 

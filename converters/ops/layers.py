@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from converters.ops.registry import Attributes, Body, operator
+from converters.errors import UnsupportedOperatorError
+from converters.ops.registry import Attributes, Body, numbers, operator
 
 CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -87,6 +88,23 @@ def conv_transpose(attributes: Attributes) -> Body:
             small, large = [amount // 2 for amount in total], [amount - amount // 2 for amount in total]
             begins, ends = (small, large) if auto_pad == "SAME_UPPER" else (large, small)
         return F.pad(y, [-amount for amount in torch_pads(begins + ends)])
+
+    return run
+
+
+@operator("Col2Im", static=(1, 2))
+def col2im(attributes: Attributes) -> Body:
+    """Columns [N, C * block, L] summed into an image of two dimensions; pads are cut off at the end."""
+
+    def run(columns: Tensor, image: Tensor | list[int], block: Tensor | list[int]) -> Tensor:
+        sides, kernel = numbers(image), numbers(block)
+        if len(sides) != 2:
+            raise UnsupportedOperatorError(f"Col2Im with {len(sides)} dimensions cannot be converted")
+        pads = attributes.get("pads", [0] * 4)
+        padded = [side + pads[axis] + pads[axis + 2] for axis, side in enumerate(sides)]
+        dilations, strides = attributes.get("dilations", [1, 1]), attributes.get("strides", [1, 1])
+        whole = F.fold(columns, tuple(padded), tuple(kernel), tuple(dilations), 0, tuple(strides))
+        return F.pad(whole, [-amount for amount in torch_pads(pads)])
 
     return run
 

@@ -9,19 +9,29 @@ import click
 
 from mixmix_cli import __version__, options
 
+BITS = click.IntRange(2, 8)
 METHODS = ("nearest", "adaround", "brecq", "qdrop")
 
 
-@click.command("quantize")
+@click.command("quantize", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
-@click.option("--bits", required=True, type=int, help="Bits of the weights, 2 to 8.")
-@click.option("--act-bits", type=int, help="Bits of the activations; float when not given.")
+@click.option("--bits", required=True, type=BITS, help="Bits of the weights.")
+@click.option("--act-bits", type=BITS, help="Bits of the activations; float when not given.")
 @click.option("--data", type=click.Path(path_type=Path), help="Images to calibrate on (folder, synth output or .npz).")
-@click.option("--zoo", multiple=True, type=options.MODEL, help="Models to make images from when there is no --data.")
+@click.option(
+    "--zoo",
+    cls=options.ListOption,
+    multiple=True,
+    type=options.MODEL,
+    metavar="MODELS",
+    help="Models to make images from when there is no --data.",
+)
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Use or make this many images.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.w4.onnx beside the input.")
 @click.option("--method", type=click.Choice(METHODS), default="qdrop", show_default=True, help="How to round.")
-@click.option("--max-drop", type=float, help="Exit with status 1 when top-1 falls by more than this fraction.")
+@click.option(
+    "--max-drop", type=click.FloatRange(0, 1), help="Exit with status 1 when top-1 falls by more than this fraction."
+)
 @click.option("--size", callback=options.pixels, help="The model's height and width where the file leaves them open.")
 @options.input_spec
 @options.recipe(None, "quantization (overrides --method)")
@@ -34,60 +44,45 @@ def command(**given: Any) -> int:
 
     Example: mixmix quantize --bits 4 model.onnx
     """
-    import torch
-
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal, size
     from mixmix_cli.results import quantization_json, validation_table
-    from recipes.pipeline import calibration_images
-    from recipes.quantize.engine import check_bits, output_path, quantize
+    from recipes.pipeline import Request, compress
+    from recipes.quantize.engine import output_path
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
     from recipes.settings import choose_device, load_recipe
     from recipes.synth.settings import load_synth_recipe
-    from recipes.validate import Gates, require_labels, validate
+    from recipes.validate import Gates
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    check_bits(given["bits"], given["act_bits"])
-    recipe = given["recipe"] or given["method"]
-    settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
+    recipe, effort = given["recipe"] or given["method"], given["effort"]
+    settings = load_recipe(QuantizeSettings, PACKAGE, recipe, effort, given["overrides"])
     changes = {"images": given["images"]}
-    synth_settings = load_synth_recipe(given["synth_recipe"], given["effort"], (), None, changes)
     device = choose_device(given["device"])
-    torch.manual_seed(given["seed"])
     spec = options.spec_from(given)
     classifier = load_classifier(given["model"], {**spec, "size": given["size"]})
-    terminal.tell_choices(classifier)
-    output = given["output"] or output_path(given["model"], given["bits"], given["act_bits"])
-    terminal.check_output(output, given["force"])
-    images = calibration_images(
-        classifier,
-        given["data"],
-        [load_classifier(path) for path in given["zoo"]],
-        output.parent,
-        synth_settings,
-        recipe=given["synth_recipe"],
+    zoo = [load_classifier(path) for path in given["zoo"]]
+    for model in (classifier, *zoo):
+        terminal.tell_choices(model)
+    request = Request(
+        classifier=classifier,
+        zoo=zoo,
+        data=given["data"],
+        bits=given["bits"],
+        act_bits=given["act_bits"],
+        output=given["output"] or output_path(given["model"], given["bits"], given["act_bits"]),
+        settings=settings,
+        recipe=recipe,
+        synth_settings=load_synth_recipe(given["synth_recipe"], effort, (), None, changes),
+        synth_recipe=given["synth_recipe"],
         limit=given["images"],
-        seed=given["seed"],
-        device=device,
-        progress=terminal,
-        versions={"mixmix": __version__},
-    )
-    gates = Gates(max_drop=given["max_drop"])
-    require_labels(images, gates)
-    result = quantize(
-        classifier,
-        images,
-        output,
-        settings,
-        given["bits"],
-        given["act_bits"],
+        gates=Gates(max_drop=given["max_drop"]),
         seed=given["seed"],
         device=device,
         overwrite=given["force"],
-        progress=terminal,
-        provenance={"mixmix.version": __version__, "mixmix.recipe": recipe, "mixmix.source.sha256": classifier.sha256},
+        version=__version__,
     )
-    validation = validate(classifier, [load_classifier(output)], images, gates, progress=terminal)
+    result, validation = compress(request, terminal)
     if terminal.as_json:
         terminal.document(quantization_json(result, validation))
     else:

@@ -31,8 +31,6 @@ def command(**given: Any) -> int:
 
     Example: mixmix synth models/*.onnx -o data/
     """
-    import torch
-
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import synthesis_json
@@ -45,7 +43,6 @@ def command(**given: Any) -> int:
     changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
     settings = load_synth_recipe(given["recipe"], given["effort"], given["overrides"], given["steps"], changes)
     device = choose_device(given["device"])
-    torch.manual_seed(given["seed"])
     classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
     for classifier in classifiers:
         terminal.tell_choices(classifier)

@@ -104,7 +104,7 @@ def quantize(
     progress = progress or Silent()
     check_bits(bits, act_bits)
     writeback.ensure_writable(output, overwrite=overwrite)
-    prepared = writeback.prepare_for_quantization(classifier, four_bit=min(bits, act_bits or bits) <= 4)
+    prepared = writeback.prepare_for_quantization(classifier, four_bit=bits <= 4)
     module = to_torch(prepared).to(device or torch.device("cpu"))
     run = _Run(module, images, settings, bits, act_bits, seed)
     run.place(progress)
@@ -120,10 +120,11 @@ def quantize(
 
     def check() -> None:
         nonlocal difference
-        sample = run.inputs[: 2 * (prepared.fixed_batch or 4)]
+        batch = prepared.fixed_batch or 4
+        sample = run.inputs[: 2 * batch]
         expected = run.fake_quantized(sample)
         difference = writeback.difference_from(
-            written, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), output
+            written, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), output, batch
         )
         if difference > (WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE):
             raise ConversionError(
@@ -171,7 +172,8 @@ class _Run:
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
         self.generator = torch.Generator().manual_seed(seed)
-        inputs = torch.cat([module.spec.to_input(part) for part in images.pixels.split(64)])
+        as_stored = module.classifier.as_stored
+        inputs = torch.cat([as_stored(module.spec.to_input(part)) for part in images.pixels.split(64)])
         self.inputs = inputs.contiguous(memory_format=torch.channels_last).to(module.device)
         self.weights: dict[str, QuantizedWeight] = {}
         self.biases: dict[str, LearnedTensor] = {}
@@ -364,8 +366,9 @@ class _Run:
                 )
             )
             if layer.bias in self.biases:
-                bias = self.biases[layer.bias].tensor().cpu().numpy()
-                found.append(writeback.FloatEdit(layer.output, writeback.BIAS, bias))
+                bias = self.biases[layer.bias].tensor().cpu()
+                if not torch.equal(bias, self.module.constant(layer.bias).cpu()):
+                    found.append(writeback.FloatEdit(layer.output, writeback.BIAS, bias.numpy()))
         for name, value in self.values.items():
             found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits))
         return found

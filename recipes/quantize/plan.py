@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.blocks import find_blocks
 from recipes.quantize.quantizers import QuantizedWeight
@@ -51,8 +52,13 @@ def plan_bits(
     settings: QuantizeSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> list[LayerPlan]:
-    """The placement for every layer, in order. `inputs` [N, ...] are model inputs to measure on."""
+    """The placement for every layer, in order. `inputs` [N, ...] are model inputs to measure on.
+
+    Raises MixMixError where the model has no layer.
+    """
     layers = module.layers()
+    if not layers:
+        raise MixMixError(f"{module.classifier.path} has no layer with constant weights: there is nothing to quantize")
     total = sum(layer.parameters for layer in layers)
     ends = {layers[0].output: "first layer"}
     if len(layers) > 1 and layers[-1].parameters <= settings.end_share * total:

@@ -88,6 +88,18 @@ def _runs_smaller(module: TorchClassifier, scale: float) -> bool:
         return False
 
 
+def _distinct_names(modules: Sequence[TorchClassifier]) -> list[str]:
+    """File names without suffix; of equal ones, the second is called `name.2`."""
+    names: list[str] = []
+    for module in modules:
+        name, count = module.classifier.name, 1
+        while name in names:
+            count += 1
+            name = f"{module.classifier.name}.{count}"
+        names.append(name)
+    return names
+
+
 def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -> tuple[list[Teacher], int]:
     """Those of the models that contribute a loss term, and the number of classes of the first model's label space.
 
@@ -97,13 +109,13 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     space = label_space(modules[0], classes[0])
     smallest = min(stage.scale for stage in settings.stages)
     teachers = []
-    for module, count in zip(modules, classes, strict=True):
+    for module, count, name in zip(modules, classes, _distinct_names(modules), strict=True):
         norms = module.batchnorms()
         shares = count == classes[0] and label_space(module, count) == space
         taps = [norm.input for norm in norms] + [module.logits_name]
         teachers.append(
             Teacher(
-                name=module.classifier.name,
+                name=name,
                 module=module,
                 norms=norms,
                 labels=shares and settings.label > 0,
@@ -290,8 +302,13 @@ class Batch:
                 if mix is not None and settings.mixing == "label":
                     values = self._run(teacher, mixed, scale)
                 terms[f"label/{teacher.name}"] = self._label_loss(values[teacher.module.logits_name], mix)
-        prior = settings.variation * objectives.total_variation(images) + settings.magnitude * images.square().mean()
-        return terms, prior
+        return terms, self._prior(images)
+
+    def _prior(self, images: Tensor) -> Tensor:
+        variation, magnitude = self.settings.variation, self.settings.magnitude
+        if self.settings.prior == "norm":
+            return objectives.deep_inversion_prior(images, variation, magnitude)
+        return variation * objectives.total_variation(images) + magnitude * images.square().mean()
 
     def _draw_models(self) -> list[Teacher]:
         count = self.settings.models_per_step

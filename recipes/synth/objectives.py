@@ -31,6 +31,19 @@ def total_variation(images: Tensor) -> Tensor:
     return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
 
 
+def deep_inversion_prior(images: Tensor, variation: float, magnitude: float) -> Tensor:
+    """DeepInversion's image prior (Yin et al. 2020), in norms of sums and not in means.
+
+    `variation` times the sum, over horizontal, vertical and both diagonal neighbours, of the L2 norm of all differences
+    of the batch, plus `magnitude` times the mean L2 norm of an image.
+    """
+    horizontal, vertical = images.diff(dim=3), images.diff(dim=2)
+    falling = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]
+    rising = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
+    roughness = torch.stack([part.norm() for part in (horizontal, vertical, falling, rising)]).sum()
+    return variation * roughness + magnitude * images.flatten(1).norm(dim=1).mean()
+
+
 class LearnedWeights:
     """Balances terms of unlike size (seed, eq. 8): sum_i L_i / (L_i0 alpha_i^2) + alpha_i^2.
 

@@ -46,8 +46,10 @@ class SynthSettings(Settings):
     """Divide each BatchNorm layer's term by the norm of its deviations (the paper does not)."""
     label: float = Field(default=1.0, ge=0)
     """Factor of the cross-entropy terms."""
+    prior: Literal["mean", "norm"] = "mean"
+    """Whether the image prior is made of mean squares, or of DeepInversion's norms over a batch."""
     variation: float = Field(default=0.0, ge=0)
-    """Factor of the total variation (mean squared difference of neighbours, in normalised units)."""
+    """Factor of the total variation (differences of neighbours, in normalised units)."""
     magnitude: float = Field(default=0.0, ge=0)
     """Factor of the mean square of the image, in normalised units."""
     mixing: Literal["none", "label", "all"] = "all"

@@ -12,7 +12,7 @@ import torch
 
 from converters.classifier import Classifier
 from converters.detect import KNOWN, LEAST_CONFIDENCE, Known
-from converters.input_spec import InputSpec
+from converters.input_spec import IMAGENET_MEAN, InputSpec
 from converters.load import load_classifier
 from tests import models
 from tests.converters import oracle
@@ -71,6 +71,16 @@ def test_options_override_what_is_detected(write: Callable[[onnx.ModelProto], Pa
     spec = load_classifier(path, {"mean": [0.1, 0.2, 0.3]}).spec
     assert (spec.mean, spec.source) == ((0.1, 0.2, 0.3), "options")
     assert load_classifier(path, {"channels": "bgr"}).spec.channels == "bgr"
+
+
+def test_a_sidecar_that_names_the_order_is_heard_by_detection(write: Callable[[onnx.ModelProto], Path]) -> None:
+    """What is detected for an order is in that order, whether the user typed it or wrote it down."""
+    path = write(trained(KNOWN[0], 0))
+    typed = load_classifier(path, {"channels": "bgr"}).spec
+    path.with_suffix(".toml").write_text('[input]\nchannels = "bgr"\n')
+    written = load_classifier(path).spec
+    assert (written.channels, written.mean, written.std) == ("bgr", typed.mean, typed.std)
+    assert written.mean == IMAGENET_MEAN[::-1]
 
 
 def test_untrained_statistics_tell_nothing(load: Load) -> None:

@@ -17,6 +17,7 @@ from converters.input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, read_m
 from converters.load import load_classifier
 from tests import models
 
+BGR = {"channels": "bgr"}
 OPEN = [None, None, None, None]
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -245,3 +246,8 @@ def test_spec_against_the_shape(tmp_path: Path, values: dict[str, str], shape: l
 def test_bad_sidecar(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.toml").write_bytes(content)
     assert_refused(tmp_path, OPEN, {}, str(tmp_path / "model.toml"), message)
+
+
+def test_what_is_assumed_of_bgr_is_in_its_order(tmp_path: Path) -> None:
+    spec = resolve(tmp_path / "m.onnx", OPEN, {}, BGR)
+    assert (spec.mean, spec.std) == (IMAGENET_MEAN[::-1], IMAGENET_STD[::-1])

@@ -87,12 +87,12 @@ def test_not_a_sound_classifier(write: Write, model: onnx.ModelProto, parts: lis
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16])
-def test_infinity_in_a_weight_of_any_float_type(write: Write, kind: int) -> None:
-    weight = np.where(np.arange(models.PIXELS) == 7, np.inf, 1.0)
+def test_nan_in_a_tensor_of_any_float_type(write: Write, kind: int) -> None:
+    weight = np.where(np.arange(models.PIXELS) == 7, np.nan, 1.0)
     model = models.assemble([*models.linear(), models.node("Identity", "extra", "unused")], {})
     model.graph.initializer.append(onnx.helper.make_tensor("fc.weight", TensorProto.FLOAT, [5, 192], [0.0] * 960))
     model.graph.initializer.append(onnx.helper.make_tensor("extra", kind, [models.PIXELS], weight))
-    assert_refused(write(model), "extra", "infinity")
+    assert_refused(write(model), "extra", "NaN")
 
 
 def test_integer_input(write: Write) -> None:
@@ -195,3 +195,22 @@ def test_old_file_whose_initializers_are_no_inputs(load: Load) -> None:
     model = models.conv(opset=9)
     model.ir_version = 3
     to_torch(load(model))
+
+
+def test_infinity_that_is_no_weight(load: Load) -> None:
+    """What pads a MaxPool; in a weight it is refused."""
+    nodes = [
+        models.node("Pad", "image pads least", "padded"),
+        models.node("MaxPool", "padded", "features", kernel_shape=[3, 3]),
+        *models.head("features"),
+    ]
+    tensors = {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "least": np.float32(-np.inf), **models.head_tensors(3)}
+    to_torch(load(models.assemble(nodes, tensors)))
+
+
+def test_infinity_in_a_weight(write: Write) -> None:
+    model = models.conv()
+    weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight.flat[0] = np.inf
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "conv.weight"))
+    assert_refused(write(model), "conv.weight", "NaN or infinity")

@@ -207,6 +207,8 @@ CASES = [
     *(Case("GridSample", [X, GRID], {"mode": m, "align_corners": 1}, since=20) for m in ("linear", "nearest", "cubic")),
     Case("Conv", [X, random(6, 2, 3, 2), random(6)], {"group": 2, "pads": [1, 0, 0, 1], "dilations": [1, 2]}),
     Case("ConvTranspose", [X, random(4, 3, 3, 2), random(6)], {"group": 2, "strides": [2, 1]}, tolerance=2e-6),
+    Case("Col2Im", [random(2, 12, 20), ints(5, 6), ints(2, 2)]),
+    Case("Col2Im", [random(2, 12, 15), ints(5, 6), ints(2, 2)], {"pads": [1, 0, 0, 1], "strides": [1, 2]}),
     Case("Gemm", [ROW, random(4, 5), random(3, 1)], {"alpha": 0.5, "beta": 2.0}),
     Case("Gemm", [ROW, random(5, 4), random(5)], {"transB": 1}),
     Case("Gemm", [ROW, random(5, 4)], {"transB": 1}, since=11),

@@ -24,7 +24,7 @@ from tests.converters.oracle import Array, assert_close
 
 NAMES = """
     Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization
-    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv
+    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Col2Im Concat Constant ConstantOfShape Conv
     ConvTranspose Cos Cosh CumSum DepthToSpace Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor
     Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual
     GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN
@@ -41,6 +41,7 @@ VARIADIC = {"Max", "Mean", "Min", "Sum", "Where"}
 EXCLUDED = {
     "test_batchnorm_example_training_mode": "inference form by design",
     "test_batchnorm_epsilon_training_mode": "inference form by design",
+    "test_col2im_5d": "an image has two dimensions",
     "test_reduce_max_empty_set": "no classifier reduces nothing",
     "test_reduce_max_empty_set_bool": "no classifier reduces nothing",
     "test_reduce_min_empty_set": "no classifier reduces nothing",
@@ -56,7 +57,7 @@ EXCLUDED |= {
 ATTENTION_OPERANDS = 4  # more are a cache of keys and values, which generators have and classifiers not
 UNKNOWN_TYPES = {np.dtype(name) for name in ("uint16", "uint32", "uint64", "float16")}  # torch cannot compute with them
 SMOOTH_NAMES = """
-    Add Atan Attention AveragePool Celu Concat Conv ConvTranspose Cosh CumSum DepthToSpace Div Einsum Elu Erf Exp
+    Add Atan Attention AveragePool Celu Col2Im Concat Conv ConvTranspose Cosh CumSum DepthToSpace Div Einsum Elu Erf Exp
     Expand Flatten Gather GatherElements GatherND Gelu Gemm GridSample GroupNormalization HardSigmoid HardSwish
     InstanceNormalization LRN LayerNormalization LeakyRelu LogSoftmax LpNormalization LpPool MatMul MaxPool
     MeanVarianceNormalization Mish Mul PRelu Pad RMSNormalization ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax

@@ -48,7 +48,13 @@ def model(tmp_path: Path) -> Path:
 
 def test_help_and_version_answer_at_once() -> None:
     """Half a second each on two busy cores, and neither torch nor onnx is loaded."""
-    for arguments in (["--help"], ["--version"], ["quantize", "--help"], ["quantize"]):
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        ["quantize", "--help"],
+        ["quantize"],
+        ["quantize", "--bits", "9", "m.onnx"],
+    ):
         code = (
             "import sys; from mixmix_cli.__main__ import main; main(sys.argv[1:]);"
             "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules); sys.exit(50 if heavy else 0)"
@@ -115,9 +121,38 @@ def test_quantize_exactly_as_typed(
     assert "first layer" in out
     assert model.with_name("model.w4.onnx").is_file()
     assert "made from the models" in err
-    status, _, err = run(capsys, "quantize", "--bits", 2, model, *quick)
-    assert status == 0
-    assert "found again" in err
+    pictures = model.with_name("model.images") / "images"
+    before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")}
+    assert len(before) == 8
+    assert run(capsys, "quantize", "--bits", 2, model, *quick)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")} == before
+    status, _, err = run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick)
+    assert status == 2
+    assert "--force" in err
+    assert run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick, "--force")[0] == 0
+    assert len(list(pictures.rglob("*.png"))) == 4
+
+
+def test_zoo_takes_what_a_glob_gives(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    """Several values behind one --zoo, before and after MODEL, all of them loaded."""
+    a, b = (zoo.model_path(name) for name in ("plain", "residual"))
+    missing = tmp_path / "missing.onnx"
+    for words in (
+        ("--zoo", a, b, missing, "--bits", 4, model),
+        (model, "--bits", 4, "--zoo", a, b, missing),
+        ("--bits", 4, "--zoo", a, b, missing, model),
+        ("--zoo", a, "--zoo", b, "--zoo", missing, "--bits", 4, model),
+    ):
+        status, _, err = run(capsys, "quantize", *words)
+        assert status == 2
+        assert f"{missing} does not exist" in err
+
+
+def test_traceback_keeps_the_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, "inspect", tmp_path / "no.onnx", "--traceback")
+    assert status == 2
+    assert "Traceback" in err
+    assert "does not exist" in err
 
 
 def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: Path) -> None:
@@ -237,7 +272,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("bits", [1, 0, 9, -4])
     def test_bits(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, bits: int) -> None:
-        assert f"--bits {bits}" in self.refused(capsys, tmp_path, "quantize", "--bits", bits, model)
+        assert f"'--bits': {bits}" in self.refused(capsys, tmp_path, "quantize", "--bits", bits, model)
 
     def test_nan_weights(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         proto = onnx.load(model)
@@ -263,6 +298,35 @@ class TestBadInput:
     def test_model_without_statistics(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         err = self.refused(capsys, tmp_path, "synth", zoo.model_path("inverted_folded"), "-o", tmp_path / "d")
         assert "BatchNorm" in err
+
+    def test_output_that_is_the_model_itself(
+        self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+    ) -> None:
+        before = model.read_bytes()
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "-o", model, "--force")
+        assert "the model itself" in err
+        assert model.read_bytes() == before
+
+    def test_output_that_is_a_folder(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "-o", tmp_path, "--force")
+        assert "is a folder" in err
+
+    def test_max_drop_without_data(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--max-drop", 0.1)
+        assert "--data" in err
+
+    @pytest.mark.parametrize("label", [-1, 10])
+    def test_labels_of_another_task(
+        self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, label: int
+    ) -> None:
+        data = tmp_path / "d.npz"
+        np.savez(data, images=np.zeros((2, 28, 28, 1), np.uint8), labels=np.array([0, label]))
+        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--data", data)
+        assert f"label {label}" in err
+
+    @pytest.mark.parametrize("size", ["0", "-5", "12x0", "wide"])
+    def test_size(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, size: str) -> None:
+        assert "is not a size" in self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d", f"--size={size}")
 
     def test_misspelt_setting(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--set", "stepps=3")

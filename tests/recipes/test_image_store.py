@@ -56,6 +56,15 @@ def test_shards_become_files_rows_and_records(tmp_path: Path) -> None:
     assert read_back.label_kind == "targets"
 
 
+def test_resume_and_overwrite_together_replace_only_what_is_not_the_same(tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    before = snapshot(tmp_path)
+    assert begin(tmp_path, resume=True, overwrite=True).finished_shards == {0}
+    assert snapshot(tmp_path) == before
+    assert begin(tmp_path, resume=True, overwrite=True, seed=1).finished_shards == set()
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_the_checksum_is_that_of_the_files_on_disk(tmp_path: Path) -> None:
     store = begin(tmp_path)
     add(store, 0)

@@ -142,6 +142,16 @@ def test_images_of_other_sizes_are_brought_to_one_size(tmp_path: Path, channels:
     torch.testing.assert_close(tall, wide.transpose(1, 2), rtol=0, atol=0.005)
 
 
+def test_gray_photographs_among_coloured_ones(tmp_path: Path) -> None:
+    """ImageNet's validation set has some."""
+    colours = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    Image.fromarray(colours[:, :, 0]).save(tmp_path / "b.png")
+    pixels = to_bytes(load_images(tmp_path).pixels)
+    assert (pixels[0] == colours).all()
+    assert (pixels[1] == colours[:, :, :1]).all()
+
+
 def test_sixteen_bit_gray_keeps_its_brightness(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
@@ -220,9 +230,15 @@ def file(name: str, content: bytes) -> Callable[[Path], Path]:
     return make
 
 
-def mixed_sizes(folder: Path, second: tuple[int, int, int] = (9, 8, 3)) -> Path:
+def mixed_sizes(folder: Path) -> Path:
     save_image(folder / "a.png", random_bytes(1, 8, 8, 3)[0])
-    save_image(folder / "b.png", random_bytes(1, *second)[0])
+    save_image(folder / "b.png", random_bytes(1, 9, 8, 3)[0])
+    return folder
+
+
+def mixed_channels(folder: Path) -> Path:
+    save_image(folder / "a.png", random_bytes(1, 8, 8, 3)[0])
+    np.save(folder / "b.npy", random_bytes(1, 8, 8, 4)[0])
     return folder
 
 
@@ -275,7 +291,7 @@ BAD = {
     "empty npy": file("a.npy", b""),
     "npz as npy": npz_as_npy,
     "mixed sizes": mixed_sizes,
-    "mixed channels": lambda folder: mixed_sizes(folder, (8, 8, 1)),
+    "mixed channels": mixed_channels,
     "metadata empty": rows(),
     "metadata not json": rows("{oops"),
     "metadata a list": rows("[1]"),

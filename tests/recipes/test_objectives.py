@@ -12,7 +12,7 @@ from torch import Tensor
 
 from converters.torch_module import BatchNorm, TorchClassifier
 from recipes.synth.mixing import draw_mix, mixed_cross_entropy
-from recipes.synth.objectives import LearnedWeights, batchnorm_loss, total_variation
+from recipes.synth.objectives import LearnedWeights, batchnorm_loss, deep_inversion_prior, total_variation
 
 
 def statistics(x: Tensor, name: str = "x", correction: int = 0) -> BatchNorm:
@@ -74,6 +74,15 @@ def test_total_variation_is_the_formula_in_numpy(generator: torch.Generator) -> 
     x = images.numpy()
     expected = ((x[:, :, 1:] - x[:, :, :-1]) ** 2).mean() + ((x[:, :, :, 1:] - x[:, :, :, :-1]) ** 2).mean()
     assert float(total_variation(images)) == pytest.approx(expected)
+
+
+def test_deep_inversion_prior_by_hand() -> None:
+    """Two rows, two columns: differences 1 and 3 along rows, 2 and 4 along columns, 5 and -1 on the diagonals."""
+    images = torch.tensor([[0.0, 1.0], [2.0, 5.0]]).expand(1, 1, 2, 2)
+    roughness = np.sqrt(1 + 9) + np.sqrt(4 + 16) + 5 + 1
+    assert float(deep_inversion_prior(images, 1, 0)) == pytest.approx(roughness)
+    assert float(deep_inversion_prior(images, 0, 1)) == pytest.approx(np.sqrt(30))
+    assert float(deep_inversion_prior(images.repeat(4, 1, 1, 1), 1, 0)) == pytest.approx(2 * roughness)
 
 
 def test_total_variation_passes_gradcheck(generator: torch.Generator) -> None:

@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import to_torch
@@ -24,7 +25,7 @@ from recipes.quantize.engine import Quantization, quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
 from recipes.validate import FUSION_SHARE
-from tests import models
+from tests import hard_cases, models
 
 METHODS = ["nearest", "adaround", "brecq", "qdrop"]
 WIDTHS = [(4, None), (2, None), (4, 8), (4, 4)]
@@ -270,3 +271,66 @@ def test_the_account_of_a_block_starts_at_nearest_rounding(quantized: Quantizer)
     assert [name for name, _ in rebuilt.blocks] == [name for name, _ in nearest.blocks]
     assert rebuilt.blocks[1][1].before == pytest.approx(nearest.blocks[1][1].after, rel=0.05)
     assert all(block.after < block.before for _, block in rebuilt.blocks[1:])
+
+
+def noise(count: int = 6) -> ImageSet:
+    return ImageSet(torch.rand(count, *models.IMAGE[1:], generator=torch.Generator().manual_seed(0)))
+
+
+def shared_bias() -> onnx.ModelProto:
+    """One tensor is the bias of a Conv and of an InstanceNormalization: exporters merge equal tensors."""
+    nodes = [
+        models.node("Conv", "image conv.weight both", "features"),
+        models.node("InstanceNormalization", "features scale both", "normed"),
+        *models.head("normed"),
+    ]
+    tensors = {"conv.weight": models.weights(4, 3, 3, 3), "both": models.random(4), "scale": np.ones(4, np.float32)}
+    return models.assemble(nodes, {**tensors, **models.head_tensors(4)})
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: models.conv(image=(1, *models.IMAGE[1:])), id="batch 1 in the file"),
+        pytest.param(lambda: models.conv(image=(4, *models.IMAGE[1:])), id="batch 4 in the file"),
+        pytest.param(shared_bias, id="shared bias"),
+        pytest.param(hard_cases.CASES["weight_first"], id="weight as the first operand"),
+        pytest.param(hard_cases.CASES["weight_shared"], id="shared weight"),
+        pytest.param(hard_cases.CASES["bytes_in"], id="uint8 image"),
+        pytest.param(hard_cases.CASES["float16"], id="float16"),
+    ],
+)
+def test_hard_cases_are_quantized(
+    write: Callable[[onnx.ModelProto], Path], model: Callable[[], onnx.ModelProto], act_bits: int | None
+) -> None:
+    """`quantize` holds the written file against the torch model itself; more images than fit the file's batch."""
+    classifier = load_classifier(write(model()))
+    result = quantize(classifier, noise(), classifier.path.with_name("q.onnx"), recipe("qdrop"), 4, act_bits)
+    assert len(result.layers) >= 2
+    load_classifier(result.output)
+
+
+def test_float_tensors_keep_their_names(write: Callable[[onnx.ModelProto], Path]) -> None:
+    """Whether reconstruction changed them or not."""
+    classifier = load_classifier(write(models.conv()))
+    before = {tensor.name for tensor in onnx.load(classifier.path).graph.initializer}
+    for method in ("nearest", "qdrop"):
+        path = classifier.path.with_name(f"{method}.onnx")
+        quantize(classifier, noise(), path, recipe(method), 4)
+        after = {tensor.name for tensor in onnx.load(path).graph.initializer if tensor.data_type == TensorProto.FLOAT}
+        assert {name for name in after if not name.endswith(".scale")} == {n for n in before if n.endswith(".bias")}
+
+
+def test_the_opset_is_the_least_that_the_weights_need(quantized: Quantizer, classifier_of: Classifiers) -> None:
+    """4-bit activations are stored in eight bits, so they ask for nothing."""
+    for bits, act_bits, least in ((8, 4, 17), (8, None, 17), (4, None, 21)):
+        written = onnx.load(quantized("plain", "nearest", bits, act_bits).output)
+        assert next(entry.version for entry in written.opset_import if not entry.domain) == least
+
+
+def test_nothing_to_quantize(write: Callable[[onnx.ModelProto], Path]) -> None:
+    nodes = [models.node("GlobalAveragePool", "image", "pooled"), models.node("Flatten", "pooled", "logits")]
+    classifier = load_classifier(write(models.assemble(nodes, outputs={"logits": ("batch", 3)})))
+    with pytest.raises(MixMixError, match="nothing to quantize"):
+        quantize(classifier, noise(), classifier.path.with_name("q.onnx"), recipe("nearest"), 4)

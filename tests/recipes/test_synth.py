@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from converters.errors import OutputError
-from converters.torch_module import TorchClassifier
+from converters.load import load_classifier
+from converters.torch_module import TorchClassifier, to_torch
 from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
 from recipes.progress import Silent
 from recipes.synth.engine import Batch, SynthesisError, judge, make_teachers, synthesize
@@ -273,3 +274,16 @@ def test_progress_comes_to_its_end_and_shows_the_loss(zoo: list[TorchClassifier]
 def test_eight_bits_are_what_is_judged() -> None:
     pixels = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     assert float((from_bytes(to_bytes(pixels)) - pixels).abs().max()) <= 0.5 / 255 + 1e-6
+
+
+def test_models_of_one_file_name_have_a_loss_term_each(module_of: Modules, tmp_path: Path) -> None:
+    """`a/model.onnx b/model.onnx` is how model folders look."""
+    modules = []
+    for folder, name in (("a", "plain"), ("b", "inverted"), ("c", "residual")):
+        path = tmp_path / folder / "model.onnx"
+        path.parent.mkdir()
+        path.write_bytes(module_of(name).classifier.path.read_bytes())
+        modules.append(to_torch(load_classifier(path)))
+    made = synthesize(modules, tmp_path / "set", settings(label=0.0))
+    assert made.models == ["model", "model.2", "model.3"]
+    assert set(made.losses) == {"batchnorm/model", "batchnorm/model.2", "batchnorm/model.3"}

@@ -1,0 +1,160 @@
+"""Figures by hand, gates at their limits, and each model fed as it wants to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.load import load_classifier
+from recipes.images import ImageSet
+from recipes.validate import (
+    Candidate,
+    Gates,
+    Reference,
+    Validation,
+    _judge,
+    check_labels,
+    decibels,
+    divergence,
+    validate,
+)
+from tests import models
+
+Write = Callable[[onnx.ModelProto], Path]
+GRAY = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "scale": 1.0}
+
+
+@pytest.fixture
+def images() -> ImageSet:
+    """Seven images, an odd number."""
+    return ImageSet(torch.rand(7, *models.IMAGE[1:], generator=torch.Generator().manual_seed(0)))
+
+
+def named(path: Path, model: onnx.ModelProto, options: dict[str, object] | None = None) -> Classifier:
+    return load_classifier(models.write(model, path), options)
+
+
+def with_answers(right: int, of: int = 100) -> np.ndarray:
+    """Logits of two classes whose first `right` rows say 0, the others 1."""
+    said = (np.arange(of) >= right).astype(int)
+    return np.eye(2)[said] * 3.0
+
+
+def judged(right: int, gates: Gates, **logits: np.ndarray) -> Candidate:
+    """A candidate with `right` of 100 answers right, held against 95."""
+    reference = Reference(Path("r.onnx"), 0.95, None, 1, 1.0)
+    fused = logits.get("fused", with_answers(right))
+    plain = logits.get("plain", fused)
+    classifier = load_classifier(EMBEDDED)
+    labels = np.zeros(100, np.int64)
+    return _judge(classifier, reference, with_answers(95), fused, plain, labels, 1.0, gates)
+
+
+EMBEDDED = Path(__file__).parents[2] / "recipes" / "embedded" / "plain.onnx"
+
+
+@pytest.mark.parametrize(
+    ("gates", "right", "failed"),
+    [
+        (Gates(max_drop=0.01), 94, []),  # 0.95 - 0.94 is 0.010000000000000009
+        (Gates(max_drop=0.01), 93, ["max-drop"]),
+        (Gates(min_top1=0.94), 94, []),
+        (Gates(min_top1=0.94), 93, ["min-top1"]),
+        (Gates(min_agreement=0.99), 94, []),
+        (Gates(min_agreement=0.99), 93, ["min-agreement"]),
+        (Gates(0.5, 0.9, 0.9), 20, ["max-drop", "min-top1", "min-agreement"]),
+    ],
+)
+def test_gates_at_their_limits(gates: Gates, right: int, failed: list[str]) -> None:
+    assert judged(right, gates).failed == failed
+
+
+def test_what_is_not_finite_fails() -> None:
+    broken = with_answers(95)
+    broken[3, 1] = np.nan
+    assert "finite" in judged(95, Gates(), fused=broken).failed
+
+
+def test_optimisations_that_change_the_answer_fail() -> None:
+    """By more than a quarter of what compression changed; less is let pass."""
+    plain = with_answers(95) + 0.1
+    assert judged(95, Gates(), plain=plain, fused=plain + 0.04).failed == []
+    assert judged(95, Gates(), plain=plain, fused=plain + 0.06).failed == ["optimisations"]
+
+
+def test_figures_by_hand() -> None:
+    one, other = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+    assert divergence(one, other) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
+    assert decibels(np.array([[3.0, 4.0]]), np.array([[3.0, 4.5]])) == pytest.approx(20)
+    assert decibels(one, one) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "offset", "wrong"), [(-1, 3, 0, -1), (0, 5, 0, 5), (0, 4, 1, 4), (-1, 4, 0, -1)]
+)
+def test_labels_that_are_no_classes(
+    write: Write, images: ImageSet, low: int, high: int, offset: int, wrong: int
+) -> None:
+    classifier = load_classifier(write(models.conv()))
+    classifier = replace(classifier, spec=classifier.spec.model_copy(update={"offset": offset}))
+    labelled = replace(images, labels=torch.tensor([low, high]), label_kind="real")
+    with pytest.raises(MixMixError, match=rf"label {wrong}, .*model\.onnx has 5 classes"):
+        check_labels(labelled, models.CLASSES, classifier)
+    check_labels(replace(labelled, labels=torch.tensor([0, 3])), models.CLASSES, classifier)
+
+
+def scaled(op: str, number: float) -> onnx.ModelProto:
+    """The conv model behind one node of arithmetic on the image."""
+    model = models.conv()
+    model.graph.node[0].input[0] = "scaled"
+    model.graph.node.insert(0, models.node(op, "image number", "scaled"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(number), "number"))
+    return model
+
+
+def agreement(result: Validation) -> tuple[float, float]:
+    return result.candidates[0].agreement, result.candidates[0].snr
+
+
+def test_a_model_that_says_how_it_is_fed_is_fed_so(tmp_path: Path, images: ImageSet) -> None:
+    """The reference takes 0 to 1 and says so in options; the candidate divides by 255 in its graph."""
+    reference = named(tmp_path / "a.onnx", models.conv(), dict(GRAY))
+    candidate = named(tmp_path / "b.onnx", scaled("Div", 255.0))
+    assert (candidate.spec.source, candidate.spec.scale) == ("detected", 255)
+    assert agreement(validate(reference, [candidate], images))[1] > 80
+
+
+def test_a_model_that_says_nothing_is_fed_as_the_reference(tmp_path: Path, images: ImageSet) -> None:
+    reference = named(tmp_path / "a.onnx", models.conv(), dict(GRAY))
+    candidate = named(tmp_path / "b.onnx", models.conv())
+    assert candidate.spec.source == "assumed"
+    assert agreement(validate(reference, [candidate], images)) == (1.0, np.inf)
+
+
+def test_any_number_of_images_for_any_fixed_batch(tmp_path: Path, images: ImageSet) -> None:
+    """Seven images; the file takes four at a time."""
+    model = models.conv(image=(4, *models.IMAGE[1:]))
+    reference = named(tmp_path / "a.onnx", models.conv(), dict(GRAY))
+    candidate = named(tmp_path / "b.onnx", model, dict(GRAY))
+    assert candidate.fixed_batch == 4
+    result = validate(reference, [candidate], images)
+    assert agreement(result)[1] > 80
+    assert result.images == 7
+
+
+def test_models_of_two_tasks(tmp_path: Path, images: ImageSet) -> None:
+    other = models.assemble(
+        [models.node("Flatten", "image", "flat"), models.node("MatMul", "flat w", "logits")],
+        {"w": models.weights(models.PIXELS, 7)},
+        outputs={"logits": ("batch", 7)},
+    )
+    with pytest.raises(MixMixError, match=r"7 classes, .* has 5: give models of one task"):
+        validate(named(tmp_path / "a.onnx", models.conv()), [named(tmp_path / "b.onnx", other)], images)
