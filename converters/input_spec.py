@@ -31,6 +31,8 @@ TEXT_KEYS = ("labels", "layout")  # never numbers or lists, whatever their text 
 MOST_CHANNELS = 4096
 
 PIXEL_KEYS = ("mean", "std", "scale")
+ASSUMED = ("source", "assumed")
+"""Beside the keys in a file's metadata: whoever wrote them did not know."""
 
 Source = Literal["options", "sidecar", "metadata", "detected", "assumed"]
 Channels = Literal["rgb", "bgr", "gray"] | Annotated[int, Field(ge=1, le=MOST_CHANNELS, strict=True)]
@@ -79,9 +81,7 @@ class InputSpec(BaseModel):
     @property
     def channel_count(self) -> int:
         """Number of channels, both of the canonical image and of the model's input."""
-        if isinstance(self.channels, int):
-            return self.channels
-        return 1 if self.channels == "gray" else 3
+        return _channel_count(self.channels)
 
     def to_input(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Canonical images [N, C, H, W] in [0, 1] to the model's input, differentiably.
@@ -110,12 +110,19 @@ class InputSpec(BaseModel):
         return images.flip(1) if self.channels == "bgr" else images
 
     def to_metadata(self) -> dict[str, str]:
-        """The ONNX `metadata_props` entries that `from_metadata` reads back."""
-        values = self.model_dump(exclude={"source"}, exclude_none=True)
+        """The ONNX `metadata_props` entries that `read_metadata` reads back; `source` only where it was assumed."""
+        values = self.model_dump(exclude=set() if self.source == "assumed" else {"source"}, exclude_none=True)
         return {
             METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value)
             for key, value in values.items()
         }
+
+
+def _channel_count(channels: object) -> int:
+    """How many channels a spec's `channels` means; 3 for what is none."""
+    if isinstance(channels, int):
+        return min(max(channels, 1), MOST_CHANNELS)
+    return 1 if channels == "gray" else 3
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,10 @@ def stated_keys(
     """The input-spec keys that somebody wrote down: in the sidecar or else the file, with options over them."""
     given = {key: value for key, value in (options or {}).items() if value is not None}
     sidecar = read_sidecar(model_path)
-    return {**(sidecar if sidecar is not None else read_metadata(properties)), **given}
+    metadata = read_metadata(properties)
+    if ASSUMED in metadata.items():  # then these are no better than what would be assumed again
+        metadata = {key: value for key, value in metadata.items() if key not in (*PIXEL_KEYS, "source")}
+    return {**(sidecar if sidecar is not None else metadata), **given}
 
 
 def resolve(
@@ -187,6 +197,10 @@ def resolve(
     height, width, channels = shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2]  # type: ignore[operator]
     values = _assumed(height, width, channels, stated) | {"layout": layout} | dict(detected or {}) | stated
     values["source"] = _source(given, sidecar, metadata, detected)
+    count = _channel_count(values["channels"])
+    for key in ("mean", "std"):  # one number is that of every channel
+        numbers = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
+        values[key] = tuple(numbers) * count if len(numbers) == 1 else tuple(numbers)
     where = f"{model_path.with_suffix('.toml')}" if sidecar is not None and not given else f"{model_path}"
     if "source" in stated:
         raise SpecError(f"{where}: the input spec has no key source: remove it")
@@ -195,7 +209,9 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "input"
-        raise SpecError(f"{where}: the input spec's {key} cannot be used ({first['msg']}): correct it") from error
+        message = first["msg"].removeprefix("Value error, ")
+        of_key = f"'s {key}" if first["loc"] else ""
+        raise SpecError(f"{where}: the input spec{of_key} cannot be used ({message}): correct it") from error
     for name, fixed, wanted in (
         ("height", height, spec.size[0]),
         ("width", width, spec.size[1]),
@@ -216,7 +232,7 @@ def _source(
     sources: tuple[tuple[Source, Mapping[str, Any]], ...] = (
         ("options", given),
         ("sidecar", sidecar or {}),
-        ("metadata", metadata if sidecar is None else {}),
+        ("metadata", metadata if sidecar is None and ASSUMED not in metadata.items() else {}),
         ("detected", detected or {}),
     )
     return next((name for name, keys in sources if any(key in keys for key in PIXEL_KEYS)), "assumed")

@@ -220,9 +220,9 @@ def ensure_writable(path: Path, *, overwrite: bool) -> None:
     folder = path.parent
     try:
         if path.is_dir():
-            raise OutputError(f"{path} is a folder: name a file with -o")
+            raise OutputError(f"{path} is a folder: name a file")
         if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists: choose another name with -o, or pass --force to replace it")
+            raise OutputError(f"{path} exists: choose another name, or pass --force to replace it")
         if not folder.is_dir():
             raise OutputError(f"{folder} is not a folder: create it or choose another output")
         with tempfile.TemporaryFile(dir=folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from converters.input_spec import InputSpec
 
 
+FILE_WIDTH = 200
+"""Columns of what goes to a file or a pipe, where nothing has to be broken."""
+
+
 class Terminal:
     """The one place that prints. Also the recipes' `Progress`."""
 
@@ -34,6 +39,8 @@ class Terminal:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
         self.errors = Console(stderr=True, highlight=False)
         self.results = Console(highlight=False, soft_wrap=True)
+        if not self.results.is_terminal and "COLUMNS" not in os.environ:
+            self.results.width = FILE_WIDTH
         self._warn_of_installation()
 
     def _warn_of_installation(self) -> None:
@@ -116,7 +123,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     """A table whose first column is text and whose others are figures."""
     built = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
     for row in rows:
         built.add_row(*row)
     return built

@@ -10,11 +10,14 @@ from rich.table import Table
 from mixmix_cli.console import percent, pixels, size, table
 
 if TYPE_CHECKING:
-    from converters.input_spec import Detection
+    from converters.input_spec import Detection, InputSpec
     from recipes.inspect import Inspection
     from recipes.quantize.engine import Quantization
     from recipes.synth.engine import Synthesis
-    from recipes.validate import Validation
+    from recipes.validate import Candidate, Validation
+
+ALWAYS = ("finite", "optimisations")
+"""Gates that nobody has to ask for."""
 
 
 def synthesis_json(result: Synthesis) -> dict[str, Any]:
@@ -24,6 +27,7 @@ def synthesis_json(result: Synthesis) -> dict[str, Any]:
         "seconds": result.seconds,
         "seconds_per_image": result.seconds / result.images,
         "models": result.models,
+        "left_out": result.left_out,
         "final": result.losses,
     }
 
@@ -32,6 +36,7 @@ def quantization_json(result: Quantization, validation: Validation) -> dict[str,
     return {
         "input": result.input,
         "output": result.output,
+        "spec": spec_json(result.spec),
         "bits": result.bits,
         "act_bits": result.act_bits,
         "sparsity": 0.0,
@@ -52,6 +57,18 @@ def quantization_json(result: Quantization, validation: Validation) -> dict[str,
         "seconds": result.seconds,
         "written_difference": result.written_difference,
         "validation": validation_json(validation),
+    }
+
+
+def spec_json(spec: InputSpec) -> dict[str, Any]:
+    return {
+        "size": list(spec.size),
+        "channels": spec.channels,
+        "layout": spec.layout,
+        "scale": spec.scale,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "source": spec.source,
     }
 
 
@@ -79,6 +96,10 @@ def validation_json(result: Validation) -> dict[str, Any]:
                 "optimisation_snr_db": candidate.fusion_snr,
                 "passed": candidate.passed,
                 "failed": candidate.failed,
+                "gates": [
+                    {"gate": verdict.gate, "passed": verdict.passed, "reason": verdict.reason}
+                    for verdict in candidate.verdicts
+                ],
             }
             for candidate in result.candidates
         ],
@@ -112,12 +133,19 @@ def validation_table(result: Validation) -> Table:
             f"{candidate.snr:.1f} dB",
             size(candidate.size_bytes),
             f"{candidate.latency_ms:.2f} ms",
-            "passed" if candidate.passed else "failed: " + ", ".join(candidate.failed),
+            _gates(candidate),
         ]
         for candidate in result.candidates
     ]
     columns = ["model", "top-1", "top-5", "agreement", "KL", "SNR", "size", "latency", "gates"]
     return table(columns, rows)
+
+
+def _gates(candidate: Candidate) -> str:
+    if candidate.failed:
+        return "failed: " + ", ".join(candidate.failed)
+    asked = [verdict for verdict in candidate.verdicts if verdict.gate not in ALWAYS]
+    return "passed" if asked else "none asked"
 
 
 def inspection_json(result: Inspection) -> dict[str, Any]:
@@ -126,13 +154,7 @@ def inspection_json(result: Inspection) -> dict[str, Any]:
     return {
         "path": classifier.path,
         "input": {
-            "size": list(spec.size),
-            "channels": spec.channels,
-            "layout": spec.layout,
-            "scale": spec.scale,
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-            "source": spec.source,
+            **spec_json(spec),
             "confidence": detection.confidence if detection is not None else None,
             "runner_up": detection.runner_up if detection is not None else None,
             "evidence": detection.evidence if detection is not None else None,
@@ -173,7 +195,8 @@ def inspection_page(result: Inspection) -> Table:
     classifier, spec, detection = result.classifier, result.classifier.spec, result.classifier.detection
     macs = "-" if result.macs is None else f"{result.macs / 1e6:,.1f} million for one image"
     sizes = [len(block.layers) for block in result.blocks]
-    source = spec.source if detection is None else f"detected, confidence {detection.confidence:.2f}"
+    source: str = spec.source if detection is None else f"detected, confidence {detection.confidence:.2f}"
+    source += ": say so with --mean, --std, --scale or a .toml beside it, if that is wrong" * (source == "assumed")
     batch = "any batch" if classifier.fixed_batch is None else f"batches of {classifier.fixed_batch}"
     kind = classifier.image_type.name.lower()
     rows = [

@@ -56,9 +56,14 @@ class ImageStore:
             raise OutputError(
                 f"{self.directory} was not written by synth, so --force will not clear it: remove it first"
             )
-        shutil.rmtree(self.directory / "images", ignore_errors=True)
-        for name in (METADATA, PREVIEW, MANIFEST):
-            (self.directory / name).unlink(missing_ok=True)
+        try:
+            for name in (METADATA, PREVIEW, MANIFEST):
+                (self.directory / name).unlink(missing_ok=True)
+            shutil.rmtree(self.directory / "images", ignore_errors=True)
+        except OSError as error:
+            raise OutputError(
+                f"{self.directory} cannot be cleared ({error.strerror}): choose another output"
+            ) from error
 
     def _go_on(self) -> None:
         """Find the finished shards of the same set. Raises OutputError where there is none."""
@@ -68,9 +73,14 @@ class ImageStore:
             identity, shards = manifest["identity"], {shard["index"]: shard for shard in manifest["shards"]}
             listed = [row for row in rows if row["shard"] in shards]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self.directory} has no usable {MANIFEST} to resume from: use --force") from error
+            raise OutputError(
+                f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
+            ) from error
         if identity != json.loads(json.dumps(self.identity)):
-            raise OutputError(f"{self.directory} was begun with other models or settings: repeat those, or use --force")
+            raise OutputError(
+                f"{self.directory} holds images made of other models or with other settings: move it, repeat those, or"
+                " replace it with --force"
+            )
         # A stop may have come between the two records: only what both of them have is finished.
         counts = Counter(row["shard"] for row in listed)
         self.shards = [shard for index, shard in sorted(shards.items()) if counts[index] == shard["images"]]

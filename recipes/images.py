@@ -11,7 +11,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,8 @@ class ImageSet:
     labels: Tensor | None = None
     label_kind: LabelKind = "none"
     source: str = "memory"
+    classes: int | None = None
+    """How many classes there are, where labels are places in the sorted list of them."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -51,7 +53,7 @@ class ImageSet:
     def take(self, count: int | None) -> ImageSet:
         """The first `count` images (all, for None)."""
         labels = self.labels[:count] if self.labels is not None else None
-        return ImageSet(self.pixels[:count], labels, self.label_kind, self.source)
+        return replace(self, pixels=self.pixels[:count], labels=labels)
 
 
 def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
@@ -74,7 +76,9 @@ def gaussian_noise(count: int, channels: int, size: tuple[int, int], seed: int) 
 def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] | None = None) -> ImageSet:
     """Read an image set, the first `limit` images of it.
 
-    With `size` (height, width), image files of other sizes are brought to it: shorter side resized, centre cropped.
+    In a folder of folders, one a class, the label is a folder's name where all of them are numbers, and otherwise its
+    place in their sorted list. With `size` (height, width), image files of other sizes are brought to it: shorter side
+    resized, centre cropped.
     Raises DataError with what is wrong, where, and what to do instead.
     """
     if not path.exists():
@@ -129,20 +133,40 @@ def _load_synthesized(path: Path, limit: int | None) -> ImageSet:
         raise DataError(f"{path / METADATA} is damaged ({error}): synthesize the set again") from error
     if not files:
         raise DataError(f"{path} holds no images yet: finish it with synth --resume")
-    return ImageSet(_stack(files), torch.tensor(labels), "targets", str(path))
+    unfinished = "" if _is_finished(path) else " (unfinished: synth --resume completes it)"
+    return ImageSet(_stack(files), torch.tensor(labels), "targets", f"{path}{unfinished}")
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether the manifest of a synthesized set says so; a set without one was put together by hand."""
+    try:
+        return bool(json.loads((path / MANIFEST).read_text())["finished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def _load_folder(path: Path, limit: int | None, size: tuple[int, int] | None) -> ImageSet:
-    classes = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    flat = _image_files(path)
+    folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    flat, within = _image_files(path), {folder: _image_files(folder) for folder in folders}
+    within = {folder: files for folder, files in within.items() if files}
+    if flat and within:
+        raise DataError(f"{flat[0]} lies beside folders of classes: move it into one, or away")
     if flat:
         return ImageSet(_stack(flat[:limit], size), source=str(path))
-    found = [(file, index) for index, folder in enumerate(classes) for file in _image_files(folder)]
-    if not found:
-        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}): name a folder with images in it")
+    if not within:
+        deeper = next(
+            (f for folder in folders for f in sorted(folder.iterdir()) if f.is_dir() and _image_files(f)), None
+        )
+        hint = f"name {deeper.parent}" if deeper is not None else "name a folder with images in it"
+        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}): {hint}")
+    numbered = all(folder.name.isdecimal() for folder in within)
+    labels = {folder: int(folder.name) if numbered else folders.index(folder) for folder in within}
+    found = [(file, labels[folder]) for folder, files in within.items() for file in files]
     if limit is not None and limit < len(found):  # evenly over the classes, not the first class alone
         found = [found[position * len(found) // limit] for position in range(limit)]
-    return ImageSet(_stack([file for file, _ in found], size), torch.tensor([i for _, i in found]), "real", str(path))
+    pixels = _stack([file for file, _ in found], size)
+    classes = None if numbered else len(folders)
+    return ImageSet(pixels, torch.tensor([label for _, label in found]), "real", str(path), classes)
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from converters.errors import OutputError
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import ensure_writable
-from recipes.images import ImageSet, load_images
+from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.progress import Progress
 from recipes.quantize.engine import Quantization, check_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
@@ -101,7 +101,9 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
         return load_images(request.data, request.limit, size=target.spec.size)
     modules = convert_all(request.zoo or [target], request.device, progress)
     directory = request.output.parent / f"{target.name}.images"
-    resume = directory.exists()
+    found = directory.exists()
+    if found and not request.overwrite and not (directory / MANIFEST).is_file():
+        raise OutputError(f"{directory}, where made images go, is there already: move it, or give images with --data")
     synthesize(
         modules,
         directory,
@@ -109,7 +111,7 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
         recipe=request.synth_recipe,
         size=target.spec.size,
         seed=request.seed,
-        resume=resume,
+        resume=found,
         overwrite=request.overwrite,
         progress=progress,
         versions={"mixmix": request.version},

@@ -47,6 +47,16 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a gate says of one candidate."""
+
+    gate: str
+    passed: bool
+    reason: str
+    """The figure and its limit."""
+
+
+@dataclass(frozen=True)
 class Reference:
     """The model that candidates are held against."""
 
@@ -59,7 +69,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate's figures. `snr` is in dB; `failed` names the gates that it did not pass."""
+    """One candidate's figures; `snr` is in dB. `verdicts` are those of the gates asked for, and two that always are."""
 
     path: Path
     top1: float | None
@@ -71,7 +81,12 @@ class Candidate:
     size_bytes: int
     latency_ms: float
     fusion_snr: float
-    failed: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the gates that it did not pass."""
+        return [verdict.gate for verdict in self.verdicts if not verdict.passed]
 
     @property
     def passed(self) -> bool:
@@ -178,19 +193,13 @@ def _judge(
     top1, top5 = _accuracy(fused, labels, candidate)
     agreement = float((fused.argmax(1) == expected.argmax(1)).mean())
     drop = reference.top1 - top1 if reference.top1 is not None and top1 is not None else None
-    failed = []
-    if gates.max_drop is not None and drop is not None and drop > gates.max_drop + SLACK:
-        failed.append("max-drop")
-    if gates.min_top1 is not None and top1 is not None and top1 < gates.min_top1 - SLACK:
-        failed.append("min-top1")
-    if gates.min_agreement is not None and agreement < gates.min_agreement - SLACK:
-        failed.append("min-agreement")
-    if not np.isfinite(fused).all():
-        failed.append("finite")
-    signal = float(np.square(plain).sum())
-    fusion_noise = float(np.square(fused - plain).sum())
-    if fusion_noise > max(FUSION_SHARE * float(np.square(plain - expected).sum()), FUSION_FLOOR * signal):
-        failed.append("optimisations")
+    verdicts = _asked(gates, drop, top1, agreement)
+    finite = bool(np.isfinite(fused).all())
+    verdicts.append(Verdict("finite", finite, "logits are " + ("finite" if finite else "infinite or no numbers")))
+    allowed = max(FUSION_SHARE * float(np.square(plain - expected).sum()), FUSION_FLOOR * float(np.square(plain).sum()))
+    noise = float(np.square(fused - plain).sum())
+    reason = f"graph optimisations change the logits by {noise:.2g} (squared), allowed are {allowed:.2g}"
+    verdicts.append(Verdict("optimisations", not noise > allowed, reason))
     return Candidate(
         path=candidate.path,
         top1=top1,
@@ -202,8 +211,22 @@ def _judge(
         size_bytes=candidate.size_bytes,
         latency_ms=latency,
         fusion_snr=decibels(plain, fused),
-        failed=failed,
+        verdicts=verdicts,
     )
+
+
+def _asked(gates: Gates, drop: float | None, top1: float | None, agreement: float) -> list[Verdict]:
+    """Verdicts of the gates that have a limit."""
+    limits: tuple[tuple[str, float | None, float | None, int], ...] = (
+        ("max-drop", drop, gates.max_drop, -1),
+        ("min-top1", top1, gates.min_top1, 1),
+        ("min-agreement", agreement, gates.min_agreement, 1),
+    )
+    return [
+        Verdict(gate, sign * (value - limit) >= -SLACK, f"{gate.split('-')[1]} {value:.4f}, {gate[:3]} {limit:g}")
+        for gate, value, limit, sign in limits
+        if value is not None and limit is not None
+    ]
 
 
 def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: int, stop: int) -> NDArray[np.float32]:
@@ -251,6 +274,11 @@ def check_labels(images: ImageSet, classes: int, model: Classifier) -> None:
     """Raise MixMixError when real labels are none of a model's classes."""
     if images.labels is None or images.label_kind != "real" or not len(images):
         return
+    if images.classes is not None and images.classes + model.spec.offset != classes:
+        raise MixMixError(
+            f"{images.source} has {images.classes} folders, {model.path} has {classes} classes, so that their order"
+            " does not tell the class: name each folder by its class index"
+        )
     low, high = int(images.labels.min()), int(images.labels.max())
     if low + model.spec.offset < 0 or high + model.spec.offset >= classes:
         wrong = low if low + model.spec.offset < 0 else high

@@ -58,12 +58,17 @@ def command(**given: Any) -> int:
             "none": "no labels: agreement is reported, not accuracy",
         }
         terminal.show(f"{result.images} images of {images.source}; {meaning[result.labels]}")
+        for candidate in result.candidates:
+            for verdict in candidate.verdicts:
+                if not verdict.passed:
+                    terminal.show(f"{candidate.path} fails {verdict.gate}: {verdict.reason}")
     if given["junit"]:
         from mixmix_cli.report import write_junit
 
         write_junit(result, given["junit"])
     if given["github"]:
         for candidate in result.candidates:
-            for gate in candidate.failed:
-                terminal.annotate(f"::error title=mixmix {gate}::{candidate.path} did not pass the gate {gate}")
+            for verdict in candidate.verdicts:
+                if not verdict.passed:
+                    terminal.annotate(f"::error title=mixmix {verdict.gate}::{candidate.path}: {verdict.reason}")
     return 0 if result.passed else 1

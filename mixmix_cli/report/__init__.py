@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from recipes.validate import Validation
 
-GATES = ("max-drop", "min-top1", "min-agreement", "finite", "optimisations")
-
 
 def write_junit(result: Validation, path: Path) -> None:
     """One test case a candidate and gate, as CI servers read them."""
@@ -19,10 +17,10 @@ def write_junit(result: Validation, path: Path) -> None:
 
     suite = TestSuite("mixmix validate")
     for candidate in result.candidates:
-        for gate in GATES:
-            case = TestCase(gate, classname=str(candidate.path))
-            if gate in candidate.failed:
-                case.result = [Failure(f"{candidate.path} did not pass the gate {gate}")]
+        for verdict in candidate.verdicts:
+            case = TestCase(verdict.gate, classname=str(candidate.path))
+            if not verdict.passed:
+                case.result = [Failure(f"{candidate.path}: {verdict.reason}")]
             suite.add_testcase(case)
     document = JUnitXml()
     document.add_testsuite(suite)

@@ -20,6 +20,7 @@ from torch import Tensor
 import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import ConversionError, MixMixError
+from converters.input_spec import InputSpec
 from converters.targets import MAX_BITS, MIN_BITS
 from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
 from recipes.blocks import Block, find_blocks
@@ -58,6 +59,7 @@ class Quantization:
 
     input: Path
     output: Path
+    spec: InputSpec
     bits: int
     act_bits: int | None
     blocks: list[tuple[str, Reconstruction]]
@@ -135,6 +137,7 @@ def quantize(
     return Quantization(
         input=classifier.path,
         output=output,
+        spec=classifier.spec,
         bits=bits,
         act_bits=act_bits,
         blocks=run.account,

@@ -43,6 +43,8 @@ class Synthesis:
     images: int
     seconds: float
     models: list[str]
+    left_out: list[str]
+    """Models that have nothing to say: no statistics, and no label loss is asked for."""
     losses: dict[str, float]
 
 
@@ -126,7 +128,9 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
     if not teaching:
         names = ", ".join(str(module.classifier.path) for module in modules)
-        raise SynthesisError(f"{names}: no BatchNorm statistics to invert: add a model exported with BatchNorm kept")
+        raise SynthesisError(
+            f"{names}: no BatchNorm statistics to invert: name models exported with BatchNorm kept (quantize: --zoo)"
+        )
     return teaching, classes[0]
 
 
@@ -151,6 +155,10 @@ def synthesize(
     started = time.perf_counter()
     progress = progress or Silent()
     teachers, classes = make_teachers(modules, settings)
+    used = {teacher.module for teacher in teachers}
+    left_out = [str(module.classifier.path) for module in modules if module not in used]
+    if left_out:
+        progress.say(f"left out, without BatchNorm statistics: {', '.join(left_out)}")
     height, width = (max(module.spec.size[axis] for module in modules) for axis in (0, 1))
     full = size or (height, width)
     identity: dict[str, Any] = {
@@ -188,7 +196,7 @@ def synthesize(
     seconds = time.perf_counter() - started
     spent = sum(shard["seconds"] for shard in store.shards)  # a resumed call keeps the time of earlier ones
     store.finish(load_images(directory, 64).pixels, {"losses": final, "seconds": round(spent, 3)})
-    return Synthesis(directory, settings.images, seconds, [teacher.name for teacher in teachers], final)
+    return Synthesis(directory, settings.images, seconds, [teacher.name for teacher in teachers], left_out, final)
 
 
 def _mean(values: list[float]) -> float:

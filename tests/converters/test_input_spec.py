@@ -251,3 +251,22 @@ def test_bad_sidecar(tmp_path: Path, content: bytes, message: str) -> None:
 def test_what_is_assumed_of_bgr_is_in_its_order(tmp_path: Path) -> None:
     spec = resolve(tmp_path / "m.onnx", OPEN, {}, BGR)
     assert (spec.mean, spec.std) == (IMAGENET_MEAN[::-1], IMAGENET_STD[::-1])
+
+
+def test_one_number_is_that_of_every_channel(tmp_path: Path) -> None:
+    spec = resolve(tmp_path / "m.onnx", [None, 3, 8, 8], {}, {"mean": [0.4], "std": 0.2})
+    assert (spec.mean, spec.std) == ((0.4,) * 3, (0.2,) * 3)
+
+
+def test_what_was_assumed_stays_assumed_in_a_written_file(tmp_path: Path) -> None:
+    """Nobody knew, and a file that says so is judged again."""
+    spec = resolve(tmp_path / "m.onnx", [None, 1, 8, 8], {})
+    assert spec.source == "assumed"
+    written = spec.to_metadata()
+    assert written["mixmix.input.source"] == "assumed"
+    assert resolve(tmp_path / "m.onnx", [None, 1, 8, 8], written) == spec
+    known = resolve(tmp_path / "m.onnx", [None, 1, 8, 8], written, {"mean": [0.2], "std": [0.3]})
+    assert "mixmix.input.source" not in known.to_metadata()
+    detected = {"mean": (0.0,), "std": (1.0,), "scale": 255.0}
+    again = resolve(tmp_path / "m.onnx", [None, 1, 8, 8], written, detected=detected)
+    assert (again.source, again.scale, again.mean) == ("detected", 255.0, (0.0,))

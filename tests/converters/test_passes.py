@@ -141,7 +141,7 @@ def test_unshare_weights() -> None:
     first, second = (n.inputs[1] for n in model.graph if n.outputs[0].name in ("first", "second"))
     assert first is not None
     assert second is not None
-    assert (first.name, second.name) == ("square", "square.1")
+    assert {first.name, second.name} == {"square", "square.1"}
     np.testing.assert_array_equal(graphs.to_numpy(first), graphs.to_numpy(second))
     np.testing.assert_array_equal(oracle.run(model, x), oracle.run(proto, x))
     assert passes.unshare_weights(model) is False

@@ -220,7 +220,6 @@ def test_layers_and_batchnorms_are_the_graphs(embedded_path: Path, embedded_modu
     for layer in layers:
         groups = next((a.i for a in nodes[layer.output].attribute if a.name == "group"), 1)
         assert layer.groups == groups
-        assert layer.depthwise == (groups > 1 and layer.shape[1] == 1)
         assert layer.shape == tensors[nodes[layer.output].input[1]].shape
         assert layer.parameters == tensors[nodes[layer.output].input[1]].size
         assert (layer.bias is None) == (len(nodes[layer.output].input) < 3)

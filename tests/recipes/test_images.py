@@ -142,6 +142,35 @@ def test_images_of_other_sizes_are_brought_to_one_size(tmp_path: Path, channels:
     torch.testing.assert_close(tall, wide.transpose(1, 2), rtol=0, atol=0.005)
 
 
+def test_folders_named_by_number_are_those_classes(tmp_path: Path) -> None:
+    for name in ("3", "007", "12"):
+        (tmp_path / name).mkdir()
+        save_image(tmp_path / name / "a.png", random_bytes(1, 8, 8, 3)[0])
+    images = load_images(tmp_path)
+    assert images.labels is not None
+    assert sorted(images.labels.tolist()) == [3, 7, 12]
+    assert images.classes is None
+
+
+def test_folders_named_by_word_are_numbered_in_order_and_counted(tmp_path: Path) -> None:
+    """An empty one counts: it is a class without images."""
+    for name in ("boot", "bag", "coat"):
+        (tmp_path / name).mkdir()
+    for name in ("boot", "coat"):
+        save_image(tmp_path / name / "a.png", random_bytes(1, 8, 8, 3)[0])
+    images = load_images(tmp_path)
+    assert images.labels is not None
+    assert images.labels.tolist() == [1, 2]
+    assert images.classes == 3
+
+
+def test_images_one_level_down_are_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "val" / "boot").mkdir(parents=True)
+    save_image(tmp_path / "val" / "boot" / "a.png", random_bytes(1, 8, 8, 3)[0])
+    with pytest.raises(DataError, match=f"holds no images .*: name {tmp_path / 'val'}$"):
+        load_images(tmp_path)
+
+
 def test_gray_photographs_among_coloured_ones(tmp_path: Path) -> None:
     """ImageNet's validation set has some."""
     colours = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
@@ -230,6 +259,13 @@ def file(name: str, content: bytes) -> Callable[[Path], Path]:
     return make
 
 
+def stray(folder: Path) -> Path:
+    (folder / "1").mkdir()
+    save_image(folder / "1" / "a.png", random_bytes(1, 8, 8, 3)[0])
+    save_image(folder / "stray.png", random_bytes(1, 8, 8, 3)[0])
+    return folder
+
+
 def mixed_sizes(folder: Path) -> Path:
     save_image(folder / "a.png", random_bytes(1, 8, 8, 3)[0])
     save_image(folder / "b.png", random_bytes(1, 9, 8, 3)[0])
@@ -292,6 +328,7 @@ BAD = {
     "npz as npy": npz_as_npy,
     "mixed sizes": mixed_sizes,
     "mixed channels": mixed_channels,
+    "beside classes": stray,
     "metadata empty": rows(),
     "metadata not json": rows("{oops"),
     "metadata a list": rows("[1]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -287,3 +288,26 @@ def test_models_of_one_file_name_have_a_loss_term_each(module_of: Modules, tmp_p
     made = synthesize(modules, tmp_path / "set", settings(label=0.0))
     assert made.models == ["model", "model.2", "model.3"]
     assert set(made.losses) == {"batchnorm/model", "batchnorm/model.2", "batchnorm/model.3"}
+
+
+def test_models_without_statistics_are_left_out_and_named(module_of: Modules, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    modules = [module_of("plain"), module_of("inverted_folded")]
+    made = synthesize(modules, tmp_path / "set", settings(label=0.0), progress=Heard())
+    assert made.models == ["plain"]
+    assert [Path(path).stem for path in made.left_out] == ["inverted_folded"]
+    assert any("inverted_folded" in message for message in said)
+
+
+def test_an_unfinished_set_says_so(made: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    assert load_images(copy).source == str(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    assert "synth --resume" in load_images(copy).source

@@ -111,6 +111,14 @@ def test_labels_that_are_no_classes(
     check_labels(replace(labelled, labels=torch.tensor([0, 3])), models.CLASSES, classifier)
 
 
+def test_folders_that_are_not_the_classes(write: Write, images: ImageSet) -> None:
+    classifier = load_classifier(write(models.conv()))
+    labelled = replace(images, labels=torch.tensor([0, 1]), label_kind="real", classes=2)
+    with pytest.raises(MixMixError, match=r"2 folders, .* 5 classes.*: name each folder by its class index"):
+        check_labels(labelled, models.CLASSES, classifier)
+    check_labels(replace(labelled, classes=5), models.CLASSES, classifier)
+
+
 def scaled(op: str, number: float) -> onnx.ModelProto:
     """The conv model behind one node of arithmetic on the image."""
     model = models.conv()
