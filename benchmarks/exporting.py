@@ -39,6 +39,15 @@ def _export_legacy(model: nn.Module, example: torch.Tensor, path: Path, opset: i
 
 def export_folded(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None = None) -> None:
     """Default exporter: BatchNorm folded into the convolutions, any batch."""
+    _export_default(model, example, path, opset, optimise=True)
+
+
+def export_plain(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None = None) -> None:
+    """Default exporter without its optimiser: CastLike, Expand, computed Pad and all, any batch."""
+    _export_default(model, example, path, opset, optimise=False)
+
+
+def _export_default(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None, *, optimise: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -48,6 +57,8 @@ def export_folded(model: nn.Module, example: torch.Tensor, path: Path, opset: in
             dynamo=True,
             opset_version=opset,
             external_data=False,
+            optimize=optimise,
+            verbose=False,
             input_names=["image"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
