@@ -114,6 +114,12 @@ class Session:
         return float(np.median(times) * 1e3)
 
 
+def fits_protobuf(model: ir.Model) -> bool:
+    """Whether the model can be one file; protobuf ends at 2 GB."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None) < PROTOBUF_LIMIT
+
+
 def serialise(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
@@ -124,8 +130,7 @@ def _for_runtime(model: Path | bytes | ir.Model, folder: Path) -> str | bytes:
         return str(model)
     if isinstance(model, bytes):
         return model
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    if sum(tensor.nbytes for tensor in tensors if tensor is not None) < PROTOBUF_LIMIT:
+    if fits_protobuf(model):
         return serialise(model)
     ir.save(model, folder / "model.onnx", external_data="model.data")
     return str(folder / "model.onnx")

@@ -22,7 +22,7 @@ from converters import graphs, passes, precision
 from converters.classifier import Classifier, build, logits_session
 from converters.endings import find_ending
 from converters.errors import ModelError, OutputError
-from converters.runtime import Session, serialise
+from converters.runtime import Session, fits_protobuf, serialise
 from converters.targets import ACTIVATIONS, Container, weight_container
 from converters.torch_module import relative_difference
 
@@ -208,11 +208,31 @@ def save(
     """
     ensure_writable(path, overwrite=overwrite)
     model.metadata_props.update(metadata)
+    if not fits_protobuf(model):
+        _save_with_external_data(model, path, check, overwrite=overwrite)
+        return
     content = serialise(model)
     Session(content, name=str(path))
     if check is not None:
         check()
     write_atomically(path, content)
+
+
+def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> None:
+    """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it."""
+    data = path.with_name(f"{path.name}.data")
+    ensure_writable(data, overwrite=overwrite)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mixmix-") as folder:
+            written = Path(folder) / path.name
+            ir.save(model, written, external_data=data.name)
+            Session(written, name=str(path))
+            if check is not None:
+                check()
+            written.with_name(data.name).replace(data)
+            written.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
 
 
 def ensure_writable(path: Path, *, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from converters import runtime
 from converters.classifier import Classifier
 from converters.errors import ModelError, OutputError
 from converters.load import load_classifier
@@ -174,3 +175,22 @@ def test_nodes_keep_the_files_names(embedded: Classifier, write: Callable[[onnx.
     assert [t.name for t in after.graph.initializer] == [t.name for t in before.graph.initializer]
     assert [(o.domain, o.version) for o in after.opset_import] == [(o.domain, o.version) for o in before.opset_import]
     assert after.ir_version == before.ir_version
+
+
+def test_a_model_too_large_for_one_file_has_its_weights_beside_it(
+    model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file of over 2 GB is; here the limit is moved."""
+    monkeypatch.setattr(runtime, "PROTOBUF_LIMIT", 100)
+    path, x = tmp_path / "out.onnx", models.images()
+    save(model, path, {"note": "new"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
+    (weight,) = (t for t in onnx.load(path, load_external_data=False).graph.initializer if t.name == "conv.weight")
+    assert weight.data_location == onnx.TensorProto.EXTERNAL
+    np.testing.assert_array_equal(oracle.run(onnx.load(path), x), oracle.run(models.conv(), x))
+    assert load_classifier(path).size_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    path.unlink()
+    assert_refused(model, path)  # the data's name is taken
+    with pytest.raises(ZeroDivisionError):
+        save(model, path, {}, overwrite=True, check=lambda: print(1 / 0))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx.data"]

@@ -334,3 +334,16 @@ def test_nothing_to_quantize(write: Callable[[onnx.ModelProto], Path]) -> None:
     classifier = load_classifier(write(models.assemble(nodes, outputs={"logits": ("batch", 3)})))
     with pytest.raises(MixMixError, match="nothing to quantize"):
         quantize(classifier, noise(), classifier.path.with_name("q.onnx"), recipe("nearest"), 4)
+
+
+@pytest.mark.parametrize("name", sorted(set(hard_cases.CASES) - {"quantized"}))
+def test_every_hard_case_is_written(tmp_path: Path, name: str) -> None:
+    """Each layer of the file gets 4-bit integers, and the file computes what the torch model does."""
+    classifier = load_classifier(models.write(hard_cases.CASES[name](), tmp_path / "model.onnx"))
+    spec = classifier.spec
+    pixels = torch.rand(4, spec.channel_count, *spec.size, generator=torch.Generator().manual_seed(0))
+    settings = recipe("nearest", end_bits=4, sensitive_share=0.0)
+    result = quantize(classifier, ImageSet(pixels), tmp_path / "q.onnx", settings, 4)
+    assert result.layers
+    kinds = [tensor.data_type for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer]
+    assert kinds.count(TensorProto.INT4) >= 2 * len(result.layers)  # integers and zero points
