@@ -73,6 +73,12 @@ class Classifier:
         return uses_other_floats(self.original)
 
     @property
+    def has_statistics(self) -> bool:
+        """Whether BatchNormalization is left in it, with the statistics of the training data."""
+        norms = (node for node in self.normal.graph if node.op_type == "BatchNormalization")
+        return any(all(graphs.is_constant(value) for value in norm.inputs[3:5]) for norm in norms)
+
+    @property
     def quantized(self) -> bool:
         """Whether the file holds quantized weights or activations already."""
         return any(node.op_type == "DequantizeLinear" for node in self.original.graph.all_nodes())

@@ -210,7 +210,7 @@ def inspection_page(result: Inspection) -> Table:
         ("MACs", macs),
         ("BatchNorm", f"{result.batchnorms} layers kept, {result.folded} convolutions with a folded bias"),
         ("blocks", f"{len(sizes)} to reconstruct, of {min(sizes)} to {max(sizes)} layers" if sizes else "none"),
-        *((task, "yes" if reason is None else f"no: {reason}") for task, reason in _reasons(result).items()),
+        *((task, f"no: {reason}" if reason else _yes(task, result)) for task, reason in _reasons(result).items()),
     ]
     page = Table(title=str(classifier.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     page.add_column(style="bold")
@@ -218,6 +218,12 @@ def inspection_page(result: Inspection) -> Table:
     for key, value in rows:
         page.add_row(key, escape(value))
     return page
+
+
+def _yes(task: str, result: Inspection) -> str:
+    if task == "synth" and not result.batchnorms:
+        return "yes, from its labels alone: it has no BatchNorm statistics (better: --zoo, models that have)"
+    return "yes"
 
 
 def _second(detection: Detection) -> str:

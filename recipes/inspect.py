@@ -41,9 +41,7 @@ class Inspection:
     @property
     def why_not_synthesize(self) -> str | None:
         """What keeps images from being made from the model alone, or None."""
-        if self.unsupported:
-            return self._unsupported
-        return None if self.batchnorms else "it has no BatchNorm statistics: give other models with --zoo"
+        return self._unsupported if self.unsupported else None
 
     @property
     def _unsupported(self) -> str:

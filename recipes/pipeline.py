@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,9 @@ from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.progress import Progress
 from recipes.quantize.engine import Quantization, check_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
+from recipes.settings import Effort
 from recipes.synth.engine import synthesize
-from recipes.synth.settings import SynthSettings
+from recipes.synth.settings import SynthSettings, load_synth_recipe
 from recipes.validate import GateError, Gates, Validation, check_labels, count_classes, require_labels, validate
 
 
@@ -30,6 +32,23 @@ def convert_all(classifiers: Sequence[Classifier], device: torch.device, progres
             modules.append(to_torch(classifier).to(device))
             task.advance(1, classifier.name)
     return modules
+
+
+def load_suitable_recipe(
+    name: str | None,
+    models: Sequence[Classifier],
+    effort: Effort,
+    overrides: Iterable[str],
+    steps: int | None,
+    changes: Mapping[str, Any],
+    progress: Progress,
+) -> tuple[str, SynthSettings]:
+    """The recipe of that name, or the one that fits the models: `default`, or `labels` where none has statistics."""
+    if name is None:
+        name = "default" if any(model.has_statistics for model in models) else "labels"
+        if name == "labels":
+            progress.say("no model has BatchNorm statistics: images are shaped by its labels alone (recipe labels)")
+    return name, load_synth_recipe(name, effort, overrides, steps, changes)
 
 
 @dataclass(frozen=True)
@@ -45,10 +64,11 @@ class Request:
     settings: QuantizeSettings
     recipe: str
     """Name of the settings, for the file's provenance."""
-    synth_settings: SynthSettings
-    synth_recipe: str
-    limit: int | None
-    """How many of the images in `data` to use."""
+    synth_recipe: str | None
+    """Of the images that are made; None for the one that fits the models."""
+    effort: Effort
+    images: int | None
+    """How many to use of `data`, or to make."""
     gates: Gates
     seed: int
     device: torch.device
@@ -98,8 +118,12 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     """
     target = request.classifier
     if request.data is not None:
-        return load_images(request.data, request.limit, size=target.spec.size)
-    modules = convert_all(request.zoo or [target], request.device, progress)
+        return load_images(request.data, request.images, size=target.spec.size)
+    models = request.zoo or [target]
+    recipe, settings = load_suitable_recipe(
+        request.synth_recipe, models, request.effort, (), None, {"images": request.images}, progress
+    )
+    modules = convert_all(models, request.device, progress)
     directory = request.output.parent / f"{target.name}.images"
     found = directory.exists()
     if found and not request.overwrite and not (directory / MANIFEST).is_file():
@@ -107,8 +131,8 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     synthesize(
         modules,
         directory,
-        request.synth_settings,
-        recipe=request.synth_recipe,
+        settings,
+        recipe=recipe,
         size=target.spec.size,
         seed=request.seed,
         resume=found,

@@ -35,7 +35,7 @@ METHODS = ("nearest", "adaround", "brecq", "qdrop")
 @click.option("--size", callback=options.pixels, help="The model's height and width where the file leaves them open.")
 @options.input_spec
 @options.recipe(None, "quantization (overrides --method)")
-@click.option("--synth-recipe", default="default", show_default=True, help="Recipe of the images that are made.")
+@click.option("--synth-recipe", help="Recipe of the images that are made (default: what fits the models).")
 @options.compute
 @options.force
 @options.common
@@ -51,13 +51,11 @@ def command(**given: Any) -> int:
     from recipes.quantize.engine import output_path
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
     from recipes.settings import choose_device, load_recipe
-    from recipes.synth.settings import load_synth_recipe
     from recipes.validate import Gates
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     recipe, effort = given["recipe"] or given["method"], given["effort"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, effort, given["overrides"])
-    changes = {"images": given["images"]}
     device = choose_device(given["device"])
     spec = options.spec_from(given)
     classifier = load_classifier(given["model"], {**spec, "size": given["size"]})
@@ -73,9 +71,9 @@ def command(**given: Any) -> int:
         output=given["output"] or output_path(given["model"], given["bits"], given["act_bits"]),
         settings=settings,
         recipe=recipe,
-        synth_settings=load_synth_recipe(given["synth_recipe"], effort, (), None, changes),
         synth_recipe=given["synth_recipe"],
-        limit=given["images"],
+        effort=effort,
+        images=given["images"],
         gates=Gates(max_drop=given["max_drop"]),
         seed=given["seed"],
         device=device,

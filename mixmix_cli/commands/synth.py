@@ -22,7 +22,7 @@ from mixmix_cli import __version__, options
 @click.option("--models-per-step", type=click.IntRange(min=1), help="Draw this many of the models for each step.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run left in the folder.")
 @options.input_spec
-@options.recipe("default", "synthesis")
+@options.recipe(None, "synthesis (default: what fits the models)")
 @options.compute
 @options.force
 @options.common
@@ -34,23 +34,24 @@ def command(**given: Any) -> int:
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import synthesis_json
-    from recipes.pipeline import convert_all
+    from recipes.pipeline import convert_all, load_suitable_recipe
     from recipes.settings import choose_device
     from recipes.synth.engine import synthesize
-    from recipes.synth.settings import load_synth_recipe
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
-    settings = load_synth_recipe(given["recipe"], given["effort"], given["overrides"], given["steps"], changes)
     device = choose_device(given["device"])
     classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
     for classifier in classifiers:
         terminal.tell_choices(classifier)
+    recipe, settings = load_suitable_recipe(
+        given["recipe"], classifiers, given["effort"], given["overrides"], given["steps"], changes, terminal
+    )
     result = synthesize(
         convert_all(classifiers, device, terminal),
         given["output"],
         settings,
-        recipe=given["recipe"],
+        recipe=recipe,
         size=given["size"],
         seed=given["seed"],
         resume=given["resume"],

@@ -133,6 +133,21 @@ def test_quantize_exactly_as_typed(
     assert len(list(pictures.rglob("*.png"))) == 4
 
 
+def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No statistics, no zoo, no images: they are shaped by the model's labels, and the manifest says so."""
+    model = tmp_path / "folded.onnx"
+    model.write_bytes(zoo.model_path("inverted_folded").read_bytes())
+    status, _, err = run(capsys, "quantize", "--bits", 4, model, "-n", 8, "--effort", "fast", *FEW)
+    assert status == 0
+    assert "recipe labels" in err
+    assert model.with_name("folded.w4.onnx").is_file()
+    identity = json.loads((tmp_path / "folded.images" / "manifest.json").read_text())["identity"]
+    assert identity["recipe"] == "labels"
+    status, out, _ = run(capsys, "synth", model, "-o", tmp_path / "d", "-n", 4, "--steps", 8, "--json")
+    assert status == 0
+    assert list(json.loads(out)["final"]) == ["label/folded"]
+
+
 def test_zoo_takes_what_a_glob_gives(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     """Several values behind one --zoo, before and after MODEL, all of them loaded."""
     a, b = (zoo.model_path(name) for name in ("plain", "residual"))
@@ -206,7 +221,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert kept["input"]["source"] == "metadata"
     assert kept["macs"] == 4622496  # counted by torch's flop counter on the module that was exported
     assert kept["can"]["synth"] is True
-    assert folded["can"]["synth"] is False
+    assert folded["can"]["synth"] is True
     status, out, _ = run(capsys, "inspect", paths[0])
     assert status == 0
     assert "28x28 gray" in out
@@ -296,7 +311,8 @@ class TestBadInput:
         assert "cannot be written" in err
 
     def test_model_without_statistics(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        err = self.refused(capsys, tmp_path, "synth", zoo.model_path("inverted_folded"), "-o", tmp_path / "d")
+        folded = zoo.model_path("inverted_folded")
+        err = self.refused(capsys, tmp_path, "synth", folded, "-o", tmp_path / "d", "--recipe", "default")
         assert "BatchNorm" in err
 
     def test_output_that_is_the_model_itself(
