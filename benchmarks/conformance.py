@@ -45,7 +45,8 @@ class Conformance:
 
     @property
     def holds(self) -> bool:
-        return max(self.difference, self.batch_difference) < LARGEST and self.gradient and self.mapped == self.weights
+        close = self.difference < LARGEST and self.batch_difference < LARGEST  # not of NaN
+        return close and self.gradient and self.mapped == self.weights
 
 
 def measure(path: Path, seed: int = 1) -> Conformance:

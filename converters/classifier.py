@@ -73,6 +73,13 @@ class Classifier:
         return uses_other_floats(self.original)
 
     @property
+    def open_size(self) -> bool:
+        """Whether the file leaves the image's height or width open."""
+        image = graphs.image_input(self.original.graph)
+        sides = list(image.shape or ())[1:3] if self.spec.layout == "NHWC" else list(image.shape or ())[2:4]
+        return not all(isinstance(side, int) and side > 0 for side in sides)
+
+    @property
     def has_statistics(self) -> bool:
         """Whether BatchNormalization is left in it, with the statistics of the training data."""
         norms = (node for node in self.normal.graph if node.op_type == "BatchNormalization")

@@ -39,6 +39,9 @@ OTHER_FLOAT_TOLERANCE = 2e-2
 ROUNDING = 10.0
 """How much more than its own rounding a conversion may differ by, in models that make much of the last digits."""
 
+MOST_ROUNDING = 1e-2
+"""What no rounding excuses."""
+
 LIGHT = 1 << 16  # bytes; what decides how a node is converted, sizes and axes, is far below
 
 
@@ -319,6 +322,11 @@ class _Expectation:
         pixels = torch.rand(2 * batch, classifier.spec.channel_count, height, width, generator=generator)
         self.x = classifier.as_stored(classifier.spec.to_input(pixels)).contiguous()
         self.logits = classifier.session(optimise=False).run_in_batches(self.x.numpy(), classifier.fixed_batch or 2)
+        if not np.isfinite(self.logits.astype(np.float64)).all():
+            raise ModelError(
+                f"{classifier.path}: onnxruntime itself gets NaN or infinity on ordinary pixels: a weight is damaged,"
+                " or the input spec is far off; export the model again, or set --mean, --std and --scale"
+            )
         shape = self.logits.shape
         if self.logits.ndim < 2 or math.prod(shape[1:]) != max(shape[1:]):
             raise ModelError(
@@ -346,7 +354,7 @@ class _Expectation:
             )
         difference = relative_difference(actual, self.logits)
         tolerance = OTHER_FLOAT_TOLERANCE if self.classifier.other_floats else TOLERANCE
-        if difference <= tolerance or difference <= ROUNDING * _rounding(module, self.x, actual):
+        if difference <= tolerance or difference <= min(ROUNDING * _rounding(module, self.x, actual), MOST_ROUNDING):
             return difference
         name, worst = _first_difference(module, self.x[: self.classifier.fixed_batch or 1])
         raise ConversionError(
@@ -359,7 +367,7 @@ def _rounding(module: TorchClassifier, x: Tensor, actual: np.ndarray) -> float:
     """How far float32 alone takes the module from its own output in float64, as a relative difference; 0 if unknown."""
     try:
         return relative_difference(actual, module.double()(x.double()).numpy())
-    except RuntimeError:  # a Cast in the graph brings float32 back, which some operators do not mix
+    except Exception:  # a Cast in the graph brings float32 back, which some operators do not mix
         return 0.0
     finally:
         module.float()

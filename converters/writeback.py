@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
@@ -22,6 +23,7 @@ from converters import graphs, passes, precision
 from converters.classifier import Classifier, build, logits_session
 from converters.endings import find_ending
 from converters.errors import ModelError, OutputError
+from converters.input_spec import METADATA_PREFIX
 from converters.runtime import Session, fits_protobuf, serialise
 from converters.targets import ACTIVATIONS, Container, weight_container
 from converters.torch_module import relative_difference
@@ -207,6 +209,9 @@ def save(
     OutputError when `path` exists (without `overwrite`) or cannot be written.
     """
     ensure_writable(path, overwrite=overwrite)
+    if any(key.startswith(METADATA_PREFIX) for key in metadata):  # a spec replaces the one before, key and all
+        for key in [key for key in model.metadata_props if key.startswith(METADATA_PREFIX)]:
+            del model.metadata_props[key]
     model.metadata_props.update(metadata)
     if not fits_protobuf(model):
         _save_with_external_data(model, path, check, overwrite=overwrite)
@@ -218,9 +223,21 @@ def save(
     write_atomically(path, content)
 
 
+def data_beside(path: Path) -> Path:
+    """Where the weights of a model go that is too large for one file."""
+    return path.with_name(f"{path.name}.data")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a written model, data beside it included."""
+    written = onnx.load(path, load_external_data=False)
+    beside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in written.graph.initializer)
+    return path.stat().st_size + (data_beside(path).stat().st_size if beside else 0)
+
+
 def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> None:
     """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it."""
-    data = path.with_name(f"{path.name}.data")
+    data = data_beside(path)
     ensure_writable(data, overwrite=overwrite)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mixmix-") as folder:

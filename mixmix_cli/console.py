@@ -123,7 +123,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     """A table whose first column is text and whose others are figures."""
     built = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
+        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         built.add_row(*row)
     return built

@@ -57,9 +57,10 @@ class ImageStore:
                 f"{self.directory} was not written by synth, so --force will not clear it: remove it first"
             )
         try:
-            for name in (METADATA, PREVIEW, MANIFEST):
+            if (self.directory / "images").exists():
+                shutil.rmtree(self.directory / "images")
+            for name in (METADATA, PREVIEW, MANIFEST):  # the manifest last: by it a set is known
                 (self.directory / name).unlink(missing_ok=True)
-            shutil.rmtree(self.directory / "images", ignore_errors=True)
         except OSError as error:
             raise OutputError(
                 f"{self.directory} cannot be cleared ({error.strerror}): choose another output"

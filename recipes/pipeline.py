@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import Effort
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import SynthSettings, load_synth_recipe
-from recipes.validate import GateError, Gates, Validation, check_labels, count_classes, require_labels, validate
+from recipes.validate import (
+    GateError,
+    Gates,
+    LabelError,
+    Validation,
+    check_labels,
+    count_classes,
+    require_labels,
+    validate,
+)
 
 
 def convert_all(classifiers: Sequence[Classifier], device: torch.device, progress: Progress) -> list[TorchClassifier]:
@@ -88,7 +97,13 @@ def compress(request: Request, progress: Progress) -> tuple[Quantization, Valida
         raise GateError("--max-drop needs real labels: give labelled images with --data")
     images = calibration_images(request, progress)
     require_labels(images, gates)
-    check_labels(images, count_classes(classifier, images), classifier)
+    try:
+        check_labels(images, count_classes(classifier, images), classifier)
+    except LabelError as error:
+        if gates.max_drop is not None:
+            raise
+        progress.say(f"labels left aside: {error}")
+        images = replace(images, labels=None, label_kind="none")
     provenance = {
         "mixmix.version": request.version,
         "mixmix.recipe": request.recipe,

@@ -37,6 +37,10 @@ class GateError(MixMixError):
     """A gate that cannot be decided on these images."""
 
 
+class LabelError(MixMixError):
+    """Labels that are none of a model's classes."""
+
+
 @dataclass(frozen=True)
 class Gates:
     """Limits as fractions; None asks nothing."""
@@ -230,12 +234,16 @@ def _asked(gates: Gates, drop: float | None, top1: float | None, agreement: floa
 
 
 def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: int, stop: int) -> NDArray[np.float32]:
-    """Images as a model takes them; one that says nothing for certain gets the numbers that the reference gets."""
-    spec, sure = model.spec, model.detection is not None and model.detection.confidence == 1
-    if spec.source == "assumed" or (spec.source == "detected" and not sure):
-        taken = ("channels", "scale", "mean", "std")
-        if spec.channel_count == reference.spec.channel_count:
-            spec = spec.model_copy(update={key: getattr(reference.spec, key) for key in taken})
+    """Images as a model takes them; what it does not say for certain is as with the reference."""
+    spec = model.spec
+    if spec.source in ("assumed", "detected") and spec.channel_count == reference.spec.channel_count:
+        sure = model.detection is not None and model.detection.confidence == 1
+        taken = [] if sure else ["channels", "scale", "mean", "std"]
+        if sure and spec.channels == "rgb":  # arithmetic alike in all channels does not tell their order
+            taken.append("channels")
+        if model.open_size:
+            taken.append("size")
+        spec = spec.model_copy(update={key: getattr(reference.spec, key) for key in taken})
     return np.ascontiguousarray(model.as_stored(spec.to_input(images.pixels[start:stop])).numpy())
 
 
@@ -243,10 +251,10 @@ def _logits(
     model: Classifier, reference: Classifier, images: ImageSet, *, threads: int, optimise: bool = True
 ) -> Logits:
     session = model.session(optimise=optimise, threads=threads)
-    batch = model.fixed_batch or BATCH
+    batch = model.fixed_batch or min(BATCH, len(images))
     step = -(-BATCH // batch) * batch
     parts = [
-        session.run_in_batches(_inputs(model, reference, images, start, start + step), min(batch, len(images)))
+        session.run_in_batches(_inputs(model, reference, images, start, start + step), batch)
         for start in range(0, len(images), step)
     ]
     return np.concatenate(parts).reshape(len(images), -1).astype(np.float64)
@@ -271,17 +279,17 @@ def count_classes(model: Classifier, images: ImageSet) -> int:
 
 
 def check_labels(images: ImageSet, classes: int, model: Classifier) -> None:
-    """Raise MixMixError when real labels are none of a model's classes."""
+    """Raise LabelError when real labels are none of a model's classes."""
     if images.labels is None or images.label_kind != "real" or not len(images):
         return
     if images.classes is not None and images.classes + model.spec.offset != classes:
-        raise MixMixError(
+        raise LabelError(
             f"{images.source} has {images.classes} folders, {model.path} has {classes} classes, so that their order"
             " does not tell the class: name each folder by its class index"
         )
     low, high = int(images.labels.min()), int(images.labels.max())
     if low + model.spec.offset < 0 or high + model.spec.offset >= classes:
         wrong = low if low + model.spec.offset < 0 else high
-        raise MixMixError(
+        raise LabelError(
             f"{images.source} has label {wrong}, {model.path} has {classes} classes: give images of the model's task"
         )

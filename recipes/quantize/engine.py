@@ -21,6 +21,7 @@ import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import ConversionError, MixMixError
 from converters.input_spec import InputSpec
+from converters.runtime import fits_protobuf
 from converters.targets import MAX_BITS, MIN_BITS
 from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
 from recipes.blocks import Block, find_blocks
@@ -107,6 +108,8 @@ def quantize(
     check_bits(bits, act_bits)
     writeback.ensure_writable(output, overwrite=overwrite)
     prepared = writeback.prepare_for_quantization(classifier, four_bit=bits <= 4)
+    if not fits_protobuf(prepared.original):
+        writeback.ensure_writable(writeback.data_beside(output), overwrite=overwrite)
     module = to_torch(prepared).to(device or torch.device("cpu"))
     run = _Run(module, images, settings, bits, act_bits, seed)
     run.place(progress)
@@ -143,7 +146,7 @@ def quantize(
         blocks=run.account,
         layers=run.layer_accounts(),
         size_before=classifier.size_bytes,
-        size_after=output.stat().st_size,
+        size_after=writeback.size_of(output),
         seconds=time.perf_counter() - started,
         written_difference=difference,
         kept=[plan for plan in run.plans if plan.kept(bits)],

@@ -81,6 +81,21 @@ def test_float_noise_that_the_model_amplifies_is_no_error(load: Load, monkeypatc
         to_torch(classifier)
 
 
+def test_overflow_is_no_rounding(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong(monkeypatch, "Gemm", 13, lambda value: value * 1e30 * 1e30)
+    with pytest.raises(ConversionError, match="differs from onnxruntime by inf"):
+        to_torch(load(models.conv()))
+
+
+def test_a_damaged_weight_that_hides_is_the_files_fault(load: Load) -> None:
+    model = models.hidden_weight()
+    weight = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight.flat[0] = np.inf
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, model.graph.initializer[0].name))
+    with pytest.raises(ModelError, match=r"model\.onnx: onnxruntime itself gets NaN or infinity"):
+        to_torch(load(model))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, IndexError])
 def test_operator_that_fails_is_a_sentence(load: Load, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def fail(_value: torch.Tensor) -> None:

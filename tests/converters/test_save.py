@@ -16,7 +16,7 @@ from converters import runtime
 from converters.classifier import Classifier
 from converters.errors import ModelError, OutputError
 from converters.load import load_classifier
-from converters.writeback import WeightEdit, apply, prepare_for_quantization, save
+from converters.writeback import WeightEdit, apply, prepare_for_quantization, save, size_of
 from tests import models
 from tests.converters import oracle
 
@@ -188,9 +188,17 @@ def test_a_model_too_large_for_one_file_has_its_weights_beside_it(
     (weight,) = (t for t in onnx.load(path, load_external_data=False).graph.initializer if t.name == "conv.weight")
     assert weight.data_location == onnx.TensorProto.EXTERNAL
     np.testing.assert_array_equal(oracle.run(onnx.load(path), x), oracle.run(models.conv(), x))
-    assert load_classifier(path).size_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    whole = sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert load_classifier(path).size_bytes == size_of(path) == whole
     path.unlink()
     assert_refused(model, path)  # the data's name is taken
     with pytest.raises(ZeroDivisionError):
         save(model, path, {}, overwrite=True, check=lambda: print(1 / 0))
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx.data"]
+
+
+def test_the_spec_in_a_file_is_the_last_one_that_was_said(model: ir.Model, tmp_path: Path) -> None:
+    model.metadata_props.update({"mixmix.input.source": "assumed", "mixmix.input.mean": "[1]", "author": "me"})
+    save(model, tmp_path / "out.onnx", {"mixmix.input.mean": "[2]"})
+    written = {entry.key: entry.value for entry in onnx.load(tmp_path / "out.onnx").metadata_props}
+    assert written == {"mixmix.input.mean": "[2]", "author": "me"}

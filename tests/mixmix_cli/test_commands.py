@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from mixmix_cli.__main__ import main
 from mixmix_cli.cli import COMMANDS, cli
 from recipes import zoo
+from tests import models
 
 TINY = ("--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":4}]', "--batch", "8")
 FEW = ("--set", "steps=6")
@@ -131,6 +132,14 @@ def test_quantize_exactly_as_typed(
     assert "--force" in err
     assert run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick, "--force")[0] == 0
     assert len(list(pictures.rglob("*.png"))) == 4
+
+
+def test_a_batch_fixed_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, data = models.write(models.conv(image=(4, 3, 8, 8)), tmp_path / "m.onnx"), tmp_path / "d.npz"
+    np.savez(data, images=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8))
+    status, out, _ = run(capsys, "quantize", "--bits", 4, model, "--data", data, *FEW, "--json")
+    assert status == 0
+    assert json.loads(out)["validation"]["images"] == 6
 
 
 def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -337,8 +346,12 @@ class TestBadInput:
     ) -> None:
         data = tmp_path / "d.npz"
         np.savez(data, images=np.zeros((2, 28, 28, 1), np.uint8), labels=np.array([0, label]))
-        err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--data", data)
+        command = ("quantize", "--bits", 4, model, "--data", data, "--method", "nearest")
+        assert f"label {label}" in self.refused(capsys, tmp_path, *command, "--max-drop", 0.1)
+        status, out, err = run(capsys, *command, "--json")  # without a gate nobody needs them
+        assert status == 0
         assert f"label {label}" in err
+        assert json.loads(out)["validation"]["labels"] == "none"
 
     @pytest.mark.parametrize("size", ["0", "-5", "12x0", "wide"])
     def test_size(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, size: str) -> None:

@@ -147,15 +147,33 @@ def test_a_model_that_says_nothing_is_fed_as_the_reference(tmp_path: Path, image
     assert agreement(validate(reference, [candidate], images)) == (1.0, np.inf)
 
 
-def test_any_number_of_images_for_any_fixed_batch(tmp_path: Path, images: ImageSet) -> None:
-    """Seven images; the file takes four at a time."""
+@pytest.mark.parametrize("count", [7, 2])
+def test_any_number_of_images_for_any_fixed_batch(tmp_path: Path, images: ImageSet, count: int) -> None:
+    """The file takes four at a time."""
+    images = images.take(count)
     model = models.conv(image=(4, *models.IMAGE[1:]))
     reference = named(tmp_path / "a.onnx", models.conv(), dict(GRAY))
     candidate = named(tmp_path / "b.onnx", model, dict(GRAY))
     assert candidate.fixed_batch == 4
     result = validate(reference, [candidate], images)
     assert agreement(result)[1] > 80
-    assert result.images == 7
+    assert result.images == count
+
+
+def test_open_sides_are_those_of_the_reference(tmp_path: Path, images: ImageSet) -> None:
+    reference = named(tmp_path / "a.onnx", models.conv(), dict(GRAY))
+    candidate = named(tmp_path / "b.onnx", models.conv(image=("batch", 3, "height", "width")))
+    assert candidate.open_size
+    assert not reference.open_size
+    assert agreement(validate(reference, [candidate], images))[1] > 80
+
+
+def test_channel_order_that_arithmetic_does_not_tell_is_the_references(tmp_path: Path, images: ImageSet) -> None:
+    (tmp_path / "a.toml").write_text('[input]\nchannels = "bgr"\nmean = 0\nstd = 1\nscale = 255\n')
+    reference = named(tmp_path / "a.onnx", scaled("Div", 255.0))
+    candidate = named(tmp_path / "b.onnx", scaled("Div", 255.0))
+    assert (reference.spec.channels, candidate.spec.channels) == ("bgr", "rgb")
+    assert agreement(validate(reference, [candidate], images)) == (1.0, np.inf)
 
 
 def test_models_of_two_tasks(tmp_path: Path, images: ImageSet) -> None:
