@@ -66,6 +66,8 @@ def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
             source, target = _sizes(value), _sizes(node.outputs[0])
             if source is None or target is None:
                 break
+            if node.op_type == "Reshape" and len(target) == 1 and places[value] == Place(0):
+                target = _keep_rows(graph, node, source, batch) or target
             place = _after(node, index, places[value], source, target, batch)
             if place is not None and node.op_type == "Reshape":
                 kept = place.axis == places[value].axis and source[place.axis] == target[place.axis]
@@ -76,6 +78,33 @@ def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
             if place is not None:
                 places.update(dict.fromkeys(node.outputs, place))
             break
+
+
+def _keep_rows(graph: ir.Graph, node: ir.Node, source: Sequence[int], batch: int) -> list[int] | None:
+    """What `as_strided` is exported as, a Reshape of all images to one row and a Gather from it, image by image.
+
+    [N, 3, 4] -> [N * 12] -> Gather of [N, ...] places becomes [N, 12] -> Gather of [...] places on axis 1, where each
+    image's places lie in its own part and are the same there. The Reshape's new sizes, or None where that is not so.
+    """
+    size = math.prod(source[1:])
+    own: list[tuple[ir.Node, np.ndarray]] = []
+    for reader, index in node.outputs[0].uses():
+        constant = graphs.constant_behind(reader.inputs[1]) if reader.op_type == "Gather" and index == 0 else None
+        if constant is None or graphs.integer(reader, "axis", 0) != 0:
+            return None
+        places = graphs.to_numpy(constant)
+        first = np.arange(batch).reshape(-1, *[1] * (places.ndim - 1)) * size
+        if places.ndim < 1 or len(places) != batch or (places != places[:1] + first).any() or places[0].max() >= size:
+            return None
+        own.append((reader, places[0]))
+    if not own or any(places.min() < 0 for _, places in own):
+        return None
+    for reader, places in own:
+        name = graphs.unused_name(graph, f"{reader.outputs[0].name}.places")
+        reader.replace_input_with(1, graphs.add_initializer(graph, name, places))
+        reader.attributes["axis"] = ir.AttrInt64("axis", 1)
+    node.outputs[0].shape = ir.Shape([batch, size])
+    return [batch, size]
 
 
 def _free_sizes(graph: ir.Graph, node: ir.Node) -> None:

@@ -71,21 +71,38 @@ def attention(batch: int, **how: int) -> onnx.ModelProto:
     return models.assemble(nodes, {**tensors, **weights}, inputs={"image": image}, outputs={"logits": logits})
 
 
-def test_batch_that_cannot_be_opened_is_a_sentence(load: Load) -> None:
-    """All pixels of all images in one row, of which as many are taken as one image has (as_strided is exported so)."""
+def strided(batch: int, places: np.ndarray) -> onnx.ModelProto:
+    """All pixels of all images in one row, and some taken from it: so `as_strided` is exported."""
     nodes = [
         models.node("Reshape", "image all", "row"),
-        models.node("Gather", "row places", "flat", axis=0),
+        models.node("Gather", "row places", "taken", axis=0),
+        models.node("Flatten", "taken", "flat"),
         models.node("Gemm", "flat fc.weight", "logits", transB=1),
     ]
     tensors = {
-        "all": np.array([models.PIXELS], np.int64),
-        "places": np.arange(models.PIXELS)[None],
-        "fc.weight": models.weights(models.CLASSES, models.PIXELS),
+        "all": np.array([-1], np.int64),
+        "places": places,
+        "fc.weight": models.weights(models.CLASSES, places[0].size),
     }
-    ends = {"inputs": {"image": (1, *models.IMAGE[1:])}, "outputs": {"logits": (1, models.CLASSES)}}
-    with pytest.raises(ConversionError, match=r"computes 1 of 2 images: export it with an open batch size"):
-        to_torch(load(models.assemble(nodes, tensors, **ends)))
+    ends = {"inputs": {"image": (batch, *models.IMAGE[1:])}, "outputs": {"logits": (batch, models.CLASSES)}}
+    return models.assemble(nodes, tensors, **ends)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_places_that_every_image_has_in_its_own_part(load: Load, batch: int) -> None:
+    """Of each image, some pixels in any order."""
+    own = np.random.default_rng(0).permutation(models.PIXELS)[:60].reshape(1, 3, 20)
+    places = own + np.arange(batch).reshape(-1, 1, 1) * models.PIXELS
+    model, x = strided(batch, places), models.images(4)
+    expected = np.concatenate([oracle.run(model, part) for part in np.split(x, 4 // batch)])
+    oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), expected, 1e-5)
+
+
+def test_batch_that_cannot_be_opened_is_a_sentence(load: Load) -> None:
+    """Each of two images is taken from the other."""
+    places = np.arange(2 * models.PIXELS).reshape(2, -1)[::-1].copy()
+    with pytest.raises(ConversionError, match=r"computes 2 of 4 images: export it with an open batch size"):
+        to_torch(load(strided(2, places)))
 
 
 @pytest.mark.parametrize("how", [{}, {"allowzero": 1}], ids=["plain", "allowzero"])
