@@ -1,9 +1,9 @@
 """Any batch size: what exporters write of the one they saw is taken out of the graph.
 
-A file with a fixed batch has it in the targets of its Reshapes, alone or multiplied into another dimension (windows,
-heads). A file with an open batch computes those targets from the image's shape; that side path runs past every layer,
-so no block could end before it, and it ties a stretch of the graph to the image. Both become constants with 0 (as in
-the input) or -1 (what is left) in the batch's place.
+A file with a fixed batch has it in the targets of Reshape and Expand, alone or multiplied into another dimension
+(windows, heads). A file with an open batch computes those targets from the image's shape; that side path runs past
+every layer, so no block could end before it, and it ties a stretch of the graph to the image. Both become constants:
+0 (as in the input) or -1 (what is left) in the batch's place, and 1 in that of an Expand.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
             if place is not None and node.op_type == "Reshape":
                 kept = place.axis == places[value].axis and source[place.axis] == target[place.axis]
                 target[place.axis] = 0 if kept else -1
+                _set_target(graph, node, target)
+            if place is not None and node.op_type == "Expand" and source[places[value].axis] == target[place.axis]:
+                target[place.axis] = 1  # as it is, for both shapes are broadcast
                 _set_target(graph, node, target)
             if place == Place(0) and node.op_type == "Resize":
                 _free_sizes(graph, node)
@@ -180,7 +183,8 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
 
     An edge between two dimensions belongs to both when the batch is 1. A dimension of the batch's own size comes first,
     then one in front of dimensions that stay as they were ([197, N, 768] -> [197 N, 768]), then one that the batch can
-    be multiplied into ([197, N, 768] -> [197, N 12, 64]).
+    be multiplied into ([197, N, 768] -> [197, N 12, 64]); the last one holds what weights are multiplied with, and is
+    taken only where nothing else fits ([197, N, 12, 64] -> [197 N, 768]).
     """
     stride = place.inner * math.prod(source[place.axis + 1 :])
     inside = [math.prod(target[axis + 1 :]) for axis in range(len(target))]
@@ -192,6 +196,7 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
     if not fitting:
         return None
     alone = [axis for axis in fitting if target[axis] == batch and inside[axis] == stride]
+    fitting = [axis for axis in fitting if axis < len(target) - 1] or fitting
     same = [
         axis
         for axis in fitting

@@ -27,6 +27,8 @@ Load = Callable[[onnx.ModelProto], Classifier]
         (Place(0, 64), [64, 49, 96], [1, 8, 8, 7, 7, 96], 1, Place(0)),  # and back
         (Place(1), [197, 1, 768], [197, 12, 64], 1, Place(1, 12)),  # heads into the batch
         (Place(1), [197, 1, 768], [197, 768], 1, Place(0)),  # tokens and batch together
+        (Place(1), [197, 1, 12, 64], [197, 768], 1, Place(0)),  # heads joined, tokens and batch together
+        (Place(1), [768, 1], [1, 768, 1], 1, Place(2)),
         (Place(0, 12), [12, 197, 64], [1, 12, 197, 64], 1, Place(0)),
         (Place(0), [4, 6, 6], [4, 36], 4, Place(0)),
         (Place(0), [4, 6, 6], [24, 6], 4, Place(0, 6)),
@@ -108,5 +110,27 @@ def test_batch_that_cannot_be_opened_is_a_sentence(load: Load) -> None:
 @pytest.mark.parametrize("how", [{}, {"allowzero": 1}], ids=["plain", "allowzero"])
 def test_attention_with_a_fixed_batch_takes_any(load: Load, how: dict[str, int]) -> None:
     model, x = attention(1, **how), models.images(3)
+    expected = np.concatenate([oracle.run(model, row[None]) for row in x])
+    oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), expected, 1e-5)
+
+
+def test_expand_to_a_shape_with_the_batch_in_it(load: Load) -> None:
+    """Rows of the image normalised: their sums expanded to [N * 3, 8, 8], the batch multiplied into the first."""
+    nodes = [
+        models.node("Reshape", "image windows", "rows"),
+        models.node("ReduceL2", "rows", "norms", axes=[-1], keepdims=1),
+        models.node("Expand", "norms shape", "wide"),
+        models.node("Div", "rows wide", "unit"),
+        models.node("Reshape", "unit flat", "line"),
+        models.node("Gemm", "line fc.weight", "logits", transB=1),
+    ]
+    tensors = {
+        "windows": np.array([3, 8, 8], np.int64),
+        "shape": np.array([3, 8, 8], np.int64),
+        "flat": np.array([1, models.PIXELS], np.int64),
+        "fc.weight": models.weights(models.CLASSES, models.PIXELS),
+    }
+    ends = {"inputs": {"image": (1, *models.IMAGE[1:])}, "outputs": {"logits": (1, models.CLASSES)}}
+    model, x = models.assemble(nodes, tensors, **ends), models.images(3)
     expected = np.concatenate([oracle.run(model, row[None]) for row in x])
     oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), expected, 1e-5)
