@@ -35,6 +35,28 @@ def test_unsupported_operator_is_named(load: Load) -> None:
     ]
 
 
+def test_integer_kernels_are_refused_with_the_node_and_what_helps(load: Load) -> None:
+    """The QOperator form of a quantized file: its weights are integers inside of fused operators."""
+    nodes = [
+        models.node("QuantizeLinear", "image step zero", "few"),
+        models.node("QLinearConv", "few step zero weight weight.step weight.zero step zero", "sums"),
+        models.node("DequantizeLinear", "sums step zero", "features"),
+        *models.head("features"),
+    ]
+    tensors = {
+        "step": np.float32(0.02),
+        "zero": np.array(0, np.int8),
+        "weight": np.ones((4, 3, 3, 3), np.int8),
+        "weight.step": np.float32(0.01),
+        "weight.zero": np.array(0, np.int8),
+    }
+    classifier = load(models.assemble(nodes, {**tensors, **models.head_tensors(4)}))
+    with pytest.raises(UnsupportedOperatorError, match=r"sums/QLinearConv.*QLinearConv.*float model"):
+        to_torch(classifier)
+    (found,) = unsupported_operators(classifier)
+    assert (found.op, found.node) == ("QLinearConv", "sums/QLinearConv")
+
+
 def test_a_second_output_that_is_not_computed_is_a_sentence(load: Load) -> None:
     with pytest.raises(UnsupportedOperatorError, match=r"model\.onnx: node indices/Cast \(Cast\) reads 'places'"):
         to_torch(load(models.read_indices()))
