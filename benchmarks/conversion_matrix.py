@@ -40,14 +40,14 @@ TORCHVISION = """
     alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet1_0
     mobilenet_v2 mobilenet_v3_large regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x1_0
     squeezenet1_1 swin_t swin_v2_t vgg11_bn vit_b_16 wide_resnet50_2
-""".split()  # noqa: SIM905
+""".split()  # noqa: SIM905  (words in rows are easier to read and to add to)
 TIMM = """
     cait_xxs24_224 coat_tiny convmixer_768_32 crossvit_tiny_240 deit_tiny_patch16_224 dla34 dm_nfnet_f0 dpn68
     edgenext_small efficientformer_l1 efficientvit_b0 fastvit_t8 ghostnet_100 gmlp_s16_224 hardcorenas_a hrnet_w18_small
     levit_128s mixer_s32_224 mobilevit_s mobilevitv2_050 nasnetalarge nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0
     regnetx_002 repvgg_a0 res2net50_26w_4s resmlp_12_224 resnest14d rexnet_100 seresnet50 skresnet18 tinynet_a
     tf_efficientnet_b0 visformer_tiny volo_d1_224 xcit_nano_12_p16_224
-""".split()  # noqa: SIM905
+""".split()  # noqa: SIM905  (words in rows are easier to read and to add to)
 LITE0 = "efficientnet-lite0, its own weights"
 EVERY_OPSET = ("torchvision resnet18", "torchvision mobilenet_v3_large", "torchvision convnext_tiny")
 

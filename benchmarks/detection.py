@@ -31,7 +31,7 @@ from converters.load import load_classifier
 ARCHITECTURES = """
     resnet18 resnet50 mobilenet_v2 mobilenet_v3_large mnasnet1_0 densenet121 shufflenet_v2_x1_0 regnet_x_400mf googlenet
     efficientnet_b0 timm/seresnet50 timm/repvgg_a0 timm/ghostnet_100 timm/dla34
-""".split()  # noqa: SIM905
+""".split()  # noqa: SIM905  (words in rows are easier to read and to add to)
 DETECTORS_OWN = ("astronaut", "chelsea", "coffee", "rocket")
 CROPS, SIDE = 8, 96
 OUTCOMES = ("right", "right but for the channel order", "assumed", "wrong")

@@ -170,9 +170,14 @@ def stated_keys(
     model_path: Path, properties: Mapping[str, str], options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The input-spec keys that somebody wrote down: in the sidecar or else the file, with options over them."""
-    given = {key: value for key, value in (options or {}).items() if value is not None}
-    sidecar = read_sidecar(model_path)
-    metadata = read_metadata(properties)
+    return _stated(_given(options), read_sidecar(model_path), read_metadata(properties))
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if value is not None}
+
+
+def _stated(given: Mapping[str, Any], sidecar: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if ASSUMED in metadata.items():  # then these are no better than what would be assumed again
         metadata = {key: value for key, value in metadata.items() if key not in (*PIXEL_KEYS, "source")}
     return {**(sidecar if sidecar is not None else metadata), **given}
@@ -190,9 +195,8 @@ def resolve(
     Options override single keys of whatever the sidecar or the metadata say, and these override what was `detected`.
     Raises SpecError when a key is unknown or malformed, or contradicts the shape in the file.
     """
-    given = {key: value for key, value in (options or {}).items() if value is not None}
-    sidecar, metadata = read_sidecar(model_path), read_metadata(properties)
-    stated = stated_keys(model_path, properties, options)
+    given, sidecar, metadata = _given(options), read_sidecar(model_path), read_metadata(properties)
+    stated = _stated(given, sidecar, metadata)
     layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
     height, width, channels = shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2]  # type: ignore[operator]
     values = _assumed(height, width, channels, stated) | {"layout": layout} | dict(detected or {}) | stated

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
@@ -202,8 +201,8 @@ def save(
     *,
     overwrite: bool = False,
     check: Callable[[], None] | None = None,
-) -> None:
-    """Write the model with `metadata` added; nothing appears under `path` unless all went well.
+) -> int:
+    """Write the model with `metadata` added, and return its bytes; nothing appears under `path` unless all went well.
 
     onnxruntime loads the bytes, `check` may judge the model, and only then is the temporary file renamed. Raises
     OutputError when `path` exists (without `overwrite`) or cannot be written.
@@ -214,13 +213,13 @@ def save(
             del model.metadata_props[key]
     model.metadata_props.update(metadata)
     if not fits_protobuf(model):
-        _save_with_external_data(model, path, check, overwrite=overwrite)
-        return
+        return _save_with_external_data(model, path, check, overwrite=overwrite)
     content = serialise(model)
     Session(content, name=str(path))
     if check is not None:
         check()
     write_atomically(path, content)
+    return len(content)
 
 
 def data_beside(path: Path) -> Path:
@@ -228,15 +227,8 @@ def data_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a written model, data beside it included."""
-    written = onnx.load(path, load_external_data=False)
-    beside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in written.graph.initializer)
-    return path.stat().st_size + (data_beside(path).stat().st_size if beside else 0)
-
-
-def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> None:
-    """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it."""
+def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> int:
+    """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it; bytes of both."""
     data = data_beside(path)
     ensure_writable(data, overwrite=overwrite)
     try:
@@ -248,6 +240,7 @@ def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], No
                 check()
             written.with_name(data.name).replace(data)
             written.replace(path)
+            return path.stat().st_size + data.stat().st_size
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
 

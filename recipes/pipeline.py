@@ -97,13 +97,14 @@ def compress(request: Request, progress: Progress) -> tuple[Quantization, Valida
         raise GateError("--max-drop needs real labels: give labelled images with --data")
     images = calibration_images(request, progress)
     require_labels(images, gates)
-    try:
-        check_labels(images, count_classes(classifier, images), classifier)
-    except LabelError as error:
-        if gates.max_drop is not None:
-            raise
-        progress.say(f"labels left aside: {error}")
-        images = replace(images, labels=None, label_kind="none")
+    if images.label_kind == "real":
+        try:
+            check_labels(images, count_classes(classifier, images), classifier)
+        except LabelError as error:
+            if gates.max_drop is not None:
+                raise
+            progress.say(f"labels left aside: {error}")
+            images = replace(images, labels=None, label_kind="none")
     provenance = {
         "mixmix.version": request.version,
         "mixmix.recipe": request.recipe,

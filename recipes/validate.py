@@ -244,7 +244,7 @@ def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: i
         if model.open_size:
             taken.append("size")
         spec = spec.model_copy(update={key: getattr(reference.spec, key) for key in taken})
-    return np.ascontiguousarray(model.as_stored(spec.to_input(images.pixels[start:stop])).numpy())
+    return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
 
 
 def _logits(

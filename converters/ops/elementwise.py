@@ -124,22 +124,13 @@ for _name, _function in PLAIN.items():
     operator(_name)(_plain(_function))
 
 
-@operator("LeakyRelu")
-def leaky_relu(attributes: Attributes) -> Body:
-    slope = attributes.get("alpha", 0.01)
-    return lambda x: F.leaky_relu(x, slope)
+def _with_alpha(function: Body, default: float) -> Callable[[Attributes], Body]:
+    return lambda attributes: lambda x: function(x, attributes.get("alpha", default))
 
 
-@operator("Elu")
-def elu(attributes: Attributes) -> Body:
-    alpha = attributes.get("alpha", 1.0)
-    return lambda x: F.elu(x, alpha)
-
-
-@operator("Celu")
-def celu(attributes: Attributes) -> Body:
-    alpha = attributes.get("alpha", 1.0)
-    return lambda x: F.celu(x, alpha)
+operator("LeakyRelu")(_with_alpha(F.leaky_relu, 0.01))
+operator("Elu")(_with_alpha(F.elu, 1.0))
+operator("Celu")(_with_alpha(F.celu, 1.0))
 
 
 @operator("Selu")

@@ -136,7 +136,7 @@ def quantize(
                 f"{output}: the written model differs from the quantized one by {difference:.1e}: please report it"
             )
 
-    writeback.save(written, output, metadata, overwrite=overwrite, check=check)
+    size_after = writeback.save(written, output, metadata, overwrite=overwrite, check=check)
     return Quantization(
         input=classifier.path,
         output=output,
@@ -146,7 +146,7 @@ def quantize(
         blocks=run.account,
         layers=run.layer_accounts(),
         size_before=classifier.size_bytes,
-        size_after=writeback.size_of(output),
+        size_after=size_after,
         seconds=time.perf_counter() - started,
         written_difference=difference,
         kept=[plan for plan in run.plans if plan.kept(bits)],

@@ -16,7 +16,7 @@ from converters import runtime
 from converters.classifier import Classifier
 from converters.errors import ModelError, OutputError
 from converters.load import load_classifier
-from converters.writeback import WeightEdit, apply, prepare_for_quantization, save, size_of
+from converters.writeback import WeightEdit, apply, prepare_for_quantization, save
 from tests import models
 from tests.converters import oracle
 
@@ -183,13 +183,13 @@ def test_a_model_too_large_for_one_file_has_its_weights_beside_it(
     """Only a file of over 2 GB is; here the limit is moved."""
     monkeypatch.setattr(runtime, "PROTOBUF_LIMIT", 100)
     path, x = tmp_path / "out.onnx", models.images()
-    save(model, path, {"note": "new"})
+    written = save(model, path, {"note": "new"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
     (weight,) = (t for t in onnx.load(path, load_external_data=False).graph.initializer if t.name == "conv.weight")
     assert weight.data_location == onnx.TensorProto.EXTERNAL
     np.testing.assert_array_equal(oracle.run(onnx.load(path), x), oracle.run(models.conv(), x))
     whole = sum(p.stat().st_size for p in tmp_path.iterdir())
-    assert load_classifier(path).size_bytes == size_of(path) == whole
+    assert load_classifier(path).size_bytes == written == whole
     path.unlink()
     assert_refused(model, path)  # the data's name is taken
     with pytest.raises(ZeroDivisionError):
