@@ -28,6 +28,8 @@ from converters.targets import ACTIVATIONS, Container, weight_container
 from converters.torch_module import relative_difference
 
 BIAS = 2  # operand position
+TEMPORARY = ".mixmix-"
+"""How names of files begin that are being written; one that is left over is from a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], No
     data = data_beside(path)
     ensure_writable(data, overwrite=overwrite)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mixmix-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY) as folder:
             written = Path(folder) / path.name
             ir.save(model, written, external_data=data.name)
             Session(written, name=str(path))
@@ -266,7 +268,7 @@ def ensure_writable(path: Path, *, overwrite: bool) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, flush to disk, rename."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".mixmix-")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
     try:

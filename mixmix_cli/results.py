@@ -28,6 +28,7 @@ def synthesis_json(result: Synthesis) -> dict[str, Any]:
         "seconds_per_image": result.seconds / result.images,
         "models": result.models,
         "left_out": result.left_out,
+        "retried": result.retried,
         "final": result.losses,
     }
 

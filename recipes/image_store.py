@@ -1,7 +1,8 @@
 """Writing an image set shard by shard, so that nothing finished is lost and a stopped run can go on.
 
-A shard's images are written first, each under its final name only when whole; then `metadata.jsonl` lists them and
-`manifest.json` records the shard. What the metadata does not list does not belong to the set.
+A shard's images are written first, each under its final name only when whole; then `shards/NNNNN.json` says that it is
+finished. Several processes may add shards to one folder. `metadata.jsonl` and `manifest.json` are drawn up from these
+records when a run begins and when it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -9,44 +10,50 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from converters.errors import OutputError
-from converters.writeback import write_atomically
+from converters.writeback import TEMPORARY, write_atomically
 from recipes.images import MANIFEST, METADATA, PREVIEW, contact_sheet, encode_image, to_bytes
 
 PREVIEW_IMAGES = 64
+RECORDS = "shards"
 
 
 class ImageStore:
-    """One image set under construction in `directory`.
+    """One image set under construction in `directory`, opened by `begin` and written to by any number of processes.
 
     `identity` is everything that decides the images (models, settings, seed): a run resumes only what has the same.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
         self.directory, self.identity = directory, identity
-        self.shards: list[dict[str, Any]] = []
-        self.rows: list[dict[str, Any]] = []
+
+    def begin(self, *, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
+        """Make the folder ready, in one process; the records of the shards that are finished already.
+
+        Raises OutputError where the folder holds something else, or cannot be written to.
+        """
+        directory, finished = self.directory, []
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            self._take_over(resume=resume, overwrite=overwrite)
+            finished = self._take_over(resume=resume, overwrite=overwrite)
         try:
-            (directory / "images").mkdir(parents=True, exist_ok=True)
-            self._write_records(finished=False)
+            for name in ("images", RECORDS):
+                (directory / name).mkdir(parents=True, exist_ok=True)
+            self.close()
         except (OSError, OutputError) as error:
             reason = getattr(error, "strerror", None) or "not writable"
             raise OutputError(f"{directory} cannot be written to ({reason}): choose another output") from error
+        return finished
 
-    def _take_over(self, *, resume: bool, overwrite: bool) -> None:
+    def _take_over(self, *, resume: bool, overwrite: bool) -> list[dict[str, Any]]:
         """Go on with what is there, or replace it, if the user said so; with both, replace what is not the same."""
         if resume:
             try:
-                self._go_on()
-                return
+                return self._go_on()
             except OutputError:
                 if not overwrite:
                     raise
@@ -57,22 +64,21 @@ class ImageStore:
                 f"{self.directory} was not written by synth, so --force will not clear it: remove it first"
             )
         try:
-            if (self.directory / "images").exists():
-                shutil.rmtree(self.directory / "images")
+            for name in ("images", RECORDS):
+                if (self.directory / name).exists():
+                    shutil.rmtree(self.directory / name)
             for name in (METADATA, PREVIEW, MANIFEST):  # the manifest last: by it a set is known
                 (self.directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
                 f"{self.directory} cannot be cleared ({error.strerror}): choose another output"
             ) from error
+        return []
 
-    def _go_on(self) -> None:
-        """Find the finished shards of the same set. Raises OutputError where there is none."""
+    def _go_on(self) -> list[dict[str, Any]]:
+        """The finished shards of the same set. Raises OutputError where there is none."""
         try:
-            manifest = json.loads((self.directory / MANIFEST).read_text())
-            rows = [json.loads(line) for line in (self.directory / METADATA).read_text().splitlines()]
-            identity, shards = manifest["identity"], {shard["index"]: shard for shard in manifest["shards"]}
-            listed = [row for row in rows if row["shard"] in shards]
+            identity = json.loads((self.directory / MANIFEST).read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
@@ -82,15 +88,12 @@ class ImageStore:
                 f"{self.directory} holds images made of other models or with other settings: move it, repeat those, or"
                 " replace it with --force"
             )
-        # A stop may have come between the two records: only what both of them have is finished.
-        counts = Counter(row["shard"] for row in listed)
-        self.shards = [shard for index, shard in sorted(shards.items()) if counts[index] == shard["images"]]
-        finished = self.finished_shards
-        self.rows = [row for row in listed if row["shard"] in finished]
-
-    @property
-    def finished_shards(self) -> set[int]:
-        return {shard["index"] for shard in self.shards}
+        try:
+            for abandoned in self.directory.rglob(f"{TEMPORARY}*"):
+                abandoned.unlink()
+        except OSError as error:
+            raise OutputError(f"{abandoned} cannot be removed ({error.strerror}): remove it") from error
+        return self.records()
 
     def add(self, index: int, seed: int, pixels: Tensor, labels: Tensor, facts: dict[str, Any]) -> None:
         """Write one shard: `pixels` [N, C, H, W] in [0, 1] become 8 bits; `facts` (losses, seconds) are recorded."""
@@ -102,20 +105,39 @@ class ImageStore:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, content)
             files[name] = hashlib.sha256(content).hexdigest()
-            self.rows.append({"file_name": name, "label": label, "shard": index, "seed": seed})
         digest = hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
-        self.shards.append({"index": index, "seed": seed, "images": len(files), "sha256": digest, **facts})
-        self.shards.sort(key=lambda shard: shard["index"])
-        self._write_records(finished=False)
+        record = {"index": index, "seed": seed, "images": len(files), "sha256": digest, "files": list(files), **facts}
+        write_atomically(self.directory / RECORDS / f"{index:05d}.json", json.dumps(record).encode())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the shards whose files are all there, in order. Raises OutputError for a damaged record."""
+        found = []
+        for path in (self.directory / RECORDS).glob("*.json"):
+            try:
+                record = json.loads(path.read_text())
+                if all((self.directory / name).is_file() for name in record["files"]):
+                    found.append(record)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{path} is damaged: remove it, and its shard will be made again") from error
+        return sorted(found, key=lambda record: int(record["index"]))
+
+    def close(self) -> None:
+        """Draw up the metadata and the manifest of a set that is not finished."""
+        self._write_summary(finished=False)
 
     def finish(self, preview: Tensor, facts: dict[str, Any]) -> None:
         """Write the contact sheet and the closing manifest."""
         write_atomically(self.directory / PREVIEW, contact_sheet(to_bytes(preview[:PREVIEW_IMAGES])))
-        self._write_records(finished=True, **facts)
+        self._write_summary(finished=True, **facts)
 
-    def _write_records(self, *, finished: bool, **facts: Any) -> None:
-        self.rows.sort(key=lambda row: row["file_name"].rsplit("/", 1)[1])
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(self.directory / METADATA, lines.encode())
-        manifest = {"format": 1, "finished": finished, "identity": self.identity, "shards": self.shards, **facts}
+    def _write_summary(self, *, finished: bool, **facts: Any) -> None:
+        shards = self.records()
+        rows = [
+            {"file_name": name, "label": int(Path(name).parent.name), "shard": shard["index"], "seed": shard["seed"]}
+            for shard in shards
+            for name in shard["files"]
+        ]
+        write_atomically(self.directory / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        told = [{key: value for key, value in shard.items() if key != "files"} for shard in shards]
+        manifest = {"format": 2, "finished": finished, "identity": self.identity, "shards": told, **facts}
         write_atomically(self.directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

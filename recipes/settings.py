@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from converters.errors import MixMixError
+from recipes.ranks import local_rank
 
 Effort = Literal["fast", "default", "paper"]
 
@@ -124,9 +125,13 @@ def _parse(value: str) -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises SettingsError when torch does not have it."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises SettingsError when torch does not have it.
+
+    Under torchrun, `auto` is a GPU of its own for each process of a machine, as far as there are GPUs.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", local_rank() % count) if count else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

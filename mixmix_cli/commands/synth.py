@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mixmix_cli import __version__, options
+
+if TYPE_CHECKING:
+    from recipes.ranks import Ranks
 
 
 @click.command("synth")
@@ -29,8 +32,19 @@ from mixmix_cli import __version__, options
 def command(**given: Any) -> int:
     """Make calibration images from MODELS alone, by inverting all of them at once.
 
+    With several devices or machines, torchrun deals the batches out:
+    torchrun --nproc-per-node 4 -m mixmix_cli synth models/*.onnx -o data/
+
     Example: mixmix synth models/*.onnx -o data/
     """
+    from recipes.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        return _synth(ranks, given)
+
+
+def _synth(ranks: Ranks, given: dict[str, Any]) -> int:
+    """What each process does; the first one alone says anything."""
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import synthesis_json
@@ -38,7 +52,9 @@ def command(**given: Any) -> int:
     from recipes.settings import choose_device
     from recipes.synth.engine import synthesize
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = Terminal(
+        as_json=given["as_json"], quiet=given["quiet"] or not ranks.leads, verbose=given["verbose"] and ranks.leads
+    )
     changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
     device = choose_device(given["device"])
     classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
@@ -58,13 +74,18 @@ def command(**given: Any) -> int:
         overwrite=given["force"],
         progress=terminal,
         versions={"mixmix": __version__},
+        ranks=ranks,
     )
+    if not ranks.leads:
+        return 0
     if terminal.as_json:
         terminal.document(synthesis_json(result))
     else:
         terminal.show(
             f"{result.images} images in {result.directory} ({result.seconds:.0f} s); look at preview.png there"
         )
+        if result.retried:
+            terminal.show(f"  {result.retried} batches diverged and were made again from another seed")
         for name, value in result.losses.items():
             terminal.show(f"  {name}: {value:.3f}")
     return 0

@@ -19,20 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from converters.errors import MixMixError
-from converters.torch_module import BatchNorm, Segment, TorchClassifier
+from converters.torch_module import TorchClassifier
 from recipes.image_store import ImageStore
 from recipes.images import from_bytes, load_images, to_bytes
 from recipes.progress import Progress, Silent, Task
+from recipes.ranks import Ranks
 from recipes.synth import objectives
 from recipes.synth.augment import augment
 from recipes.synth.mixing import Mix, draw_mix, mixed_cross_entropy
 from recipes.synth.procedural import dead_leaves
 from recipes.synth.settings import Stage, SynthSettings
-
-
-class SynthesisError(MixMixError):
-    """Models that no image can be made from, or an optimisation that went astray."""
+from recipes.synth.teachers import SynthesisError, Teacher, judge, make_teachers
 
 
 @dataclass(frozen=True)
@@ -46,92 +43,14 @@ class Synthesis:
     left_out: list[str]
     """Models that have nothing to say: no statistics, and no label loss is asked for."""
     losses: dict[str, float]
+    retried: int = 0
+    """How many batches diverged and were made again from another seed."""
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """One model of the zoo: where its statistics are read, and whether its classes are the target's."""
-
-    name: str
-    module: TorchClassifier
-    norms: list[BatchNorm]
-    labels: bool
-    segment: Segment
-    runs_smaller: bool
-
-    def input_size(self, scale: float) -> tuple[int, int]:
-        """The height and width to run at when images have `scale` times their full size."""
-        height, width = self.module.spec.size
-        if scale == 1 or not self.runs_smaller:
-            return height, width
-        return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def label_space(module: TorchClassifier, classes: int) -> str:
-    """What two models must share for one's labels to mean something to the other."""
-    return module.spec.labels or f"{classes} classes"
-
-
-@torch.no_grad()
-def _classes(module: TorchClassifier) -> int:
-    height, width = module.spec.size
-    pixels = torch.zeros(1, module.spec.channel_count, height, width, device=module.device)
-    return module(module.spec.to_input(pixels)).shape[1]
-
-
-@torch.no_grad()
-def _runs_smaller(module: TorchClassifier, scale: float) -> bool:
-    """Whether the graph also computes at `scale` times its size (pooled heads do, flattened ones do not)."""
-    height, width = (max(1, round(side * scale)) for side in module.spec.size)
-    pixels = torch.zeros(2, module.spec.channel_count, height, width, device=module.device)
-    try:
-        return module(module.spec.to_input(pixels, (height, width))).shape[0] == 2
-    except (RuntimeError, ValueError):
-        return False
-
-
-def _distinct_names(modules: Sequence[TorchClassifier]) -> list[str]:
-    """File names without suffix; of equal ones, the second is called `name.2`."""
-    names: list[str] = []
-    for module in modules:
-        name, count = module.classifier.name, 1
-        while name in names:
-            count += 1
-            name = f"{module.classifier.name}.{count}"
-        names.append(name)
-    return names
-
-
-def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -> tuple[list[Teacher], int]:
-    """Those of the models that contribute a loss term, and the number of classes of the first model's label space.
-
-    Raises SynthesisError when no model has BatchNorm statistics and no label loss is asked for.
-    """
-    classes = [_classes(module) for module in modules]
-    space = label_space(modules[0], classes[0])
-    smallest = min(stage.scale for stage in settings.stages)
-    teachers = []
-    for module, count, name in zip(modules, classes, _distinct_names(modules), strict=True):
-        norms = module.batchnorms()
-        shares = count == classes[0] and label_space(module, count) == space
-        taps = [norm.input for norm in norms] + [module.logits_name]
-        teachers.append(
-            Teacher(
-                name=name,
-                module=module,
-                norms=norms,
-                labels=shares and settings.label > 0,
-                segment=module.segment([module.input_name], dict.fromkeys(taps)),
-                runs_smaller=smallest == 1 or _runs_smaller(module, smallest),
-            )
-        )
-    teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
-    if not teaching:
-        names = ", ".join(str(module.classifier.path) for module in modules)
-        raise SynthesisError(
-            f"{names}: no BatchNorm statistics to invert: name models exported with BatchNorm kept (quantize: --zoo)"
-        )
-    return teaching, classes[0]
+ATTEMPTS = 3
+"""How many seeds a batch is tried with."""
+CLIPPED = 0.99
+"""An image with more than this share of its values at the limits of the pixel range shows nothing."""
 
 
 def synthesize(
@@ -146,14 +65,15 @@ def synthesize(
     overwrite: bool = False,
     progress: Progress | None = None,
     versions: Mapping[str, str] | None = None,
+    ranks: Ranks | None = None,
 ) -> Synthesis:
     """Make `settings.images` images from the models and write them to `directory`.
 
-    All randomness comes from `seed` and the shard's number, so shards do not depend on one another. Raises MixMixError
-    when the models or the output cannot be used.
+    All randomness comes from `seed` and the shard's number, so shards do not depend on one another, and several `ranks`
+    deal them out. Raises MixMixError when the models or the output cannot be used.
     """
     started = time.perf_counter()
-    progress = progress or Silent()
+    progress, ranks = progress or Silent(), ranks or Ranks()
     teachers, classes = make_teachers(modules, settings)
     used = {teacher.module for teacher in teachers}
     left_out = [str(module.classifier.path) for module in modules if module not in used]
@@ -161,12 +81,57 @@ def synthesize(
         progress.say(f"left out, without BatchNorm statistics: {', '.join(left_out)}")
     height, width = (max(module.spec.size[axis] for module in modules) for axis in (0, 1))
     full = size or (height, width)
-    identity: dict[str, Any] = {
+    store = ImageStore(directory, _identity(teachers, settings, recipe, full, seed, versions or {}))
+    counts = [settings.batch] * (settings.images // settings.batch)
+    if settings.images % settings.batch:
+        counts.append(settings.images % settings.batch)
+    done = {shard["index"] for shard in store.begin(resume=resume, overwrite=overwrite)} if ranks.leads else set()
+    missing = ranks.deal(ranks.share([index for index in range(len(counts)) if index not in done]))
+    try:
+        with progress.task("synthesizing images", settings.steps * len(missing)) as task:
+            for index in missing:
+                labels = (torch.arange(counts[index]) + index * settings.batch) % classes
+                store.add(index, *_make_shard(teachers, settings, full, labels, (seed, index), task))
+        ranks.wait()
+    except BaseException as stop:
+        if ranks.leads:
+            store.close()  # what is finished can be used as it is
+            if isinstance(stop, KeyboardInterrupt):
+                kept = sum(shard["images"] for shard in store.records())
+                progress.say(f"{kept} of {settings.images} images are in {directory}: the same with --resume goes on")
+        raise
+    shards = store.records()
+    final = {name: _mean([shard["losses"][name] for shard in shards]) for name in shards[0]["losses"]}
+    if ranks.leads:
+        spent = sum(shard["seconds"] for shard in shards)  # a resumed call keeps the time of earlier ones
+        store.close()
+        store.finish(load_images(directory, 64).pixels, {"losses": final, "seconds": round(spent, 3)})
+    return Synthesis(
+        directory=directory,
+        images=settings.images,
+        seconds=time.perf_counter() - started,
+        models=[teacher.name for teacher in teachers],
+        left_out=left_out,
+        losses=final,
+        retried=sum(shard["attempts"] - 1 for shard in shards),
+    )
+
+
+def _identity(
+    teachers: Sequence[Teacher],
+    settings: SynthSettings,
+    recipe: str,
+    size: tuple[int, int],
+    seed: int,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Everything that decides the images."""
+    return {
         "recipe": recipe,
         "settings": settings.model_dump(mode="json"),
-        "size": list(full),
+        "size": list(size),
         "seed": seed,
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), **(versions or {})},
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), **versions},
         "models": [
             {
                 "name": teacher.name,
@@ -178,33 +143,47 @@ def synthesize(
             for teacher in teachers
         ],
     }
-    store = ImageStore(directory, identity, resume=resume, overwrite=overwrite)
-    counts = [settings.batch] * (settings.images // settings.batch)
-    if settings.images % settings.batch:
-        counts.append(settings.images % settings.batch)
-    missing = [index for index in range(len(counts)) if index not in store.finished_shards]
-    with progress.task("synthesizing images", settings.steps * len(missing)) as task:
-        for index in missing:
-            begun = time.perf_counter()
-            labels = (torch.arange(counts[index]) + index * settings.batch) % classes
-            shard_seed = _shard_seed(seed, index)
-            pixels = Batch(teachers, settings, full, labels, shard_seed).optimise(task)
-            losses = judge(teachers, from_bytes(to_bytes(pixels)), labels)
-            facts = {"losses": losses, "seconds": round(time.perf_counter() - begun, 3)}
-            store.add(index, shard_seed, pixels, labels, facts)
-    final = {name: _mean([shard["losses"][name] for shard in store.shards]) for name in store.shards[0]["losses"]}
-    seconds = time.perf_counter() - started
-    spent = sum(shard["seconds"] for shard in store.shards)  # a resumed call keeps the time of earlier ones
-    store.finish(load_images(directory, 64).pixels, {"losses": final, "seconds": round(spent, 3)})
-    return Synthesis(directory, settings.images, seconds, [teacher.name for teacher in teachers], left_out, final)
+
+
+def _make_shard(
+    teachers: Sequence[Teacher],
+    settings: SynthSettings,
+    size: tuple[int, int],
+    labels: Tensor,
+    number: tuple[int, int],
+    task: Task,
+) -> tuple[int, Tensor, Tensor, dict[str, Any]]:
+    """One batch for the (seed, index) of `number`: seed used, pixels, labels, and facts to record.
+
+    A batch that diverges is made again from another seed. Raises SynthesisError when none of `ATTEMPTS` came through.
+    """
+    begun = time.perf_counter()
+    for attempt in range(ATTEMPTS):
+        seed = _shard_seed(*number, attempt)
+        batch = Batch(teachers, settings, size, labels, seed)
+        try:
+            pixels = batch.optimise(task)
+            break
+        except DivergedError as error:
+            task.advance(-batch.done)
+            reason = error
+    else:
+        raise SynthesisError(f"{reason}, from {ATTEMPTS} seeds: lower the rate with --set rate={settings.rate / 4:g}")
+    losses = judge(teachers, from_bytes(to_bytes(pixels)), labels)
+    facts = {"attempts": attempt + 1, "losses": losses, "seconds": round(time.perf_counter() - begun, 3)}
+    return seed, pixels, labels, facts
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _shard_seed(seed: int, index: int) -> int:
-    return (seed * 1_000_003 + index) % (2**63)
+def _shard_seed(seed: int, index: int, attempt: int = 0) -> int:
+    return (seed * 1_000_003 + index + attempt * 15_485_863 * 1_000_003) % (2**63)
+
+
+class DivergedError(Exception):
+    """A batch whose loss is no number any more, or whose images show nothing."""
 
 
 class Batch:
@@ -234,9 +213,10 @@ class Batch:
         self.low, self.high = -mean / std, (1 - mean) / std
         self.channels = spec.channel_count
         self.weights = objectives.LearnedWeights()
+        self.done = 0
 
     def optimise(self, task: Task) -> Tensor:
-        """Run all stages; pixels [N, C, H, W] in [0, 1] on the CPU. Raises SynthesisError when the loss diverges."""
+        """Run all stages; pixels [N, C, H, W] in [0, 1] on the CPU. Raises DivergedError."""
         images: Tensor | None = None
         for stage in self.settings.stages:
             height, width = (max(1, round(side * stage.scale)) for side in self.size)
@@ -248,7 +228,13 @@ class Batch:
         assert images is not None
         if tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False)
-        return (self._clip(images) * self.std + self.mean).clamp(0, 1).cpu()
+        pixels = (self._clip(images) * self.std + self.mean).clamp(0, 1).cpu()
+        at_limits = ((pixels == 0) | (pixels == 1)).float().flatten(1).mean(1)
+        if bool((at_limits > CLIPPED).any()):
+            raise DivergedError(
+                f"an image was driven to the limits of the pixel range ({float(at_limits.max()):.1%} of it)"
+            )
+        return pixels
 
     def _start(self, size: tuple[int, int]) -> Tensor:
         """What optimisation begins with, in normalised units, on the CPU."""
@@ -286,7 +272,8 @@ class Batch:
                 images.copy_(self._clip(images))
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise SynthesisError(f"the loss became {value} at step {step}: lower the rate with --set rate=0.1")
+                raise DivergedError(f"the loss became {value} at step {step}")
+            self.done += 1
             task.advance(1, f"loss {value:.3f}")
         return images.detach()
 
@@ -332,18 +319,3 @@ class Batch:
 
     def _label_loss(self, logits: Tensor, mix: Mix | None) -> Tensor:
         return F.cross_entropy(logits, self.labels) if mix is None else mixed_cross_entropy(logits, self.labels, mix)
-
-
-@torch.no_grad()
-def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, float]:
-    """Each model's statistics loss and cross-entropy on finished images, neither augmented nor mixed."""
-    losses: dict[str, float] = {}
-    for teacher in teachers:
-        module = teacher.module
-        values = teacher.segment({module.input_name: module.spec.to_input(pixels.to(module.device))})
-        if teacher.norms:
-            losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(values, teacher.norms))
-        if teacher.labels:
-            logits = values[module.logits_name]
-            losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, labels.to(logits.device)))
-    return losses

@@ -23,11 +23,18 @@ def images(seed: int, count: int = 3, channels: int = 1) -> Tensor:
 
 
 def begin(directory: Path, *, resume: bool = False, overwrite: bool = False, **identity: Any) -> ImageStore:
-    return ImageStore(directory, IDENTITY | identity, resume=resume, overwrite=overwrite)
+    store = ImageStore(directory, IDENTITY | identity)
+    store.begin(resume=resume, overwrite=overwrite)
+    return store
+
+
+def finished(store: ImageStore) -> set[int]:
+    return {record["index"] for record in store.records()}
 
 
 def add(store: ImageStore, index: int, channels: int = 1) -> None:
     store.add(index, 100 + index, images(index, channels=channels), torch.tensor([4, 0, 4]), {"losses": {"a": 1.5}})
+    store.close()
 
 
 def read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -59,9 +66,9 @@ def test_shards_become_files_rows_and_records(tmp_path: Path) -> None:
 def test_resume_and_overwrite_together_replace_only_what_is_not_the_same(tmp_path: Path) -> None:
     add(begin(tmp_path), 0)
     before = snapshot(tmp_path)
-    assert begin(tmp_path, resume=True, overwrite=True).finished_shards == {0}
+    assert finished(begin(tmp_path, resume=True, overwrite=True)) == {0}
     assert snapshot(tmp_path) == before
-    assert begin(tmp_path, resume=True, overwrite=True, seed=1).finished_shards == set()
+    assert finished(begin(tmp_path, resume=True, overwrite=True, seed=1)) == set()
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -146,15 +153,15 @@ def test_resume_goes_on_with_the_finished_shards(tmp_path: Path) -> None:
     add(store, 1)
     add(begin(tmp_path / "halves"), 0)
     resumed = begin(tmp_path / "halves", resume=True)
-    assert resumed.finished_shards == {0}
+    assert finished(resumed) == {0}
     add(resumed, 1)
     assert snapshot(tmp_path / "halves") == snapshot(tmp_path / "whole")
 
 
 def test_resume_of_nothing_begins(tmp_path: Path) -> None:
-    assert begin(tmp_path / "new", resume=True).finished_shards == set()
+    assert finished(begin(tmp_path / "new", resume=True)) == set()
     (tmp_path / "empty").mkdir()
-    assert begin(tmp_path / "empty", resume=True).finished_shards == set()
+    assert finished(begin(tmp_path / "empty", resume=True)) == set()
 
 
 def test_resume_of_another_run_is_refused_and_loses_nothing(tmp_path: Path) -> None:
@@ -165,7 +172,7 @@ def test_resume_of_another_run_is_refused_and_loses_nothing(tmp_path: Path) -> N
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "list", "no shards", "binary"])
+@pytest.mark.parametrize("damage", ["cut", "list", "no identity", "binary"])
 def test_resume_from_a_damaged_manifest_is_refused(damage: str, tmp_path: Path) -> None:
     add(begin(tmp_path), 0)
     path = tmp_path / "manifest.json"
@@ -173,30 +180,50 @@ def test_resume_from_a_damaged_manifest_is_refused(damage: str, tmp_path: Path) 
     content = {
         "cut": path.read_bytes()[:40],
         "list": b"[]",
-        "no shards": json.dumps({"identity": manifest["identity"]}).encode(),
+        "no identity": json.dumps({"shards": manifest["shards"]}).encode(),
         "binary": b"\xff\xfe\x00",
     }[damage]
     path.write_bytes(content)
     with pytest.raises(OutputError, match=str(tmp_path)):
-        _ = begin(tmp_path, resume=True).finished_shards
+        begin(tmp_path, resume=True)
 
 
-def test_a_stop_between_metadata_and_manifest_lists_no_image_twice(tmp_path: Path) -> None:
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    for content in (b"{", b"[]", b"{}", b"\xff"):
+        (tmp_path / "shards" / "00000.json").write_bytes(content)
+        with pytest.raises(OutputError, match=r"00000\.json"):
+            begin(tmp_path, resume=True)
+
+
+def test_a_shard_is_finished_when_its_record_and_all_its_files_are_there(tmp_path: Path) -> None:
     store = begin(tmp_path)
     add(store, 0)
-    before = (tmp_path / "manifest.json").read_bytes()
     add(store, 1)
-    (tmp_path / "manifest.json").write_bytes(before)  # the metadata is written first
-    resumed = begin(tmp_path, resume=True)
-    assert resumed.finished_shards == {0}
-    add(resumed, 1)
-    _, rows = read(tmp_path)
-    names = [row["file_name"] for row in rows]
-    assert len(names) == len(set(names)) == 6
+    (tmp_path / "shards" / "00001.json").unlink()  # a stop before the record
+    assert finished(begin(tmp_path, resume=True)) == {0}
+    rows = read(tmp_path)[1]
+    assert {row["shard"] for row in rows} == {0}
+    (tmp_path / rows[0]["file_name"]).unlink()  # someone cleared up
+    assert finished(begin(tmp_path, resume=True)) == set()
 
 
-def test_a_stop_while_a_resumed_run_begins_loses_no_shard(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
     add(begin(tmp_path), 0)
-    (tmp_path / "metadata.jsonl").write_bytes(b"")  # what beginning writes before the records
-    resumed = begin(tmp_path, resume=True)
-    assert {row["shard"] for row in resumed.rows} == resumed.finished_shards
+    before = snapshot(tmp_path)
+    for folder in ("", "images/00004", "shards"):
+        (tmp_path / folder / ".mixmix-x7f").write_bytes(b"half")
+    begin(tmp_path, resume=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_shards_of_several_processes_meet_in_one_manifest(tmp_path: Path) -> None:
+    leader = begin(tmp_path / "two")
+    ImageStore(tmp_path / "two", IDENTITY).add(
+        1, 101, images(1), torch.tensor([4, 0, 4]), {"losses": {"a": 1.5}}
+    )  # a process that only adds
+    add(leader, 0)
+    alone = begin(tmp_path / "one")
+    add(alone, 0)
+    add(alone, 1)
+    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "one")

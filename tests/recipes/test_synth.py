@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from converters.errors import OutputError
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
-from recipes.progress import Silent
-from recipes.synth.engine import Batch, SynthesisError, judge, make_teachers, synthesize
+from recipes.progress import Silent, Task
+from recipes.synth.engine import Batch, DivergedError, synthesize
 from recipes.synth.settings import Stage, SynthSettings
+from recipes.synth.teachers import SynthesisError, judge, make_teachers
 
 Modules = Callable[[str], TorchClassifier]
 
@@ -37,8 +39,8 @@ def zoo(module_of: Modules) -> list[TorchClassifier]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """Everything but the manifest, which tells times."""
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    """Everything but the manifest and the records, which tell times."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.suffix != ".json"]
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
@@ -141,12 +143,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 def test_a_shard_without_its_record_is_made_again(made: Path, zoo: list[TorchClassifier], tmp_path: Path) -> None:
-    """The machine stopped between the last shard's metadata and its record in the manifest."""
+    """The machine stopped between the last shard's images and its record."""
     directory = tmp_path / "set"
     synthesize(zoo, directory, settings(), seed=0)
-    manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["shards"].pop()
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "shards" / "00001.json").unlink()
     synthesize(zoo, directory, settings(), seed=0, resume=True)
     assert files(directory) == files(made)
     assert timeless(directory) == timeless(made)
@@ -249,23 +249,61 @@ def test_nothing_to_optimise_is_refused(zoo: list[TorchClassifier], tmp_path: Pa
 
 
 def test_a_loss_that_diverges_is_refused_with_advice(zoo: list[TorchClassifier], tmp_path: Path) -> None:
-    with pytest.raises(SynthesisError, match="rate"):
+    with pytest.raises(SynthesisError, match=r"3 seeds.*rate"):
         synthesize(zoo, tmp_path / "set", settings(variation=1e39))
 
 
+def test_a_batch_that_diverges_is_made_again_from_another_seed(
+    made: Path, zoo: list[TorchClassifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second shard's first seed is made to fail: all else comes out as it would have, and the count shows."""
+    whole = Batch.optimise
+    failed: list[int] = []
+
+    def fragile(batch: Batch, task: Task) -> Tensor:
+        pixels = whole(batch, task)
+        if int(batch.labels[0]) == 4 and not failed:
+            failed.append(1)
+            raise DivergedError("the loss became nan at step 9")
+        return pixels
+
+    monkeypatch.setattr(Batch, "optimise", fragile)
+    watching = Watching()
+    result = synthesize(zoo, tmp_path / "set", settings(), seed=0, progress=watching)
+    assert (result.retried, result.images) == (1, 8)
+    assert watching.done == watching.total == 20
+    first, second = timeless(tmp_path / "set")["shards"]
+    assert (first["attempts"], second["attempts"]) == (1, 2)
+    assert first == timeless(made)["shards"][0]
+    rows = [json.loads(line) for line in (tmp_path / "set" / "metadata.jsonl").read_text().splitlines()]
+    assert rows[-1]["seed"] == second["seed"] != timeless(made)["shards"][1]["seed"]
+    mine, other = load_images(tmp_path / "set").pixels, load_images(made).pixels
+    assert torch.equal(mine[:4], other[:4])
+    assert not torch.equal(mine[4:], other[4:])
+
+
+def test_images_driven_to_the_limits_have_diverged(zoo: list[TorchClassifier]) -> None:
+    how = settings(rate=1e6, stages=(Stage(scale=1.0, steps=1),))
+    with pytest.raises(DivergedError, match="limits"):
+        Batch(make_teachers(zoo, how)[0], how, (28, 28), torch.arange(4), 0).optimise(Silent())
+
+
+class Watching(Silent):
+    """Counts what is reported."""
+
+    done, total, notes = 0.0, 0.0, 0
+
+    @contextmanager
+    def task(self, name: str, total: float) -> Iterator[Watching]:
+        self.total += total
+        yield self
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        self.done += steps
+        self.notes += note is not None
+
+
 def test_progress_comes_to_its_end_and_shows_the_loss(zoo: list[TorchClassifier], tmp_path: Path) -> None:
-    class Watching(Silent):
-        done, total, notes = 0.0, 0.0, 0
-
-        @contextmanager
-        def task(self, name: str, total: float) -> Iterator[Watching]:
-            self.total += total
-            yield self
-
-        def advance(self, steps: float = 1, note: str | None = None) -> None:
-            self.done += steps
-            self.notes += note is not None
-
     watching = Watching()
     synthesize(zoo, tmp_path / "set", settings(), progress=watching)
     assert watching.done == watching.total == 20

@@ -1,0 +1,120 @@
+"""The models that images are made from: where their statistics are read, and whose labels mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from converters.errors import MixMixError
+from converters.torch_module import BatchNorm, Segment, TorchClassifier
+from recipes.synth import objectives
+from recipes.synth.settings import SynthSettings
+
+
+class SynthesisError(MixMixError):
+    """Models that no image can be made from, or an optimisation that went astray."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One model of the zoo: where its statistics are read, and whether its classes are the target's."""
+
+    name: str
+    module: TorchClassifier
+    norms: list[BatchNorm]
+    labels: bool
+    segment: Segment
+    runs_smaller: bool
+
+    def input_size(self, scale: float) -> tuple[int, int]:
+        """The height and width to run at when images have `scale` times their full size."""
+        height, width = self.module.spec.size
+        if scale == 1 or not self.runs_smaller:
+            return height, width
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def label_space(module: TorchClassifier, classes: int) -> str:
+    """What two models must share for one's labels to mean something to the other."""
+    return module.spec.labels or f"{classes} classes"
+
+
+@torch.no_grad()
+def _classes(module: TorchClassifier) -> int:
+    height, width = module.spec.size
+    pixels = torch.zeros(1, module.spec.channel_count, height, width, device=module.device)
+    return module(module.spec.to_input(pixels)).shape[1]
+
+
+@torch.no_grad()
+def _runs_smaller(module: TorchClassifier, scale: float) -> bool:
+    """Whether the graph also computes at `scale` times its size (pooled heads do, flattened ones do not)."""
+    height, width = (max(1, round(side * scale)) for side in module.spec.size)
+    pixels = torch.zeros(2, module.spec.channel_count, height, width, device=module.device)
+    try:
+        return module(module.spec.to_input(pixels, (height, width))).shape[0] == 2
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _distinct_names(modules: Sequence[TorchClassifier]) -> list[str]:
+    """File names without suffix; of equal ones, the second is called `name.2`."""
+    names: list[str] = []
+    for module in modules:
+        name, count = module.classifier.name, 1
+        while name in names:
+            count += 1
+            name = f"{module.classifier.name}.{count}"
+        names.append(name)
+    return names
+
+
+def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -> tuple[list[Teacher], int]:
+    """Those of the models that contribute a loss term, and the number of classes of the first model's label space.
+
+    Raises SynthesisError when no model has BatchNorm statistics and no label loss is asked for.
+    """
+    classes = [_classes(module) for module in modules]
+    space = label_space(modules[0], classes[0])
+    smallest = min(stage.scale for stage in settings.stages)
+    teachers = []
+    for module, count, name in zip(modules, classes, _distinct_names(modules), strict=True):
+        norms = module.batchnorms()
+        shares = count == classes[0] and label_space(module, count) == space
+        taps = [norm.input for norm in norms] + [module.logits_name]
+        teachers.append(
+            Teacher(
+                name=name,
+                module=module,
+                norms=norms,
+                labels=shares and settings.label > 0,
+                segment=module.segment([module.input_name], dict.fromkeys(taps)),
+                runs_smaller=smallest == 1 or _runs_smaller(module, smallest),
+            )
+        )
+    teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
+    if not teaching:
+        names = ", ".join(str(module.classifier.path) for module in modules)
+        raise SynthesisError(
+            f"{names}: no BatchNorm statistics to invert: name models exported with BatchNorm kept (quantize: --zoo)"
+        )
+    return teaching, classes[0]
+
+
+@torch.no_grad()
+def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, float]:
+    """Each model's statistics loss and cross-entropy on finished images, neither augmented nor mixed."""
+    losses: dict[str, float] = {}
+    for teacher in teachers:
+        module = teacher.module
+        values = teacher.segment({module.input_name: module.spec.to_input(pixels.to(module.device))})
+        if teacher.norms:
+            losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(values, teacher.norms))
+        if teacher.labels:
+            logits = values[module.logits_name]
+            losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, labels.to(logits.device)))
+    return losses

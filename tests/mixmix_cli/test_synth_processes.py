@@ -1,0 +1,104 @@
+"""`mixmix synth` as processes: killed and resumed, and dealt out by torchrun, always the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipes import zoo
+
+HOW = ("-n", "10", "--batch", "2", "--seed", "3", "--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":6}]')
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SYNTH = ("-m", "mixmix_cli", "synth", *(str(zoo.model_path(name)) for name in ("inverted", "plain")), *HOW)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """All files; of the manifest and the records everything but the times."""
+    found = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            document = json.loads(data)
+            for record in (document, *document.get("shards", [])):
+                record.pop("seconds", None)
+            data = json.dumps(document).encode()
+        found[str(path.relative_to(directory))] = data
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The set that one uninterrupted process makes."""
+    directory = tmp_path_factory.mktemp("whole") / "set"
+    finish(start(*SYNTH, "-o", directory))
+    return content(directory)
+
+
+def stop_after(process: subprocess.Popen[str], directory: Path, shards: int, how: signal.Signals) -> tuple[int, str]:
+    """Send the signal as soon as so many shards are recorded; exit status and stderr."""
+    deadline = time.monotonic() + 120
+    while len(list(directory.glob("shards/*.json"))) < shards:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    err = process.communicate(timeout=60)[1]
+    return process.returncode, err
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Killed outright after the first shard, interrupted after the third, resumed: as if nothing had happened."""
+    directory = tmp_path / "set"
+    assert stop_after(start(*SYNTH, "-o", directory), directory, 1, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not json.loads((directory / "manifest.json").read_text())["finished"]
+    resumed = start(*SYNTH, "-o", directory, "--resume")
+    status, err = stop_after(resumed, directory, 3, signal.SIGINT)
+    assert status == 130
+    listed = (directory / "metadata.jsonl").read_text().splitlines()  # what was finished can be used as it is
+    assert 6 <= len(listed) < 10
+    assert f"{len(listed)} of 10 images are in {directory}" in err
+    assert "--resume" in err
+    finish(start(*SYNTH, "-o", directory, "--resume"))
+    assert content(directory) == whole
+
+
+def test_two_processes_make_what_one_makes(whole: dict[str, bytes], tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    out, _ = finish(start(*TORCHRUN, *SYNTH, "-o", directory, "--json"))
+    assert json.loads(out)["images"] == 10  # one document: only the first process speaks
+    assert content(directory) == whole
+
+
+def test_two_processes_resume_what_one_began(whole: dict[str, bytes], tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    stop_after(start(*SYNTH, "-o", directory), directory, 2, signal.SIGKILL)
+    finish(start(*TORCHRUN, *SYNTH, "-o", directory, "--resume"))
+    assert content(directory) == whole
+
+
+def test_a_folder_in_use_stops_all_processes(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    process = start(*TORCHRUN, *SYNTH, "-o", tmp_path)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "is not empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
