@@ -19,12 +19,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from exporting import export_kept
 from photographs import NAMES, random_crops
 from torch import Tensor, nn
 
 from converters.classifier import Classifier
 from converters.detect import KNOWN
+from converters.export import export_kept
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
 

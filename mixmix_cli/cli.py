@@ -13,6 +13,8 @@ COMMANDS = {
     "inspect": "Say what a model is and what can be done with it.",
     "synth": "Make calibration images from models alone.",
     "quantize": "Write a smaller model with low-bit weights (and activations).",
+    "data": "Hand image sets to other tools, and compare them.",
+    "zoo": "Show the paper's model zoos, and export them from an installed library.",
     "validate": "Hold candidates against a reference through onnxruntime, with gates for CI.",
 }
 

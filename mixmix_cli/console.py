@@ -119,11 +119,13 @@ class _Bar:
             self._bar.update(self._task, advance=steps, note=note)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table whose first column is text and whose others are figures."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, texts: Sequence[str] = ()
+) -> Table:
+    """A table whose first column and those named in `texts` are text, and whose others are figures."""
     built = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        built.add_column(column, justify="left" if index == 0 or column in texts else "right", overflow="fold")
     for row in rows:
         built.add_row(*row)
     return built

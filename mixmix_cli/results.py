@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -11,10 +12,12 @@ from mixmix_cli.console import percent, pixels, size, table
 
 if TYPE_CHECKING:
     from converters.input_spec import Detection, InputSpec
+    from recipes.compare import Comparison
     from recipes.inspect import Inspection
     from recipes.quantize.engine import Quantization
     from recipes.synth.engine import Synthesis
     from recipes.validate import Candidate, Validation
+    from recipes.zoo import Zoo, ZooFacts
 
 ALWAYS = ("finite", "optimisations")
 """Gates that nobody has to ask for."""
@@ -213,12 +216,7 @@ def inspection_page(result: Inspection) -> Table:
         ("blocks", f"{len(sizes)} to reconstruct, of {min(sizes)} to {max(sizes)} layers" if sizes else "none"),
         *((task, f"no: {reason}" if reason else _yes(task, result)) for task, reason in _reasons(result).items()),
     ]
-    page = Table(title=str(classifier.path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    page.add_column(style="bold")
-    page.add_column(overflow="fold")
-    for key, value in rows:
-        page.add_row(key, escape(value))
-    return page
+    return _page(str(classifier.path), rows)
 
 
 def _yes(task: str, result: Inspection) -> str:
@@ -229,3 +227,109 @@ def _yes(task: str, result: Inspection) -> str:
 
 def _second(detection: Detection) -> str:
     return f"; second best: {detection.runner_up}" if detection.runner_up else ""
+
+
+def comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:
+    stored = result.to_stored
+    return {
+        "a": {"path": a, "images": result.counts[0], "distance_to_stored": stored and stored[0]},
+        "b": {"path": b, "images": result.counts[1], "distance_to_stored": stored and stored[1]},
+        "model": result.model,
+        "features": result.features,
+        "mmd2": result.mmd2,
+        "p_value": result.p_value,
+        "permutations": result.permutations,
+        "distance": result.distance,
+        "layers": [{"value": name, "distance": distance} for name, distance in result.layers],
+    }
+
+
+def comparison_page(a: Path, b: Path, result: Comparison) -> Table:
+    least = 1 / (result.permutations + 1)
+    verdict = "one distribution cannot be ruled out" if result.p_value > 0.05 else "they differ"
+    stored = result.to_stored
+    worst = max(result.layers, key=lambda layer: layer[1])
+    rows = [
+        ("images", f"{result.counts[0]} of {a}, {result.counts[1]} of {b}"),
+        ("MMD^2", f"{result.mmd2:.4f} in {result.features}, the input of the last layer"),
+        ("p-value", f"{result.p_value:.3f} (least possible {least:.3f}): {verdict}"),
+        ("distance", f"{result.distance:.3f} of the spread, mean over {len(result.layers)} layers of their statistics"),
+        ("farthest", f"{worst[1]:.3f} in {worst[0]}"),
+        *([("to training", f"{stored[0]:.3f} and {stored[1]:.3f} from the stored statistics")] if stored else []),
+    ]
+    return _page(f"in the eyes of {result.model}", rows)
+
+
+def zoo_json(zoo: Zoo) -> dict[str, Any]:
+    return {
+        "name": zoo.name,
+        "about": zoo.about,
+        "members": [
+            {
+                "paper": member.paper,
+                "accuracy": None if member.accuracy is None else round(member.accuracy / 100, 4),
+                "library": member.library,
+                "model": member.name,
+                "instead": member.instead,
+                "installed": member.installed,
+            }
+            for member in zoo.members
+        ],
+    }
+
+
+def zoo_page(zoo: Zoo) -> Table:
+    rows = [
+        [
+            member.paper,
+            "-" if member.accuracy is None else f"{member.accuracy:.2f} %",
+            f"{member.library}/{member.name}" + (f" ({member.instead})" if member.instead else ""),
+            "yes" if member.installed else "no",
+        ]
+        for member in zoo.members
+    ]
+    title = f"{zoo.name}: {zoo.about}; mixmix zoo export {zoo.name} -o DIR"
+    return table(["paper's model", "paper's top-1", "taken from", "installed"], rows, title, ["taken from"])
+
+
+def files_json(facts: ZooFacts) -> dict[str, Any]:
+    return {
+        "models": [
+            {
+                "path": fact.path,
+                "classes": fact.classes,
+                "params": fact.parameters,
+                "batchnorms": fact.batchnorms,
+                "width": fact.width,
+            }
+            for fact in facts.models
+        ],
+        "theory": {
+            "dimension": facts.dimension,
+            "width": facts.width,
+            "models_needed": facts.needed,
+            "models": len(facts.models),
+        },
+    }
+
+
+def files_page(facts: ZooFacts) -> Table:
+    rows = [
+        [str(fact.path), str(fact.classes), f"{fact.parameters:,}", str(fact.batchnorms), f"{fact.width:,}"]
+        for fact in facts.models
+    ]
+    title = (
+        f"{len(facts.models)} models; theorem 4.2 asks for m >= ceil((d + 1) / w) = {facts.needed}"
+        f" (d = {facts.dimension:,} input values, w = {facts.width:,} units in the widest layer of the narrowest model)"
+    )
+    return table(["file", "classes", "parameters", "BatchNorm", "width"], rows, title)
+
+
+def _page(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Facts, one a row, under a title."""
+    page = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    page.add_column(style="bold")
+    page.add_column(overflow="fold")
+    for key, value in rows:
+        page.add_row(key, escape(value))
+    return page

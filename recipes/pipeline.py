@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from converters.classifier import Classifier
-from converters.errors import OutputError
+from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import ensure_writable
@@ -58,6 +58,20 @@ def load_suitable_recipe(
         if name == "labels":
             progress.say("no model has BatchNorm statistics: images are shaped by its labels alone (recipe labels)")
     return name, load_synth_recipe(name, effort, overrides, steps, changes)
+
+
+def choose_models(models: Sequence[Classifier], settings: SynthSettings, recipe: str) -> list[Classifier]:
+    """Those of the models that the recipe asks for. Raises MixMixError naming what is missing."""
+    if settings.models is None:
+        return list(models)
+    given = {model.name: model for model in models}
+    missing = [f"{name}.onnx" for name in settings.models if name not in given]
+    if missing:
+        raise MixMixError(
+            f"recipe {recipe} is for {', '.join(settings.models)}, and {', '.join(missing)} is not among the models:"
+            " name it too (mixmix zoo export writes the files), or take another recipe"
+        )
+    return [given[name] for name in settings.models]
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     recipe, settings = load_suitable_recipe(
         request.synth_recipe, models, request.effort, (), None, {"images": request.images}, progress
     )
-    modules = convert_all(models, request.device, progress)
+    modules = convert_all(choose_models(models, settings, recipe), request.device, progress)
     directory = request.output.parent / f"{target.name}.images"
     found = directory.exists()
     if found and not request.overwrite and not (directory / MANIFEST).is_file():

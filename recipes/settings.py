@@ -64,7 +64,7 @@ def load_recipe(
     elif recipe in recipe_names(package):
         text, where = resources.files(package).joinpath(f"{recipe}.toml").read_text(), f"recipe {recipe}"
     else:
-        hint = _nearest(recipe, recipe_names(package))
+        hint = nearest(recipe, recipe_names(package))
         raise SettingsError(f"there is no recipe {recipe!r}{hint}: choose one of {_listed(package)}")
     try:
         values = tomllib.loads(text)
@@ -97,7 +97,7 @@ def load_recipe(
         if first["type"] == "extra_forbidden":
             known = kind.nested_keys(str(first["loc"][0]))
             raise SettingsError(
-                f"{where}: unknown key {key!r}{_nearest(str(first['loc'][-1]), known)}: correct or remove it"
+                f"{where}: unknown key {key!r}{nearest(str(first['loc'][-1]), known)}: correct or remove it"
             ) from error
         raise SettingsError(f"{where}: {key} cannot be {first['input']!r} ({first['msg']}): correct it") from error
 
@@ -105,10 +105,11 @@ def load_recipe(
 def _known_keys(kind: type[Settings], values: dict[str, Any], where: str) -> None:
     for key in values:
         if key not in kind.model_fields:
-            raise SettingsError(f"{where}: unknown key {key!r}{_nearest(key, kind.model_fields)}: correct or remove it")
+            raise SettingsError(f"{where}: unknown key {key!r}{nearest(key, kind.model_fields)}: correct or remove it")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is nearest to a misspelt one; empty where none is known."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
     return f" (the nearest is {close[0]!r})" if close else ""
 

@@ -1,12 +1,27 @@
-"""The embedded zoo: small Fashion-MNIST classifiers of six families, and labelled images to judge by.
+"""Model zoos: the embedded one, and the paper's, exported from installed model libraries.
 
-Trained and exported by `benchmarks/train_zoo.py`. Fashion-MNIST is (c) 2017 Zalando SE, MIT licence.
+The embedded zoo: small Fashion-MNIST classifiers of six families, and labelled images to judge by, trained and exported
+by `benchmarks/train_zoo.py`. Fashion-MNIST is (c) 2017 Zalando SE, MIT licence.
 """
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+
+import torch
+
+from converters.classifier import Classifier
+from converters.errors import MixMixError, OutputError
+from converters.export import write_kept
+from converters.load import load_classifier
+from converters.torch_module import TorchClassifier, to_torch
+from recipes.libraries import create, is_installed
+from recipes.progress import Progress, Silent
+from recipes.settings import nearest
 
 EMBEDDED = Path(str(resources.files("recipes"))) / "embedded"
 FAMILIES = ("plain", "residual", "inverted", "shuffle", "dense", "excite")
@@ -25,3 +40,159 @@ def test_images_path() -> Path:
 def calibration_images_path() -> Path:
     """256 labelled training images: the bound that real data set."""
     return EMBEDDED / "calibration.npz"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a zoo: what the paper calls it, and where it can be had."""
+
+    paper: str
+    accuracy: float | None
+    """Top-1 on ImageNet in per cent that the paper gives for its own weights; None where it gives none."""
+    library: str
+    name: str
+    instead: str | None = None
+    """How it differs from the paper's model, where no library has that."""
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.name}.onnx"
+
+    @property
+    def installed(self) -> bool:
+        """Whether its library is there to make it."""
+        return is_installed(self.library)
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A named list of models."""
+
+    name: str
+    about: str
+    members: tuple[Member, ...]
+
+
+def named_zoos() -> dict[str, Zoo]:
+    """The paper's zoos, by name."""
+    tables = tomllib.loads(resources.files("recipes").joinpath("zoos.toml").read_text())
+    return {name: Zoo(name, table["about"], tuple(map(_member, table["members"]))) for name, table in tables.items()}
+
+
+def _member(entry: dict[str, object]) -> Member:
+    library, name = str(entry["model"]).split("/")
+    accuracy, instead = entry.get("accuracy"), entry.get("instead")
+    return Member(
+        paper=str(entry["paper"]),
+        accuracy=accuracy if isinstance(accuracy, float) else None,
+        library=library,
+        name=name,
+        instead=None if instead is None else str(instead),
+    )
+
+
+def find_zoo(name: str) -> Zoo:
+    """The zoo of that name. Raises MixMixError naming the nearest one."""
+    zoos = named_zoos()
+    if name not in zoos:
+        raise MixMixError(f"there is no zoo {name!r}{nearest(name, zoos)}: choose one of {', '.join(zoos)}")
+    return zoos[name]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of a zoo's members: files written, files that were there, and what could not be had, with reasons."""
+
+    written: list[Path]
+    kept: list[Path]
+    failed: dict[str, str]
+
+
+def export_zoo(
+    zoo: Zoo, directory: Path, *, trained: bool = True, overwrite: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Write the members' ONNX files, BatchNorm kept and input spec in their metadata; one that is there stays.
+
+    A member that cannot be had does not stop the others. Raises OutputError where the folder cannot be made.
+    """
+    progress = progress or Silent()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be created ({error.strerror}): choose another output") from error
+    done = Exported([], [], {})
+    with progress.task(f"exporting {zoo.name}", len(zoo.members)) as task:
+        for member in zoo.members:
+            path = directory / member.file_name
+            if path.exists() and not overwrite:
+                done.kept.append(path)
+            else:
+                try:
+                    made = create(member.library, member.name, trained=trained)
+                    example = torch.zeros(2, made.spec.channel_count, *made.spec.size)
+                    write_kept(made.module, example, path, made.spec)
+                    done.written.append(path)
+                except MixMixError as error:
+                    done.failed[member.file_name] = str(error)
+            task.advance(1, member.name)
+    return done
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What matters about one file in a zoo."""
+
+    path: Path
+    classes: int
+    parameters: int
+    batchnorms: int
+    width: int
+    """Units of its widest layer: elements of a layer's output for one image."""
+
+
+@dataclass(frozen=True)
+class ZooFacts:
+    """A zoo of files, and the number of models that theorem 4.2 asks for.
+
+    Networks of width w on inputs of dimension d represent any function together when m >= ceil((d + 1) / w).
+    """
+
+    models: list[Fact]
+    dimension: int
+    """d: numbers in the largest input of any of them."""
+    width: int
+    """w: of the narrowest of them."""
+
+    @property
+    def needed(self) -> int:
+        return -(-(self.dimension + 1) // self.width)
+
+
+def show_files(classifiers: Sequence[Classifier], progress: Progress | None = None) -> ZooFacts:
+    """Convert, check and measure each model. Raises MixMixError for one that cannot be converted."""
+    progress = progress or Silent()
+    facts, dimension = [], 0
+    with progress.task("measuring models", len(classifiers)) as task:
+        for classifier in classifiers:
+            module = to_torch(classifier)
+            classes, width = _measure(module)
+            facts.append(Fact(classifier.path, classes, classifier.parameter_count(), len(module.batchnorms()), width))
+            spec = classifier.spec
+            dimension = max(dimension, spec.channel_count * spec.size[0] * spec.size[1])
+            task.advance(1, classifier.name)
+    return ZooFacts(facts, dimension, min(fact.width for fact in facts))
+
+
+@torch.no_grad()
+def _measure(module: TorchClassifier) -> tuple[int, int]:
+    """Classes, and elements of the largest output of a layer for one image."""
+    outputs = list(dict.fromkeys([*(layer.output for layer in module.layers()), module.logits_name]))
+    spec = module.spec
+    pixels = torch.zeros(1, spec.channel_count, *spec.size)
+    values = module.segment([module.input_name], outputs)({module.input_name: spec.to_input(pixels)})
+    return values[module.logits_name].shape[1], max(value.numel() for value in values.values())
+
+
+def embedded_files() -> list[Classifier]:
+    """The embedded models, BatchNorm kept."""
+    return [load_classifier(model_path(name)) for name in FAMILIES]

@@ -155,6 +155,19 @@ def matmul() -> onnx.ModelProto:
     return assemble([node("Flatten", "image", "flat"), *nodes], tensors)
 
 
+def tokens() -> onnx.ModelProto:
+    """Pixels as tokens: image -> [N, T, C] -MatMul-> mixed [N, T, 6] -mean over tokens-> Gemm -> logits."""
+    nodes = [
+        node("Reshape", "image rows", "flat"),
+        node("Transpose", "flat", "sequence", perm=[0, 2, 1]),
+        node("MatMul", "sequence token.weight", "mixed"),
+        node("ReduceMean", "mixed", "pooled", axes=[1], keepdims=0),
+        node("Gemm", "pooled head.weight head.bias", "logits", transB=1),
+    ]
+    shape = np.array([0, CHANNELS, PIXELS // CHANNELS], dtype=np.int64)
+    return assemble(nodes, {"rows": shape, "token.weight": weights(CHANNELS, 6), **head_tensors(6)})
+
+
 def batchnorm(*, shared: bool = False, opset: int = 17) -> onnx.ModelProto:
     """image -Conv-> features -BatchNormalization-> normed -Relu-> active; `shared` adds features to active."""
     nodes = [

@@ -48,7 +48,7 @@ def _synth(ranks: Ranks, given: dict[str, Any]) -> int:
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import synthesis_json
-    from recipes.pipeline import convert_all, load_suitable_recipe
+    from recipes.pipeline import choose_models, convert_all, load_suitable_recipe
     from recipes.settings import choose_device
     from recipes.synth.engine import synthesize
 
@@ -64,7 +64,7 @@ def _synth(ranks: Ranks, given: dict[str, Any]) -> int:
         given["recipe"], classifiers, given["effort"], given["overrides"], given["steps"], changes, terminal
     )
     result = synthesize(
-        convert_all(classifiers, device, terminal),
+        convert_all(choose_models(classifiers, settings, recipe), device, terminal),
         given["output"],
         settings,
         recipe=recipe,

@@ -1,4 +1,4 @@
-"""Settings of synthesis; recipes (`paper`, `single`, `default`) stand beside this module as TOML files."""
+"""Settings of synthesis; recipes (`default`, `labels`, `paper` and others) stand beside this module as TOML files."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class SynthSettings(Settings):
     Images are optimised in normalised units: pixel minus mean, over standard deviation, of the first model's input.
     """
 
+    models: tuple[str, ...] | None = None
+    """Of the models given, take only those with these file names (without suffix); all of them when not set."""
     images: int = Field(default=128, ge=1)
     batch: int = Field(default=32, ge=1)
     """Images optimised together: their joint statistics are what is matched. One batch is one shard on disk."""

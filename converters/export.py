@@ -1,13 +1,35 @@
-"""How models become files here: the legacy exporter with BatchNorm kept or folded, and the default one, which folds."""
+"""From torch modules to files: the legacy exporter with BatchNorm kept or folded, and the default one, which folds."""
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.onnx import TrainingMode
+
+from converters.errors import MixMixError
+from converters.files import read_model
+from converters.input_spec import InputSpec
+from converters.writeback import TEMPORARY, ensure_writable, save
+
+
+def write_kept(module: nn.Module, example: torch.Tensor, path: Path, spec: InputSpec) -> None:
+    """Export with BatchNorm kept, any batch, and write it with its input spec once onnxruntime has loaded it.
+
+    `example` is a batch of inputs. Raises MixMixError where the exporter fails or the file cannot be written.
+    """
+    ensure_writable(path, overwrite=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+        exported = Path(folder) / path.name
+        try:
+            export_kept(module, example, exported)
+        except Exception as error:  # whatever an exporter runs into
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise MixMixError(f"{path.stem} could not be exported ({reason}): please report it") from error
+        save(read_model(exported).model, path, spec.to_metadata(), overwrite=True)
 
 
 def export_kept(model: nn.Module, example: torch.Tensor, path: Path, opset: int = 17) -> None:
