@@ -29,7 +29,7 @@ from recipes.synth.augment import augment
 from recipes.synth.mixing import Mix, draw_mix, mixed_cross_entropy
 from recipes.synth.procedural import dead_leaves
 from recipes.synth.settings import Stage, SynthSettings
-from recipes.synth.teachers import SynthesisError, Teacher, judge, make_teachers
+from recipes.synth.teachers import SynthesisError, Teacher, canonical_spec, judge, make_teachers
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def synthesize(
     started = time.perf_counter()
     progress, ranks = progress or Silent(), ranks or Ranks()
     teachers, classes = make_teachers(modules, settings)
+    canonical_spec(teachers)
     used = {teacher.module for teacher in teachers}
     left_out = [str(module.classifier.path) for module in modules if module not in used]
     if left_out:
@@ -198,11 +199,10 @@ class Batch:
         seed: int,
     ) -> None:
         self.teachers, self.settings, self.size = teachers, settings, size
-        first = teachers[0].module
-        self.device = first.device
+        self.device = teachers[0].module.device
         self.labels = labels.to(self.device)
         self.generator = torch.Generator().manual_seed(seed)
-        spec = first.spec
+        spec = canonical_spec(teachers)
         shape = (1, -1, 1, 1)
         mean, std = (
             torch.tensor(values, device=self.device).view(shape) / spec.scale for values in (spec.mean, spec.std)
@@ -221,7 +221,7 @@ class Batch:
         for stage in self.settings.stages:
             height, width = (max(1, round(side * stage.scale)) for side in self.size)
             if images is None:
-                images = self._start((height, width)).to(self.device)
+                images = self.start((height, width)).to(self.device)
             else:
                 images = F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
             images = self._stage(self._clip(images), stage, task)
@@ -236,7 +236,7 @@ class Batch:
             )
         return pixels
 
-    def _start(self, size: tuple[int, int]) -> Tensor:
+    def start(self, size: tuple[int, int]) -> Tensor:
         """What optimisation begins with, in normalised units, on the CPU."""
         count = len(self.labels)
         if self.settings.start == "leaves":

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from converters.errors import MixMixError
+from converters.errors import MixMixError, SpecError
+from converters.input_spec import InputSpec
 from converters.torch_module import BatchNorm, Segment, TorchClassifier
 from recipes.synth import objectives
 from recipes.synth.settings import SynthSettings
@@ -103,6 +104,23 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
             f"{names}: no BatchNorm statistics to invert: name models exported with BatchNorm kept (quantize: --zoo)"
         )
     return teaching, classes[0]
+
+
+def canonical_spec(teachers: Sequence[Teacher]) -> InputSpec:
+    """The input spec whose channels and normalised units the images have: of the models with most channels, the first.
+
+    Raises SpecError where one image cannot serve all: gray and three colours are adapted, other channels are not.
+    """
+    most = max(teachers, key=lambda teacher: teacher.module.spec.channel_count).module.spec
+    for teacher in teachers:
+        count = teacher.module.spec.channel_count
+        if count != most.channel_count and (count, most.channel_count) != (1, 3):
+            odd = teacher if most.channel_count == 3 else max(teachers, key=lambda t: t.module.spec.channel_count)
+            raise SpecError(
+                f"{odd.module.classifier.path} takes {odd.module.spec.channel_count} channels and other models do not:"
+                " make its images without them"
+            )
+    return most
 
 
 @torch.no_grad()
