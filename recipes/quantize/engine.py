@@ -26,6 +26,7 @@ from converters.targets import MAX_BITS, MIN_BITS
 from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
 from recipes.blocks import Block, find_blocks
 from recipes.images import ImageSet
+from recipes.memory import keep_freed_memory
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.compensate import moments
 from recipes.quantize.plan import LayerPlan, plan_bits
@@ -111,6 +112,8 @@ def quantize(
     if not fits_protobuf(prepared.original):
         writeback.ensure_writable(writeback.data_beside(output), overwrite=overwrite)
     module = to_torch(prepared).to(device or torch.device("cpu"))
+    if module.device.type == "cpu":
+        keep_freed_memory()
     run = _Run(module, images, settings, bits, act_bits, seed)
     run.place(progress)
     run.reconstruct_all(progress)

@@ -22,6 +22,7 @@ from torch import Tensor
 from converters.torch_module import TorchClassifier
 from recipes.image_store import ImageStore
 from recipes.images import from_bytes, load_images, to_bytes
+from recipes.memory import keep_freed_memory
 from recipes.progress import Progress, Silent, Task
 from recipes.ranks import Ranks
 from recipes.synth import objectives
@@ -74,6 +75,8 @@ def synthesize(
     """
     started = time.perf_counter()
     progress, ranks = progress or Silent(), ranks or Ranks()
+    if modules[0].device.type == "cpu":
+        keep_freed_memory()
     teachers, classes = make_teachers(modules, settings)
     canonical_spec(teachers)
     used = {teacher.module for teacher in teachers}
@@ -288,15 +291,15 @@ class Batch:
         self._drawn = self._draw_models()
         for teacher in self._drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
-            values = self._run(teacher, shown, scale)
-            if teacher.norms and settings.batchnorm:
+            statistics, logits = teacher.look(shown, scale, closely=settings.batchnorm > 0)
+            if statistics:
                 terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(
-                    values, teacher.norms, relative=settings.relative
+                    statistics, teacher.norms, relative=settings.relative
                 )
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
-                    values = self._run(teacher, mixed, scale)
-                terms[f"label/{teacher.name}"] = self._label_loss(values[teacher.module.logits_name], mix)
+                    _, logits = teacher.look(mixed, scale, closely=False)
+                terms[f"label/{teacher.name}"] = self._label_loss(logits, mix)
         return terms, self._prior(images)
 
     def _prior(self, images: Tensor) -> Tensor:
@@ -311,11 +314,6 @@ class Batch:
             return list(self.teachers)
         chosen = torch.randperm(len(self.teachers), generator=self.generator)[:count]
         return [self.teachers[index] for index in sorted(chosen.tolist())]
-
-    def _run(self, teacher: Teacher, pixels: Tensor, scale: float) -> dict[str, Tensor]:
-        module = teacher.module
-        x = module.spec.to_input(pixels, teacher.input_size(scale)).contiguous(memory_format=torch.channels_last)
-        return teacher.segment({module.input_name: x})
 
     def _label_loss(self, logits: Tensor, mix: Mix | None) -> Tensor:
         return F.cross_entropy(logits, self.labels) if mix is None else mixed_cross_entropy(logits, self.labels, mix)

