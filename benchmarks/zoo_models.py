@@ -1,7 +1,8 @@
-"""The six small families of the embedded zoo, as torch modules (input [N, 1, 28, 28], 10 logits).
+"""The small families of the embedded zoo, as torch modules (input [N, 1, 28, 28], 10 logits).
 
-Each takes one idea of a published architecture at 80k to 150k parameters: VGG (plain), ResNet (residual), MobileNetV2
-(inverted residual), ShuffleNetV2 (shuffle), DenseNet (dense) and MobileNetV3 (squeeze-excite).
+Each takes one idea of a published architecture at 60k to 130k parameters: VGG (plain), ResNet (residual), MobileNetV2
+(inverted residual), ShuffleNetV2 (shuffle), DenseNet (dense) and MobileNetV3 (squeeze-excite); and ViT (attention),
+which has no BatchNorm.
 """
 
 from __future__ import annotations
@@ -219,6 +220,56 @@ def excite() -> nn.Module:
     )
 
 
+class Attention(nn.Module):
+    """Transformer block: LayerNorm and self-attention of 4 heads, LayerNorm and an MLP, a shortcut around each."""
+
+    HEADS = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, tokens, width = x.shape
+        q, k, v = self.before(self.first(x)).view(count, tokens, 3 * self.HEADS, -1).transpose(1, 2).chunk(3, 1)
+        weights = (q @ k.transpose(2, 3) * (width / self.HEADS) ** -0.5).softmax(-1)
+        x = x + self.mixed((weights @ v).transpose(1, 2).reshape(count, tokens, width))
+        return x + self.mlp(self.second(x))
+
+
+class Tokens(nn.Module):
+    """Places of a feature map [N, C, H, W] as tokens [N, H W, C], each with a learned vector added for where it is."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2) + self.place
+
+
+class MeanToken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def attention() -> nn.Module:
+    """ViT with a convolutional stem: LayerNorm only, no statistics of the data anywhere."""
+    width = 64
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, 2, 1),
+        nn.GELU(),
+        nn.Conv2d(32, width, 3, 2, 1),
+        Tokens(width, 49),
+        *[Attention(width) for _ in range(3)],
+        nn.LayerNorm(width),
+        MeanToken(),
+        nn.Linear(width, 10),
+    )
+
+
 FAMILIES = {
     "plain": plain,
     "residual": residual,
@@ -227,3 +278,4 @@ FAMILIES = {
     "dense": dense,
     "excite": excite,
 }
+WITHOUT_BATCHNORM = {"attention": attention}

@@ -1,0 +1,67 @@
+"""What `peer_mct.py judge` measures: the net quantized on a set, and how it answers on real images."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from efficientnet_lite0 import SPEC, export, logits
+from photographs import random_crops
+from train_zoo import DATA, load_split
+
+from converters.classifier import Classifier
+from converters.load import load_classifier
+from converters.torch_module import to_torch
+from recipes import zoo
+from recipes.images import ImageSet, from_bytes, load_images
+from recipes.quantize.engine import quantize
+from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.settings import load_recipe
+from recipes.synth.engine import synthesize
+from recipes.synth.settings import load_synth_recipe
+from recipes.validate import decibels, validate
+
+CLOSED_FORM = ("unit=block", "compensate=true", "sensitive_share=0.005")
+LITE0 = "lite0"
+
+
+@cache
+def float_classifier(name: str, folder: Path) -> Classifier:
+    return load_classifier(export(folder)[0], SPEC) if name == LITE0 else load_classifier(zoo.model_path(name))
+
+
+def synthesized(name: str, steps: int | None, seed: int, images: int, folder: Path) -> tuple[Path, float]:
+    """Our set from the one net, and the seconds it took, loading and writing included."""
+    settings = load_synth_recipe("default", "default", (), steps, {"images": images})
+    started = time.perf_counter()
+    directory = folder / f"ours-{name}-{steps}-{seed}"
+    synthesize([to_torch(float_classifier(name, folder))], directory, settings, seed=seed, overwrite=True)
+    return directory, time.perf_counter() - started
+
+
+def judge_set(name: str, path: Path, seed: int) -> list[float]:
+    """Embedded nets: top-1 in per cent and SNR in dB at W2 and at W2A4. EfficientNet-Lite0: agreement and SNR at W4."""
+    reference, images = float_classifier(name, path.parent), load_images(path)
+    found: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "q.onnx"
+        if name == LITE0:
+            recipe = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=CLOSED_FORM)
+            quantize(reference, images, output, recipe, 4, seed=seed)
+            crops = random_crops()
+            expected, actual = (logits(file, reference, crops) for file in (reference.path, output))
+            return [float((actual.argmax(1) == expected.argmax(1)).mean()), decibels(expected, actual)]
+        pictures, labels = load_split(DATA, "t10k")
+        judging = ImageSet(
+            from_bytes(pictures[5000:, :, :, None]), torch.from_numpy(labels[5000:].astype(np.int64)), "real"
+        )
+        recipe = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
+        for act_bits in (None, 4):
+            quantize(reference, images, output, recipe, 2, act_bits, seed=seed, overwrite=True)
+            (judged,) = validate(reference, [load_classifier(output)], judging, threads=1).candidates
+            found += [100 * (judged.top1 or 0.0), judged.snr]
+    return found

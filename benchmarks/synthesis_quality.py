@@ -1,0 +1,283 @@
+"""What images are worth on the embedded zoo: one command a table.
+
+    python benchmarks/synthesis_quality.py quality -o quality/     # noise, leaves, single, paper, default, real images
+    python benchmarks/synthesis_quality.py ablation -o quality/    # statistics, labels, mixing, one model and several
+    python benchmarks/synthesis_quality.py per-step -o quality/    # models a step, at equal model-steps
+    python benchmarks/synthesis_quality.py without -o quality/     # a folded target, and one with LayerNorm alone
+    python benchmarks/synthesis_quality.py alike -o quality/       # how well MMD ranks the sets of the other tables
+
+Every set has 128 images. It is quantized on (recipe qdrop, 100 steps a block), and the written file is judged through
+onnxruntime on Fashion-MNIST's test images 5,000 to 9,999 (Debian: `apt-get install dataset-fashion-mnist`); settings
+were chosen on the first 5,000. Top-1 in per cent and the logits' signal-to-noise ratio in dB, mean and standard
+deviation over seeds. What is done is kept in the folder, and a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from train_zoo import DATA, load_split
+
+from converters.classifier import Classifier
+from converters.load import load_classifier
+from converters.torch_module import TorchClassifier, to_torch
+from recipes import zoo
+from recipes.compare import compare
+from recipes.images import ImageSet, from_bytes, gaussian_noise, load_images, to_bytes
+from recipes.quantize.engine import quantize
+from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.settings import Effort, load_recipe
+from recipes.synth.engine import synthesize
+from recipes.synth.procedural import dead_leaves
+from recipes.synth.settings import load_synth_recipe
+from recipes.validate import validate
+
+IMAGES, SIZE = 128, (28, 28)
+TARGET = "TARGET"
+"""Stands for the model that will be quantized."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set comes from: `models` inverted by a recipe, or one of the fixed kinds."""
+
+    kind: str = "made"
+    models: tuple[str, ...] = ()
+    recipe: str = "default"
+    effort: Effort = "default"
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by title, columns as (target, weight bits, activation bits)."""
+
+    rows: dict[str, Source]
+    cells: Sequence[tuple[str, int, int | None]]
+    seeds: int
+
+
+def made(*models: str, recipe: str = "default", effort: Effort = "default", **overrides: object) -> Source:
+    given = tuple(f"{key}={json.dumps(value)}" for key, value in overrides.items())
+    return Source("made", models, recipe, effort, given)
+
+
+def steps(half: int, full: int) -> list[dict[str, float]]:
+    return [{"scale": 0.5, "steps": half}, {"scale": 1.0, "steps": full}]
+
+
+ALL = zoo.FAMILIES
+EQUAL = {"stages": steps(60, 60), "rate": 0.2, "shift": 0.0, "variation": 0.01}
+"""What all cells of the ablation have: 120 steps, of which each uses one model."""
+LABELS = {"label": 0.1, "weight_rate": 0.0}
+FIXED = {"Gaussian noise": Source("noise"), "dead leaves": Source("leaves")}
+REAL = {"real training images": Source("real")}
+LOW = (("inverted", 2, None), ("residual", 2, None), ("residual", 2, 4))
+TABLES = {
+    "quality": Table(
+        FIXED
+        | {
+            "recipe single, the target": made(TARGET, recipe="single"),
+            "recipe paper, six models, a tenth of its steps": made(*ALL, recipe="paper", effort="fast"),
+            "recipe default, the target": made(TARGET),
+            "recipe default, six models": made(*ALL),
+        }
+        | REAL,
+        (("inverted", 4, 4), ("inverted", 3, None), ("inverted", 2, None), ("residual", 2, None), ("residual", 2, 4)),
+        seeds=3,
+    ),
+    "ablation": Table(
+        {"dead leaves, where all begin": Source("leaves")}
+        | {
+            f"{who}: {what}": made(*models, models_per_step=1, **EQUAL, **how)  # type: ignore[arg-type]
+            for who, models in (("the target", (TARGET,)), ("six models", ALL))
+            for what, how in (
+                ("statistics", {}),
+                ("statistics + labels", LABELS),
+                ("statistics + labels + data mixing", LABELS | {"mixing": "label"}),
+                ("statistics + labels + data mixing (both)", LABELS | {"mixing": "all"}),
+            )
+        }
+        | {"the five other models: statistics": made("OTHERS", models_per_step=1, **EQUAL)}
+        | REAL,
+        LOW,
+        seeds=5,
+    ),
+    "per-step": Table(
+        {
+            f"{count} of 6 models a step, {360 // count} steps": made(
+                *ALL, models_per_step=count, **EQUAL | {"stages": steps(180 // count, 180 // count)}
+            )
+            for count in (1, 2, 3, 6)
+        },
+        LOW,
+        seeds=3,
+    ),
+    "without": Table(
+        FIXED
+        | {
+            "recipe labels, the target": made(TARGET, recipe="labels"),
+            "recipe default, six models": made(*ALL),
+        }
+        | REAL,
+        (("inverted_folded", 2, None), ("inverted_folded", 2, 4), ("attention", 3, None), ("attention", 2, None)),
+        seeds=3,
+    ),
+}
+
+
+@cache
+def classifier(name: str) -> Classifier:
+    return load_classifier(zoo.model_path(name))
+
+
+@cache
+def module(name: str) -> TorchClassifier:
+    return to_torch(classifier(name))
+
+
+@cache
+def judging() -> ImageSet:
+    images, labels = load_split(DATA, "t10k")
+    return ImageSet(from_bytes(images[5000:, :, :, None]), torch.from_numpy(labels[5000:].astype(np.int64)), "real")
+
+
+@cache
+def training(count: int, seed: int) -> ImageSet:
+    """Real training images, others for each seed."""
+    images, _ = load_split(DATA, "train")
+    chosen = np.random.default_rng(seed).permutation(len(images))[:count]
+    return ImageSet(from_bytes(images[chosen, :, :, None]), source="real")
+
+
+def image_set(title: str, source: Source, target: str, seed: int, folder: Path) -> ImageSet:
+    """The set, made or found in `folder`."""
+    if source.kind == "noise":
+        return gaussian_noise(IMAGES, 1, SIZE, seed)
+    if source.kind == "leaves":
+        pixels = dead_leaves(IMAGES, 1, SIZE, torch.Generator().manual_seed(seed))
+        return ImageSet(from_bytes(to_bytes(pixels)), source=title)
+    if source.kind == "real":
+        return training(IMAGES, seed)
+    names = [target if name == TARGET else name for name in source.models]
+    if names == ["OTHERS"]:
+        names = [name for name in ALL if name != target]
+    for_target = f" for {target}" if TARGET in source.models or "OTHERS" in source.models else ""
+    directory = folder / "sets" / f"{title}{for_target}, {seed}".replace("/", "-")
+    settings = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": IMAGES})
+    synthesize([module(name) for name in names], directory, settings, recipe=source.recipe, seed=seed, resume=True)
+    return load_images(directory)
+
+
+class Results:
+    """What has been measured, one JSON line each, by (table's row, cell, seed)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found = {tuple(row["key"]): row["value"] for row in map(json.loads, lines)}
+
+    def get(self, key: tuple[object, ...], measure: Callable[[], list[float]]) -> list[float]:
+        if key not in self.found:
+            self.found[key] = measure()
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "value": self.found[key]}) + "\n")
+        return self.found[key]
+
+
+def quantized(target: str, bits: int, act_bits: int | None, images: ImageSet, seed: int) -> list[float]:
+    """Top-1 in per cent, and logit signal-to-noise ratio in dB."""
+    settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "q.onnx"
+        quantize(classifier(target), images, output, settings, bits, act_bits, seed=seed)
+        (judged,) = validate(classifier(target), [load_classifier(output)], judging(), threads=1).candidates
+    return [100 * (judged.top1 or 0.0), judged.snr]
+
+
+def alikeness(target: str, images: ImageSet) -> list[float]:
+    """MMD^2 to 256 real images in the target's features, and the distance of statistics from the stored ones."""
+    found = compare(module(target), images, training(256, 99), permutations=1)
+    return [found.mmd2, found.to_stored[0] if found.to_stored else found.distance]
+
+
+def measure_table(name: str, table: Table, folder: Path, results: Results) -> None:
+    heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in table.cells]
+    floats = {
+        target: 100 * (validate(classifier(target), [classifier(target)], judging()).reference.top1 or 0.0)
+        for target in dict.fromkeys(target for target, _, _ in table.cells)
+    }
+    print(f"float: {', '.join(f'{target} {value:.2f} %' for target, value in floats.items())}; {table.seeds} seeds\n")
+    print(f"| images | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
+    for title, source in table.rows.items():
+        cells = []
+        for cell in table.cells:
+            values = [measure_cell(name, title, source, cell, seed, folder, results) for seed in range(table.seeds)]
+            cells.append(", ".join(_spread(column) for column in zip(*values, strict=True)) + " dB")
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+def measure_cell(
+    name: str, title: str, source: Source, cell: tuple[str, int, int | None], seed: int, folder: Path, results: Results
+) -> list[float]:
+    """Top-1 and signal-to-noise ratio of one quantized file; beside them the likeness of its images, by the way."""
+    target, bits, act_bits = cell
+    images = cache(partial(image_set, title, source, target, seed, folder))
+    if module(target).batchnorms():
+        results.get(("alike", name, title, target, seed), lambda: alikeness(target, images()))
+    return results.get((name, title, *cell, seed), lambda: quantized(target, bits, act_bits, images(), seed))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def rank(results: Results) -> None:
+    """Spearman's rank correlation over all sets measured, of the two distances with what the sets gave."""
+    print("| target and widths | sets | MMD^2 and top-1 | MMD^2 and SNR | statistics and top-1 | statistics and SNR |")
+    print("| --- " * 6 + "|")
+    cells = sorted({key[2:5] for key in results.found if key[0] in TABLES}, key=str)
+    for target, bits, act_bits in cells:
+        rows = []
+        for key, value in results.found.items():
+            if key[0] in TABLES and key[2:5] == (target, bits, act_bits):
+                known = results.found.get(("alike", key[0], key[1], target, key[5]))
+                if known is not None:
+                    rows.append((*known, *value))
+        if len(rows) > 5:
+            mmd2, distance, top1, snr = zip(*rows, strict=True)
+            pairs = ((mmd2, top1), (mmd2, snr), (distance, top1), (distance, snr))
+            found = " | ".join(f"{scipy.stats.spearmanr(a, b).statistic:.2f}" for a, b in pairs)
+            widths = f"W{bits}" + ("" if act_bits is None else f"A{act_bits}")
+            print(f"| {target} {widths} | {len(rows)} | {found} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=[*TABLES, "alike"])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = Results(options.output / "results.jsonl")
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}\n")
+    if options.table == "alike":
+        rank(results)
+    else:
+        measure_table(options.table, TABLES[options.table], options.output, results)
+
+
+if __name__ == "__main__":
+    main()
