@@ -137,7 +137,7 @@ def batch_normalization(attributes: Attributes) -> Body:
         if scale.dim() == 1:  # as one multiplication and addition: its gradient is a third of F.batch_norm's work
             shape = (1, -1, *[1] * (x.dim() - 2))
             slope = scale * torch.rsqrt(variance + epsilon)
-            return torch.addcmul((bias - mean * slope).view(shape), x, slope.view(shape))
+            return torch.addcmul((bias - mean * slope).view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
         return (x - mean) * torch.rsqrt(variance + epsilon) * scale + bias  # one entry a place: opset 7, spatial=0
 
     return run

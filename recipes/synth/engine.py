@@ -50,6 +50,10 @@ class Synthesis:
 
 ATTEMPTS = 3
 """How many seeds a batch is tried with."""
+LOOK_EVERY = 8
+"""Steps between looks at the loss."""
+LEAST_GAIN = 1e-3
+"""What counts as a fall of the loss, as a share of it."""
 CLIPPED = 0.99
 """An image with more than this share of its values at the limits of the pixel range shows nothing."""
 
@@ -186,6 +190,21 @@ def _shard_seed(seed: int, index: int, attempt: int = 0) -> int:
     return (seed * 1_000_003 + index + attempt * 15_485_863 * 1_000_003) % (2**63)
 
 
+class Plateau:
+    """Whether the loss has stopped falling: `patience` steps without a new best by more than `LEAST_GAIN` of it."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.best, self.waited = patience, math.inf, 0
+
+    def reached(self, value: float, steps: int) -> bool:
+        """Take in the mean loss of the last `steps` steps. Never with a patience of 0."""
+        if value < self.best - LEAST_GAIN * abs(self.best) or math.isinf(self.best):
+            self.best, self.waited = value, 0
+        else:
+            self.waited += steps
+        return 0 < self.patience <= self.waited
+
+
 class DivergedError(Exception):
     """A batch whose loss is no number any more, or whose images show nothing."""
 
@@ -254,6 +273,8 @@ class Batch:
         images = images.detach().clone().requires_grad_(True)
         optimizer = torch.optim.Adam([images], lr=settings.rate, betas=settings.betas)
         alphas: torch.optim.Adam | None = None
+        plateau = Plateau(settings.patience)
+        recent: list[Tensor] = []
         for step in range(stage.steps):
             optimizer.param_groups[0]["lr"] = settings.rate * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
             terms, prior = self._terms(images, stage.scale)
@@ -273,11 +294,19 @@ class Batch:
                 alphas.step()
             with torch.no_grad():
                 images.copy_(self._clip(images))
-            value = float(loss.detach())
+            recent.append(loss.detach())
+            if len(recent) < LOOK_EVERY and step + 1 < stage.steps:
+                continue
+            value = float(torch.stack(recent).mean())  # waits for the device, which is why it is not done at each step
             if not math.isfinite(value):
-                raise DivergedError(f"the loss became {value} at step {step}")
-            self.done += 1
-            task.advance(1, f"loss {value:.3f}")
+                raise DivergedError(f"the loss became {value} by step {step + 1}")
+            stop = plateau.reached(value, len(recent))
+            steps = stage.steps - (step + 1 - len(recent)) if stop else len(recent)
+            self.done += steps
+            task.advance(steps, f"loss {value:.3f}")
+            recent.clear()
+            if stop:
+                break
         return images.detach()
 
     def _terms(self, images: Tensor, scale: float) -> tuple[dict[str, Tensor], Tensor]:
@@ -291,15 +320,17 @@ class Batch:
         self._drawn = self._draw_models()
         for teacher in self._drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
-            statistics, logits = teacher.look(shown, scale, closely=settings.batchnorm > 0)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                statistics, logits = teacher.look(shown, scale, closely=settings.batchnorm > 0)
             if statistics:
                 terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(
                     statistics, teacher.norms, relative=settings.relative
                 )
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
-                    _, logits = teacher.look(mixed, scale, closely=False)
-                terms[f"label/{teacher.name}"] = self._label_loss(logits, mix)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                        _, logits = teacher.look(mixed, scale, closely=False)
+                terms[f"label/{teacher.name}"] = self._label_loss(logits.float(), mix)
         return terms, self._prior(images)
 
     def _prior(self, images: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ class SynthSettings(Settings):
     stages: tuple[Stage, ...] = Field(min_length=1)
     rate: float = Field(default=0.25, gt=0)
     """Learning rate of the images; it falls to zero along a cosine in each stage (seed, B.3)."""
+    patience: int = Field(default=0, ge=0)
+    """A stage ends when its loss has not fallen for this many steps; 0 for never before its time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the models compute in; statistics and losses are float32 in either."""
     betas: tuple[Share, Share] = (0.5, 0.5)
     weight_rate: float = Field(default=1e-3, ge=0)
     """Learning rate of the loss weights alpha (seed, eq. 8); 0 fixes them at 1."""

@@ -27,10 +27,12 @@ LEAST_VARIANCE = 1e-12
 class _Observe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # 16 bits are too few to add up in
         if x.device.type == "cpu":
-            mean, variance = torch.batch_norm_update_stats(exact, None, None, 0.0)
+            # the type of the running statistics, which are not used, is that of the result
+            running = torch.zeros(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            mean, variance = torch.batch_norm_update_stats(x, running, running.clone(), 0.0)
         else:
+            exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # 16 bits are too few to add up in
             variance, mean = torch.var_mean(exact, [axis for axis in range(x.dim()) if axis != 1], correction=0)
         deviation = (variance + LEAST_VARIANCE).sqrt()
         ctx.save_for_backward(x, mean, deviation)

@@ -21,7 +21,7 @@ from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
 from recipes.progress import Silent, Task
-from recipes.synth.engine import Batch, DivergedError, synthesize
+from recipes.synth.engine import Batch, DivergedError, Plateau, synthesize
 from recipes.synth.settings import Stage, SynthSettings
 from recipes.synth.teachers import SynthesisError, judge, make_teachers
 
@@ -123,7 +123,7 @@ class Stopping(Silent):
         self.left = steps
 
     def advance(self, steps: float = 1, note: str | None = None) -> None:
-        self.left -= 1
+        self.left -= steps
         if self.left < 0:
             raise KeyboardInterrupt
 
@@ -349,3 +349,33 @@ def test_an_unfinished_set_says_so(made: Path, tmp_path: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
     assert "synth --resume" in load_images(copy).source
+
+
+def test_a_stage_ends_on_a_plateau_and_its_steps_count_as_done(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    """With a rate near zero nothing falls: the first look is the best one, and the second ends the stage."""
+    how = settings(batch=8, stages=(Stage(scale=1.0, steps=60),), rate=1e-9, patience=8, flip=False, mixing="none")
+    watching = Watching()
+    synthesize(zoo, tmp_path / "set", how, progress=watching)
+    assert watching.done == watching.total == 60
+    assert watching.notes == 2
+    falling = Watching()
+    synthesize(zoo, tmp_path / "falling", how.model_copy(update={"rate": 0.1}), progress=falling)
+    assert falling.done == 60
+    assert falling.notes > 4
+
+
+def test_plateau() -> None:
+    assert not any(Plateau(0).reached(1.0, 8) for _ in range(100))
+    plateau = Plateau(16)
+    assert [plateau.reached(value, 8) for value in (3.0, 2.0, 1.9999, 1.5, 1.5, 1.6)] == [False] * 5 + [True]
+
+
+def test_sixteen_bits_come_close_to_thirty_two(zoo: list[TorchClassifier], tmp_path: Path) -> None:
+    stages = (Stage(scale=1.0, steps=30),)
+    losses = [
+        synthesize(zoo, tmp_path / kind, settings(batch=8, stages=stages, precision=kind)).losses
+        for kind in ("float32", "bfloat16")
+    ]
+    for name, value in losses[0].items():
+        if name.startswith("batchnorm"):
+            assert losses[1][name] == pytest.approx(value, rel=0.1)
