@@ -25,10 +25,11 @@ from recipes.settings import nearest
 
 EMBEDDED = Path(str(resources.files("recipes"))) / "embedded"
 FAMILIES = ("plain", "residual", "inverted", "shuffle", "dense", "excite")
+WITHOUT_BATCHNORM = ("attention", "inverted_folded")
 
 
 def model_path(name: str) -> Path:
-    """The ONNX file of one family (BatchNorm kept), or of `inverted_folded`."""
+    """The ONNX file of one family (BatchNorm kept), or of one `WITHOUT_BATCHNORM`."""
     return EMBEDDED / f"{name}.onnx"
 
 

@@ -216,7 +216,12 @@ def test_layers_and_batchnorms_are_the_graphs(embedded_path: Path, embedded_modu
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes = {node.output[0]: node for node in graph.node}
     layers = embedded_module.layers()
-    assert [x.output for x in layers] == [out for out, node in nodes.items() if node.op_type in ("Conv", "Gemm")]
+    turned = {
+        x.output[0]: tensors[x.input[0]].T for x in graph.node if x.op_type == "Transpose" and x.input[0] in tensors
+    }
+    tensors |= turned  # a Linear on tokens is a MatMul behind the Transpose of its weight
+    weighted = [out for out, x in nodes.items() if x.op_type in ("Conv", "Gemm", "MatMul") and x.input[1] in tensors]
+    assert [x.output for x in layers] == weighted
     for layer in layers:
         groups = next((a.i for a in nodes[layer.output].attribute if a.name == "group"), 1)
         assert layer.groups == groups
