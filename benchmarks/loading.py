@@ -20,9 +20,8 @@ import numpy as np
 import onnx
 import torch
 import torchvision
+from exporting import export_folded
 from onnx import TensorProto, helper
-
-from converters.export import export_folded
 
 WIDTH = 8192
 LAYER_BYTES = WIDTH * WIDTH * 4

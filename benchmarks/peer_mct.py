@@ -81,14 +81,20 @@ def make(name: str, iterations: int, seed: int, output: Path) -> None:
         model=net, n_images=IMAGES[name], output_image_size=SIZES[name], data_generation_config=config
     )
     seconds = time.perf_counter() - started
-    images = torch.cat([x if x.dim() == 4 else x[None] for x in made]).cpu().float()
+    images = torch.cat([x if x.dim() == 4 else x[None] for x in made]).cpu().float()[: IMAGES[name]]
     pixels = (images * net.std + net.mean).clamp(0, 1)
     if name != LITE0:
         pixels = pixels.mean(1, keepdim=True)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}-{iterations}-{seed}.npz"
     np.savez(path, images=(pixels * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    facts = {"seconds": seconds, "iterations": iterations, "seed": seed, "version": mct.__version__}
+    facts = {
+        "seconds": seconds,
+        "iterations": iterations,
+        "seed": seed,
+        "version": mct.__version__,
+        "threads": torch.get_num_threads(),
+    }
     path.with_suffix(".json").write_text(json.dumps(facts))
     print(f"{path}: {len(pixels)} images in {seconds:.0f} s")
 
@@ -100,9 +106,9 @@ def judge(name: str, steps: list[int], output: Path) -> None:
     rows: dict[str, list[tuple[float, list[float]]]] = {}
     for path in sorted(output.glob(f"{name}-*.npz")):
         facts = json.loads(path.with_suffix(".json").read_text())
-        title = f"MCT {facts['version']}, {facts['iterations']} iterations"
+        title = f"MCT {facts['version']}, {facts['iterations']} iterations, {facts.get('threads', '?')} threads"
         rows.setdefault(title, []).append((facts["seconds"], judge_set(name, path, facts["seed"])))
-    seeds = range(max(map(len, rows.values()), default=1))
+    seeds = sorted({json.loads(path.read_text())["seed"] for path in output.glob(f"{name}-*.json")}) or [0]
     for count in [0, *steps]:
         title = f"MixMix, {count} steps" if count else "MixMix, recipe default"
         for seed in seeds:

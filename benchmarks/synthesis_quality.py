@@ -15,6 +15,7 @@ deviation over seeds. What is done is kept in the folder, and a second call goes
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -107,10 +108,12 @@ TABLES = {
                 ("statistics", {}),
                 ("statistics + labels", LABELS),
                 ("statistics + labels + data mixing", LABELS | {"mixing": "label"}),
-                ("statistics + labels + data mixing (both)", LABELS | {"mixing": "all"}),
             )
         }
-        | {"the five other models: statistics": made("OTHERS", models_per_step=1, **EQUAL)}
+        | {
+            "one other model: statistics": made("OTHER", models_per_step=1, **EQUAL),
+            "the five other models: statistics": made("OTHERS", models_per_step=1, **EQUAL),
+        }
         | REAL,
         LOW,
         seeds=5,
@@ -174,11 +177,21 @@ def image_set(title: str, source: Source, target: str, seed: int, folder: Path) 
     names = [target if name == TARGET else name for name in source.models]
     if names == ["OTHERS"]:
         names = [name for name in ALL if name != target]
-    for_target = f" for {target}" if TARGET in source.models or "OTHERS" in source.models else ""
+    if names == ["OTHER"]:
+        names = ["residual" if target == "inverted" else "inverted"]
+    for_target = f" for {target}" if {TARGET, "OTHER", "OTHERS"} & set(source.models) else ""
     directory = folder / "sets" / f"{title}{for_target}, {seed}".replace("/", "-")
     settings = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": IMAGES})
     synthesize([module(name) for name in names], directory, settings, recipe=source.recipe, seed=seed, resume=True)
     return load_images(directory)
+
+
+def fingerprint(source: Source) -> str:
+    """Of what decides a row's figures: another recipe, quantizer or torch is another row."""
+    made = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": IMAGES})
+    used = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
+    parts = (repr(source), made.model_dump_json(), used.model_dump_json(), torch.__version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 class Results:
@@ -213,7 +226,7 @@ def alikeness(target: str, images: ImageSet) -> list[float]:
     return [found.mmd2, found.to_stored[0] if found.to_stored else found.distance]
 
 
-def measure_table(name: str, table: Table, folder: Path, results: Results) -> None:
+def measure_table(name: str, table: Table, only: str, folder: Path, results: Results) -> None:
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in table.cells]
     floats = {
         target: 100 * (validate(classifier(target), [classifier(target)], judging()).reference.top1 or 0.0)
@@ -222,6 +235,8 @@ def measure_table(name: str, table: Table, folder: Path, results: Results) -> No
     print(f"float: {', '.join(f'{target} {value:.2f} %' for target, value in floats.items())}; {table.seeds} seeds\n")
     print(f"| images | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
     for title, source in table.rows.items():
+        if only not in title:
+            continue
         cells = []
         for cell in table.cells:
             values = [measure_cell(name, title, source, cell, seed, folder, results) for seed in range(table.seeds)]
@@ -236,8 +251,10 @@ def measure_cell(
     target, bits, act_bits = cell
     images = cache(partial(image_set, title, source, target, seed, folder))
     if module(target).batchnorms():
-        results.get(("alike", name, title, target, seed), lambda: alikeness(target, images()))
-    return results.get((name, title, *cell, seed), lambda: quantized(target, bits, act_bits, images(), seed))
+        results.get(("alike", name, title, target, seed, fingerprint(source)), lambda: alikeness(target, images()))
+    return results.get(
+        (name, title, *cell, seed, fingerprint(source)), lambda: quantized(target, bits, act_bits, images(), seed)
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -253,7 +270,7 @@ def rank(results: Results) -> None:
         rows = []
         for key, value in results.found.items():
             if key[0] in TABLES and key[2:5] == (target, bits, act_bits):
-                known = results.found.get(("alike", key[0], key[1], target, key[5]))
+                known = results.found.get(("alike", key[0], key[1], target, key[5], key[6]))
                 if known is not None:
                     rows.append((*known, *value))
         if len(rows) > 5:
@@ -268,6 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "alike"])
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", default="", help="only rows whose title has this in it (for several processes)")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "results.jsonl")
@@ -276,7 +294,7 @@ def main() -> None:
     if options.table == "alike":
         rank(results)
     else:
-        measure_table(options.table, TABLES[options.table], options.output, results)
+        measure_table(options.table, TABLES[options.table], options.only, options.output, results)
 
 
 if __name__ == "__main__":

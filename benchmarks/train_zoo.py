@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from exporting import export_folded
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from zoo_models import FAMILIES, WITHOUT_BATCHNORM
 
-from converters.export import export_folded, export_kept
+from converters.export import export_kept
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]

@@ -1,9 +1,10 @@
-"""From torch modules to files: the legacy exporter with BatchNorm kept or folded, and the default one, which folds."""
+"""From torch modules to files that keep their BatchNorm."""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from converters.input_spec import InputSpec
 from converters.writeback import TEMPORARY, ensure_writable, save
 
 
-def write_kept(module: nn.Module, example: torch.Tensor, path: Path, spec: InputSpec) -> None:
-    """Export with BatchNorm kept, any batch, and write it with its input spec once onnxruntime has loaded it.
+def write_kept(
+    module: nn.Module, example: torch.Tensor, path: Path, spec: InputSpec, facts: Mapping[str, str] | None = None
+) -> None:
+    """Export with BatchNorm kept, any batch; write it with input spec and `facts` once onnxruntime has loaded it.
 
     `example` is a batch of inputs. Raises MixMixError where the exporter fails or the file cannot be written.
     """
@@ -29,59 +32,22 @@ def write_kept(module: nn.Module, example: torch.Tensor, path: Path, spec: Input
         except Exception as error:  # whatever an exporter runs into
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MixMixError(f"{path.stem} could not be exported ({reason}): please report it") from error
-        save(read_model(exported).model, path, spec.to_metadata(), overwrite=True)
+        save(read_model(exported).model, path, spec.to_metadata() | dict(facts or {}), overwrite=True)
 
 
-def export_kept(model: nn.Module, example: torch.Tensor, path: Path, opset: int = 17) -> None:
+def export_kept(module: nn.Module, example: torch.Tensor, path: Path, opset: int = 17) -> None:
     """Legacy exporter, nothing folded, any batch."""
-    _export_legacy(model, example, path, opset, keep=True)
-
-
-def export_legacy(model: nn.Module, example: torch.Tensor, path: Path, opset: int = 17) -> None:
-    """Legacy exporter as it is used most: BatchNorm and constants folded, any batch."""
-    _export_legacy(model, example, path, opset, keep=False)
-
-
-def _export_legacy(model: nn.Module, example: torch.Tensor, path: Path, opset: int, *, keep: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model,
+            module,
             (example,),
             path,
             dynamo=False,
             opset_version=opset,
-            training=TrainingMode.PRESERVE if keep else TrainingMode.EVAL,
-            do_constant_folding=not keep,
+            training=TrainingMode.PRESERVE,
+            do_constant_folding=False,
             input_names=["image"],
             output_names=["logits"],
             dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-        )
-
-
-def export_folded(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None = None) -> None:
-    """Default exporter: BatchNorm folded into the convolutions, any batch."""
-    _export_default(model, example, path, opset, optimise=True)
-
-
-def export_plain(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None = None) -> None:
-    """Default exporter without its optimiser: CastLike, Expand, computed Pad and all, any batch."""
-    _export_default(model, example, path, opset, optimise=False)
-
-
-def _export_default(model: nn.Module, example: torch.Tensor, path: Path, opset: int | None, *, optimise: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (example,),
-            path,
-            dynamo=True,
-            opset_version=opset,
-            external_data=False,
-            optimize=optimise,
-            verbose=False,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
         )

@@ -28,7 +28,7 @@ def synthesis_json(result: Synthesis) -> dict[str, Any]:
         "dir": result.directory,
         "images": result.images,
         "seconds": result.seconds,
-        "seconds_per_image": result.seconds / result.images,
+        "seconds_per_image": result.seconds_per_image,
         "models": result.models,
         "left_out": result.left_out,
         "retried": result.retried,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from converters.classifier import Classifier
 from converters.writeback import ensure_writable, write_atomically
 from recipes.images import ImageSet
+
+OTHER_TYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "FLOAT16": np.float16}
+"""Input types that numpy has too."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,15 @@ class Tensors:
 def export_calibration(classifier: Classifier, images: ImageSet, output: Path, *, overwrite: bool = False) -> Tensors:
     """Write `images` as the input of `classifier`, one array [N, ...] under the input's name in an `.npz`.
 
-    float32, or what the model's own input is where that is another type. Raises MixMixError for images that do not fit
+    float32, or uint8 or float16 where the model's own input is that. Raises MixMixError for images that do not fit
     the model, or an output that exists.
     """
     ensure_writable(output, overwrite=overwrite)
     tensors = classifier.as_stored(classifier.spec.to_input(images.pixels)).contiguous().numpy()
-    tensors = tensors.astype(classifier.image_type.numpy())
+    tensors = tensors.astype(OTHER_TYPES.get(classifier.image_type.name, np.float32))
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {classifier.input_name: tensors}
-    np.savez(buffer, **arrays)
+    with zipfile.ZipFile(buffer, "w") as archive, archive.open(f"{classifier.input_name}.npy", "w") as entry:
+        np.lib.format.write_array(entry, tensors, allow_pickle=False)  # savez takes no array called "file"
     content = buffer.getvalue()
     write_atomically(output, content)
     return Tensors(output, classifier.input_name, tensors.shape, str(tensors.dtype), len(content))

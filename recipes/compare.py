@@ -22,6 +22,8 @@ from converters.torch_module import Segment, TorchClassifier
 from recipes.images import ImageSet
 
 BATCH = 64
+LARGEST = 2000
+"""Images of each set that the test is made on, evenly spread over it: it holds a number for each pair of them."""
 FEWEST = 4
 """Images that a set must have: with fewer no division of the pooled samples says anything."""
 
@@ -91,7 +93,10 @@ def compare(module: TorchClassifier, a: ImageSet, b: ImageSet, *, permutations: 
     segment = module.segment([module.input_name], dict.fromkeys([features, *taps]))
     seen = [_statistics(segment, module, images, features, taps) for images in (a, b)]
     (features_a, of_a), (features_b, of_b) = seen
-    mmd2, p_value = two_sample_test(features_a, features_b, permutations, seed)
+    if not bool(torch.isfinite(features_a).all() and torch.isfinite(features_b).all()):
+        raise MixMixError(f"{module.classifier.path} gets NaN or infinity on these images: there is nothing to compare")
+    chosen = [found[:: -(-len(found) // LARGEST)] for found in (features_a, features_b)]
+    mmd2, p_value = two_sample_test(chosen[0], chosen[1], permutations, seed)
     distances = [(name, _distance(of_a[name], of_b[name])) for name in taps]
     stored = None
     if norms:

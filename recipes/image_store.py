@@ -23,6 +23,10 @@ PREVIEW_IMAGES = 64
 RECORDS = "shards"
 
 
+class OtherSetError(OutputError):
+    """A folder that holds another set than the one to go on with."""
+
+
 class ImageStore:
     """One image set under construction in `directory`, opened by `begin` and written to by any number of processes.
 
@@ -41,9 +45,10 @@ class ImageStore:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             finished = self._take_over(resume=resume, overwrite=overwrite)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.close()  # the manifest first: by it a set is known
             for name in ("images", RECORDS):
-                (directory / name).mkdir(parents=True, exist_ok=True)
-            self.close()
+                (directory / name).mkdir(exist_ok=True)
         except (OSError, OutputError) as error:
             reason = getattr(error, "strerror", None) or "not writable"
             raise OutputError(f"{directory} cannot be written to ({reason}): choose another output") from error
@@ -54,7 +59,7 @@ class ImageStore:
         if resume:
             try:
                 return self._go_on()
-            except OutputError:
+            except OtherSetError:
                 if not overwrite:
                     raise
         if not overwrite:
@@ -67,7 +72,7 @@ class ImageStore:
             for name in ("images", RECORDS):
                 if (self.directory / name).exists():
                     shutil.rmtree(self.directory / name)
-            for name in (METADATA, PREVIEW, MANIFEST):  # the manifest last: by it a set is known
+            for name in (METADATA, PREVIEW):  # the manifest is replaced
                 (self.directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
@@ -80,19 +85,20 @@ class ImageStore:
         try:
             identity = json.loads((self.directory / MANIFEST).read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(
+            raise OtherSetError(
                 f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
             ) from error
         if identity != json.loads(json.dumps(self.identity)):
-            raise OutputError(
+            raise OtherSetError(
                 f"{self.directory} holds images made of other models or with other settings: move it, repeat those, or"
                 " replace it with --force"
             )
         try:
-            for abandoned in self.directory.rglob(f"{TEMPORARY}*"):
-                abandoned.unlink()
+            for abandoned in list(self.directory.rglob(f"{TEMPORARY}*")):
+                if abandoned.is_file():
+                    abandoned.unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"{abandoned} cannot be removed ({error.strerror}): remove it") from error
+            raise OutputError(f"{error.filename} cannot be removed ({error.strerror}): remove it") from error
         return self.records()
 
     def add(self, index: int, seed: int, pixels: Tensor, labels: Tensor, facts: dict[str, Any]) -> None:
@@ -102,7 +108,12 @@ class ImageStore:
             suffix, content = encode_image(image)
             name = f"images/{label:05d}/{index:05d}-{position:05d}{suffix}"
             path = self.directory / name
-            path.parent.mkdir(exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"{path.parent} cannot be made ({error.strerror}): see to {self.directory}"
+                ) from error
             write_atomically(path, content)
             files[name] = hashlib.sha256(content).hexdigest()
         digest = hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
@@ -110,15 +121,16 @@ class ImageStore:
         write_atomically(self.directory / RECORDS / f"{index:05d}.json", json.dumps(record).encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of the shards whose files are all there, in order. Raises OutputError for a damaged record."""
+        """The records of the finished shards, in order: those that can be read and whose files are all there."""
         found = []
         for path in (self.directory / RECORDS).glob("*.json"):
             try:
                 record = json.loads(path.read_text())
-                if all((self.directory / name).is_file() for name in record["files"]):
+                whole = all((self.directory / name).stat().st_size for name in record["files"])
+                if whole and record["index"] == int(path.stem) and record.keys() >= {"seed", "images", "sha256"}:
                     found.append(record)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{path} is damaged: remove it, and its shard will be made again") from error
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue  # as good as not there: the shard is made again
         return sorted(found, key=lambda record: int(record["index"]))
 
     def close(self) -> None:

@@ -65,6 +65,8 @@ def choose_models(models: Sequence[Classifier], settings: SynthSettings, recipe:
     if settings.models is None:
         return list(models)
     given = {model.name: model for model in models}
+    if len(given) < len(models):
+        raise MixMixError(f"recipe {recipe} finds models by file name, and two have the same: rename one")
     missing = [f"{name}.onnx" for name in settings.models if name not in given]
     if missing:
         raise MixMixError(

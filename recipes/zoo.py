@@ -17,6 +17,7 @@ import torch
 from converters.classifier import Classifier
 from converters.errors import MixMixError, OutputError
 from converters.export import write_kept
+from converters.files import read_model
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.libraries import create, is_installed
@@ -25,6 +26,8 @@ from recipes.settings import nearest
 
 EMBEDDED = Path(str(resources.files("recipes"))) / "embedded"
 FAMILIES = ("plain", "residual", "inverted", "shuffle", "dense", "excite")
+SOURCE = "mixmix.source"
+"""Metadata key of what an exported file was made from."""
 WITHOUT_BATCHNORM = ("attention", "inverted_folded")
 
 
@@ -58,6 +61,10 @@ class Member:
     @property
     def file_name(self) -> str:
         return f"{self.name}.onnx"
+
+    def source(self, *, trained: bool) -> str:
+        """Where a file of it comes from, for the file's metadata."""
+        return f"{self.library}/{self.name}, {'default weights' if trained else 'random weights'}"
 
     @property
     def installed(self) -> bool:
@@ -95,6 +102,8 @@ def _member(entry: dict[str, object]) -> Member:
 def find_zoo(name: str) -> Zoo:
     """The zoo of that name. Raises MixMixError naming the nearest one."""
     zoos = named_zoos()
+    if name == "embedded":
+        raise MixMixError(f"the embedded zoo is in files already: copy them from {EMBEDDED}")
     if name not in zoos:
         raise MixMixError(f"there is no zoo {name!r}{nearest(name, zoos)}: choose one of {', '.join(zoos)}")
     return zoos[name]
@@ -110,33 +119,51 @@ class Exported:
 
 
 def export_zoo(
-    zoo: Zoo, directory: Path, *, trained: bool = True, overwrite: bool = False, progress: Progress | None = None
+    zoo: Zoo,
+    directory: Path,
+    *,
+    trained: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    version: str = "",
 ) -> Exported:
-    """Write the members' ONNX files, BatchNorm kept and input spec in their metadata; one that is there stays.
+    """Write the members' ONNX files, BatchNorm kept, input spec and source in their metadata; one that is there stays.
 
     A member that cannot be had does not stop the others. Raises OutputError where the folder cannot be made.
     """
     progress = progress or Silent()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{directory} cannot be created ({error.strerror}): choose another output") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = getattr(error, "strerror", None) or "no folder's name"
+        raise OutputError(f"{directory} cannot be created ({reason}): choose another output") from error
     done = Exported([], [], {})
     with progress.task(f"exporting {zoo.name}", len(zoo.members)) as task:
         for member in zoo.members:
             path = directory / member.file_name
-            if path.exists() and not overwrite:
-                done.kept.append(path)
-            else:
-                try:
+            try:
+                if path.exists() and not overwrite:
+                    _same_source(path, member, trained=trained)
+                    done.kept.append(path)
+                else:
                     made = create(member.library, member.name, trained=trained)
                     example = torch.zeros(2, made.spec.channel_count, *made.spec.size)
-                    write_kept(made.module, example, path, made.spec)
+                    facts = {SOURCE: member.source(trained=trained), "mixmix.version": version}
+                    write_kept(made.module, example, path, made.spec, facts)
                     done.written.append(path)
-                except MixMixError as error:
-                    done.failed[member.file_name] = str(error)
+            except MixMixError as error:
+                done.failed[member.file_name] = str(error)
             task.advance(1, member.name)
     return done
+
+
+def _same_source(path: Path, member: Member, *, trained: bool) -> None:
+    """Raise OutputError where the file at `path` is another model, or has other weights, than what would be written."""
+    found, wanted = read_model(path).model.metadata_props.get(SOURCE), member.source(trained=trained)
+    if found != wanted:
+        raise OutputError(
+            f"{path} is {found or 'of another origin'}, not {wanted}: move it, or replace it with --force"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mixmix_cli import options
+from mixmix_cli import __version__, options
 
 
 @click.group("zoo")
@@ -58,8 +58,11 @@ def show(**given: Any) -> int:
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     names = given["zoo"]
-    if names == ("embedded",) or any(name.endswith(".onnx") for name in names):
-        facts = show_files(embedded_files() if names == ("embedded",) else _load(names), terminal)
+    files = [name for name in names if name.endswith(".onnx")]
+    if files and len(files) < len(names):
+        raise click.UsageError("name zoos or files, not both")
+    if files or names == ("embedded",):
+        facts = show_files(_load(names) if files else embedded_files(), terminal)
         if terminal.as_json:
             terminal.document(files_json(facts))
         else:
@@ -99,7 +102,9 @@ def export(**given: Any) -> int:
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     zoo, output = find_zoo(given["zoo"]), given["output"]
-    done = export_zoo(zoo, output, trained=not given["untrained"], overwrite=given["force"], progress=terminal)
+    done = export_zoo(
+        zoo, output, trained=not given["untrained"], overwrite=given["force"], progress=terminal, version=__version__
+    )
     if terminal.as_json:
         terminal.document({"dir": output, "written": done.written, "kept": done.kept, "failed": done.failed})
     else:

@@ -11,6 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from converters.errors import MixMixError, OutputError
 from converters.torch_module import TorchClassifier
-from recipes.image_store import ImageStore
+from recipes.image_store import PREVIEW_IMAGES, ImageStore
 from recipes.images import from_bytes, load_images, to_bytes
 from recipes.memory import keep_freed_memory
 from recipes.progress import Progress, Silent, Task
@@ -40,6 +42,9 @@ class Synthesis:
     directory: Path
     images: int
     seconds: float
+    """Of this call."""
+    seconds_per_image: float
+    """Of all calls that made the set, per process."""
     models: list[str]
     left_out: list[str]
     """Models that have nothing to say: no statistics, and no label loss is asked for."""
@@ -105,21 +110,28 @@ def synthesize(
         ranks.wait()
     except BaseException as stop:
         if ranks.leads:
-            store.close()  # what is finished can be used as it is
+            with suppress(MixMixError):  # the stop is what the user should hear of
+                store.close()  # what is finished can be used as it is
             if isinstance(stop, KeyboardInterrupt):
                 kept = sum(shard["images"] for shard in store.records())
                 progress.say(f"{kept} of {settings.images} images are in {directory}: the same with --resume goes on")
         raise
     shards = store.records()
+    if {shard["index"] for shard in shards} != set(range(len(counts))):
+        raise OutputError(
+            f"{directory} does not hold all {len(counts)} batches: it has to be a folder that all processes share, and"
+            " --resume makes what is missing"
+        )
+    spent = sum(shard["seconds"] for shard in shards)  # a resumed call keeps the time of earlier ones
     final = {name: _mean([shard["losses"][name] for shard in shards]) for name in shards[0]["losses"]}
     if ranks.leads:
-        spent = sum(shard["seconds"] for shard in shards)  # a resumed call keeps the time of earlier ones
         store.close()
-        store.finish(load_images(directory, 64).pixels, {"losses": final, "seconds": round(spent, 3)})
+        store.finish(load_images(directory, PREVIEW_IMAGES).pixels, {"losses": final, "seconds": round(spent, 3)})
     return Synthesis(
         directory=directory,
         images=settings.images,
         seconds=time.perf_counter() - started,
+        seconds_per_image=spent / settings.images,
         models=[teacher.name for teacher in teachers],
         left_out=left_out,
         losses=final,
@@ -253,7 +265,8 @@ class Batch:
         if tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False)
         pixels = (self._clip(images) * self.std + self.mean).clamp(0, 1).cpu()
-        at_limits = ((pixels == 0) | (pixels == 1)).float().flatten(1).mean(1)
+        levels = torch.from_numpy(to_bytes(pixels))  # a limit that went through mean and std is a limit all the same
+        at_limits = ((levels == 0) | (levels == 255)).float().flatten(1).mean(1)
         lost = int((at_limits > CLIPPED).sum())
         if lost > MOST_CLIPPED * len(pixels):
             raise DivergedError(f"{lost} of {len(pixels)} images were driven to the limits of the pixel range")
@@ -278,14 +291,14 @@ class Batch:
         recent: list[Tensor] = []
         for step in range(stage.steps):
             optimizer.param_groups[0]["lr"] = settings.rate * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-            terms, prior = self._terms(images, stage.scale)
+            drawn, terms, prior = self._terms(images, stage.scale)
             new = [name for name in terms if name not in self.weights.first]
             for name in new:
                 self.weights.register(name, float(terms[name].detach()), self.device)
             if settings.weight_rate and (alphas is None or new):
                 alphas = torch.optim.Adam(self.weights.alpha.values(), lr=settings.weight_rate, betas=settings.betas)
             factors = {name: settings.label if name.startswith("label") else settings.batchnorm for name in terms}
-            loss = self.weights.combine(terms, factors) / len(self._drawn) + prior
+            loss = self.weights.combine(terms, factors) / drawn + prior
             optimizer.zero_grad(set_to_none=True)
             if alphas is not None:
                 alphas.zero_grad(set_to_none=True)
@@ -310,16 +323,16 @@ class Batch:
                 break
         return images.detach()
 
-    def _terms(self, images: Tensor, scale: float) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss terms by name for one step, and the image prior."""
+    def _terms(self, images: Tensor, scale: float) -> tuple[int, dict[str, Tensor], Tensor]:
+        """For one step: how many models were drawn, their loss terms by name, and the image prior."""
         settings = self.settings
         pixels = augment(images * self.std + self.mean, settings, self.generator)
         size = (pixels.shape[2], pixels.shape[3])
         mix = draw_mix(len(pixels), size, settings.box, self.generator) if settings.mixing != "none" else None
         mixed = mix.apply(pixels) if mix is not None else pixels
         terms: dict[str, Tensor] = {}
-        self._drawn = self._draw_models()
-        for teacher in self._drawn:
+        drawn = self._draw_models()
+        for teacher in drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 statistics, logits = teacher.look(shown, scale, closely=settings.batchnorm > 0)
@@ -332,7 +345,7 @@ class Batch:
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                         _, logits = teacher.look(mixed, scale, closely=False)
                 terms[f"label/{teacher.name}"] = self._label_loss(logits.float(), mix)
-        return terms, self._prior(images)
+        return len(drawn), terms, self._prior(images)
 
     def _prior(self, images: Tensor) -> Tensor:
         variation, magnitude = self.settings.variation, self.settings.magnitude

@@ -29,7 +29,7 @@ class SynthSettings(Settings):
     Images are optimised in normalised units: pixel minus mean, over standard deviation, of the first model's input.
     """
 
-    models: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Of the models given, take only those with these file names (without suffix); all of them when not set."""
     images: int = Field(default=128, ge=1)
     batch: int = Field(default=32, ge=1)

@@ -42,6 +42,16 @@ def test_a_model_of_bytes_gets_bytes(load: Callable[[onnx.ModelProto], Classifie
         assert archive["image"].dtype == np.uint8
 
 
+def test_any_input_name_will_do(load: Callable[[onnx.ModelProto], Classifier], tmp_path: Path) -> None:
+    """`file` is a parameter of numpy's savez."""
+    proto = models.conv(image=("N", 1, 28, 28))
+    proto.graph.input[0].name = proto.graph.node[0].input[0] = "file"
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(models.weights(4, 1, 3, 3), "conv.weight"))
+    written = export_calibration(load(proto), load_images(zoo.test_images_path(), 4), tmp_path / "calib.npz")
+    with np.load(written.output) as archive:
+        assert archive["file"].shape == (4, 1, 28, 28)
+
+
 def test_nothing_is_replaced_unasked(classifier_of: Callable[[str], Classifier], tmp_path: Path) -> None:
     path, images = tmp_path / "calib.npz", load_images(zoo.test_images_path(), 4)
     path.write_bytes(b"mine")

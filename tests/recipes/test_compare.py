@@ -146,6 +146,22 @@ def test_too_few_images_and_wrong_channels_are_refused(module_of: Modules) -> No
         compare(module, gaussian_noise(8, 2, (28, 28), 0), enough)
 
 
+def test_features_that_are_no_numbers_are_refused(module_of: Modules) -> None:
+    """NaN compares as unlike everything: a test would call it the surest of differences."""
+    images = gaussian_noise(8, 1, (28, 28), 0)
+    broken = replace(images, pixels=torch.full_like(images.pixels, torch.nan))
+    with pytest.raises(MixMixError, match="NaN"):
+        compare(module_of("plain"), images, broken)
+
+
+def test_large_sets_are_tested_on_some_of_their_images(module_of: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.compare.LARGEST", 10)
+    a, b = gaussian_noise(35, 1, (28, 28), 0), gaussian_noise(10, 1, (28, 28), 1)
+    some = replace(a, pixels=a.pixels[::4])
+    module = module_of("plain")
+    assert compare(module, a, b, permutations=9).mmd2 == pytest.approx(compare(module, some, b, permutations=9).mmd2)
+
+
 def test_the_seed_decides_the_p_value(module_of: Modules) -> None:
     a, b = gaussian_noise(10, 1, (28, 28), 0), gaussian_noise(10, 1, (28, 28), 1)
     first, again = (compare(module_of("plain"), a, b, permutations=50, seed=3) for _ in range(2))

@@ -188,12 +188,22 @@ def test_resume_from_a_damaged_manifest_is_refused(damage: str, tmp_path: Path) 
         begin(tmp_path, resume=True)
 
 
-def test_a_damaged_record_is_refused_by_name(tmp_path: Path) -> None:
-    add(begin(tmp_path), 0)
-    for content in (b"{", b"[]", b"{}", b"\xff"):
-        (tmp_path / "shards" / "00000.json").write_bytes(content)
-        with pytest.raises(OutputError, match=r"00000\.json"):
-            begin(tmp_path, resume=True)
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"index": 1, "files": []}'])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_record_costs_its_own_shard_alone(content: bytes, overwrite: bool, tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0)
+    add(store, 1)
+    (tmp_path / "shards" / "00000.json").write_bytes(content)
+    assert finished(begin(tmp_path, resume=True, overwrite=overwrite)) == {1}
+
+
+def test_a_stop_at_the_very_beginning_can_be_resumed(tmp_path: Path) -> None:
+    begin(tmp_path / "set")
+    for name in ("images", "shards"):
+        (tmp_path / "set" / name).rmdir()
+    assert finished(begin(tmp_path / "set", resume=True)) == set()
+    add(begin(tmp_path / "set", overwrite=True), 0)
 
 
 def test_a_shard_is_finished_when_its_record_and_all_its_files_are_there(tmp_path: Path) -> None:
@@ -204,7 +214,7 @@ def test_a_shard_is_finished_when_its_record_and_all_its_files_are_there(tmp_pat
     assert finished(begin(tmp_path, resume=True)) == {0}
     rows = read(tmp_path)[1]
     assert {row["shard"] for row in rows} == {0}
-    (tmp_path / rows[0]["file_name"]).unlink()  # someone cleared up
+    (tmp_path / rows[0]["file_name"]).write_bytes(b"")  # a disk was full
     assert finished(begin(tmp_path, resume=True)) == set()
 
 

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from converters.errors import OutputError
+from converters.input_spec import InputSpec
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
 from recipes.progress import Silent, Task
+from recipes.ranks import Ranks
 from recipes.synth.engine import Batch, DivergedError, Plateau, synthesize
 from recipes.synth.settings import Stage, SynthSettings
-from recipes.synth.teachers import SynthesisError, judge, make_teachers
+from recipes.synth.teachers import SynthesisError, Teacher, judge, make_teachers
 
 Modules = Callable[[str], TorchClassifier]
 
@@ -349,6 +352,27 @@ def test_an_unfinished_set_says_so(made: Path, tmp_path: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
     assert "synth --resume" in load_images(copy).source
+
+
+def test_a_black_picture_is_at_the_limits_in_colour_too() -> None:
+    """Mean and standard deviation bring a limit back as 3e-8: it is the 8-bit value that counts."""
+    spec = InputSpec(size=(28, 28), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    teacher = SimpleNamespace(module=SimpleNamespace(spec=spec, device=torch.device("cpu")))
+    how = settings(stages=(Stage(scale=1.0, steps=1),))
+    batch = Batch([cast("Teacher", teacher)], how, (28, 28), torch.arange(4), 0)
+    batch._stage = lambda images, *_: torch.full_like(images, -1e3)  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="4 of 4 images"):
+        batch.optimise(Silent())
+
+
+def test_a_set_that_is_not_whole_is_not_called_finished(
+    zoo: list[TorchClassifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that does not see the folder of the others."""
+    monkeypatch.setattr(Ranks, "deal", lambda self, parts: list(parts)[:1])
+    with pytest.raises(OutputError, match="all 2 batches"):
+        synthesize(zoo, tmp_path / "set", settings())
+    assert not timeless(tmp_path / "set")["finished"]
 
 
 def test_a_stage_ends_on_a_plateau_and_its_steps_count_as_done(zoo: list[TorchClassifier], tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_exported_members_keep_statistics_and_say_what_they_take(tmp_path: Path)
     again = zoo.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models", trained=False)
     assert (again.written, again.kept) == ([], [path])
     assert path.read_bytes() == before
+    trained = zoo.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models")
+    assert "random weights, not" in trained.failed["shufflenet_v2_x0_5.onnx"]  # never taken for the trained one
+    assert classifier.original.metadata_props[zoo.SOURCE] == "torchvision/shufflenet_v2_x0_5, random weights"
     facts = zoo.show_files([classifier])
     assert facts.models[0].batchnorms == 56
     assert facts.models[0].classes == 1000
@@ -115,5 +118,7 @@ def test_a_recipe_takes_its_own_models_out_of_those_given(classifier_of: Callabl
     settings = load_synth_recipe("default", "default", ['models=["inverted","plain"]'], None, {})
     assert [model.name for model in choose_models(given, settings, "mine")] == ["inverted", "plain"]
     assert choose_models(given, load_synth_recipe("default", "default", (), None, {}), "default") == given
+    with pytest.raises(MixMixError, match="two have the same"):
+        choose_models([*given, given[0]], settings, "mine")
     with pytest.raises(MixMixError, match=r"recipe mine .* inverted\.onnx is not among"):
         choose_models(given[:2], settings, "mine")
