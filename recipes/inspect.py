@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError
@@ -75,15 +76,18 @@ def _obstacle(classifier: Classifier) -> str | None:
 
 
 @torch.no_grad()
-def _count(module: TorchClassifier) -> tuple[int, int]:
-    """Classes, and multiply-accumulates of the weighted layers for one image."""
-    layers = module.layers()
-    outputs = list(dict.fromkeys([layer.output for layer in layers] + [module.logits_name]))
+def layer_outputs(module: TorchClassifier) -> dict[str, Tensor]:
+    """What the weighted layers, and the logits, are for one black image, by value name."""
+    outputs = list(dict.fromkeys([layer.output for layer in module.layers()] + [module.logits_name]))
     height, width = module.spec.size
     pixels = torch.zeros(1, module.spec.channel_count, height, width)
-    values = module.segment([module.input_name], outputs)({module.input_name: module.spec.to_input(pixels)})
-    macs = 0
-    for layer in layers:
+    return module.segment([module.input_name], outputs)({module.input_name: module.spec.to_input(pixels)})
+
+
+def _count(module: TorchClassifier) -> tuple[int, int]:
+    """Classes, and multiply-accumulates of the weighted layers for one image."""
+    values, macs = layer_outputs(module), 0
+    for layer in module.layers():
         result = values[layer.output]
         channels = layer.shape[layer.axis]
         macs += layer.parameters * (result.numel() // channels)

@@ -19,7 +19,8 @@ from converters.errors import MixMixError, OutputError
 from converters.export import write_kept
 from converters.files import read_model
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import to_torch
+from recipes.inspect import layer_outputs
 from recipes.libraries import create, is_installed
 from recipes.progress import Progress, Silent
 from recipes.settings import nearest
@@ -203,22 +204,20 @@ def show_files(classifiers: Sequence[Classifier], progress: Progress | None = No
     with progress.task("measuring models", len(classifiers)) as task:
         for classifier in classifiers:
             module = to_torch(classifier)
-            classes, width = _measure(module)
-            facts.append(Fact(classifier.path, classes, classifier.parameter_count(), len(module.batchnorms()), width))
+            values = layer_outputs(module)
+            facts.append(
+                Fact(
+                    path=classifier.path,
+                    classes=values[module.logits_name].shape[1],
+                    parameters=classifier.parameter_count(),
+                    batchnorms=len(module.batchnorms()),
+                    width=max(value.numel() for value in values.values()),
+                )
+            )
             spec = classifier.spec
             dimension = max(dimension, spec.channel_count * spec.size[0] * spec.size[1])
             task.advance(1, classifier.name)
     return ZooFacts(facts, dimension, min(fact.width for fact in facts))
-
-
-@torch.no_grad()
-def _measure(module: TorchClassifier) -> tuple[int, int]:
-    """Classes, and elements of the largest output of a layer for one image."""
-    outputs = list(dict.fromkeys([*(layer.output for layer in module.layers()), module.logits_name]))
-    spec = module.spec
-    pixels = torch.zeros(1, spec.channel_count, *spec.size)
-    values = module.segment([module.input_name], outputs)({module.input_name: spec.to_input(pixels)})
-    return values[module.logits_name].shape[1], max(value.numel() for value in values.values())
 
 
 def embedded_files() -> list[Classifier]:

@@ -32,6 +32,7 @@ from recipes.synth.augment import augment
 from recipes.synth.mixing import Mix, draw_mix, mixed_cross_entropy
 from recipes.synth.procedural import dead_leaves
 from recipes.synth.settings import Stage, SynthSettings
+from recipes.synth.statistics import Statistics
 from recipes.synth.teachers import SynthesisError, Teacher, canonical_spec, judge, make_teachers
 
 
@@ -334,18 +335,23 @@ class Batch:
         drawn = self._draw_models()
         for teacher in drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                statistics, logits = teacher.look(shown, scale, closely=settings.batchnorm > 0)
+            statistics, logits = self._look(teacher, shown, scale, closely=settings.batchnorm > 0)
             if statistics:
                 terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(
                     statistics, teacher.norms, relative=settings.relative
                 )
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                        _, logits = teacher.look(mixed, scale, closely=False)
+                    _, logits = self._look(teacher, mixed, scale, closely=False)
                 terms[f"label/{teacher.name}"] = self._label_loss(logits.float(), mix)
         return len(drawn), terms, self._prior(images)
+
+    def _look(
+        self, teacher: Teacher, pixels: Tensor, scale: float, *, closely: bool
+    ) -> tuple[dict[str, Statistics], Tensor]:
+        """`Teacher.look` in the precision that is asked for."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            return teacher.look(pixels, scale, closely=closely)
 
     def _prior(self, images: Tensor) -> Tensor:
         variation, magnitude = self.settings.variation, self.settings.magnitude
