@@ -12,14 +12,36 @@ Elementwise mixing of x into x~ is QDrop's (Wei et al. 2022).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from converters.torch_module import Segment
+from converters.torch_module import Segment, TorchClassifier
+from recipes.blocks import Block, find_blocks
+from recipes.settings import Settings
+
+
+class LoopSettings(Settings):
+    """What every recipe that reconstructs blocks has."""
+
+    batch: int = Field(default=32, ge=1)
+    """Images a step, fewer where a block's input is large (`elements`)."""
+    elements: int = Field(default=2_000_000, ge=1)
+    """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
+    of places in one image, so a few images a step are enough there."""
+    least_batch: int = Field(default=8, ge=1)
+    max_chain: int = Field(default=3, ge=1)
+    """Single layers in a row that are joined into one block."""
+    bias_rate: float = Field(default=0.0, ge=0)
+    """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
+
+    def minibatch(self, x: Tensor) -> int:
+        """Images a step for a block with input `x` [N, ...]."""
+        return min(self.batch, max(self.least_batch, self.elements // max(1, x[0].numel())))
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,67 @@ class ChangedValue(Change, Protocol):
     """A transform of a value."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class LearnedTensor:
+    """A float initializer that is trained along, at `rate`."""
+
+    def __init__(self, value: Tensor, rate: float) -> None:
+        self.value, self.rate = value.clone(), rate
+
+    @classmethod
+    def bias(cls, value: Tensor, rate: float) -> LearnedTensor:
+        """A layer's bias [C], at `rate` relative to its typical size."""
+        return cls(value, rate * (float(value.abs().mean()) + 1e-3))
+
+    def groups(self) -> list[Group]:
+        return [Group([self.value], self.rate, decay=True)] if self.rate else []
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+    def tensor(self) -> Tensor:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All changes made to a model so far: tensors by initializer name, in any number of tables; transforms by value."""
+
+    tensors: Sequence[Mapping[str, ChangedWeight]]
+    values: Mapping[str, ChangedValue]
+
+    def of(self, segment: Segment) -> dict[str, Mapping[str, object]]:
+        """What `segment` is run with to compute as the changed model does."""
+        parameters = {
+            name: table[name].tensor() for table in self.tensors for name in segment.constants if name in table
+        }
+        return {"parameters": parameters, "transforms": self.values}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A block on its way: `float_input` and `changed_input` [N, ...] on the two streams, `target` its float output."""
+
+    block: Block
+    segment: Segment
+    float_input: Tensor
+    changed_input: Tensor
+    target: Tensor
+
+
+def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, settings: LoopSettings) -> Iterator[Stretch]:
+    """Block after block from `inputs` [N, ...] to the logits: the float stream and the stream through what is changed.
+
+    What the caller changes in a block until it asks for the next is in the changed stream from there on.
+    """
+    float_input = changed_input = inputs
+    for block in find_blocks(module, settings.max_chain):
+        segment = module.segment([block.input], [block.output])
+        target = run_batched(segment, float_input, settings.batch)
+        yield Stretch(block, segment, float_input, changed_input, target)
+        changed_input = run_batched(segment, changed_input, settings.batch, **changes.of(segment))
+        float_input = target
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,26 @@ from converters.input_spec import InputSpec
 from converters.runtime import fits_protobuf
 from converters.targets import MAX_BITS, MIN_BITS
 from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
-from recipes.blocks import Block, find_blocks
+from recipes.blocks import Block
 from recipes.images import ImageSet
 from recipes.memory import keep_freed_memory
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.compensate import moments
 from recipes.quantize.plan import LayerPlan, plan_bits
-from recipes.quantize.quantizers import LearnedTensor, QuantizedActivation, QuantizedWeight
+from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
-from recipes.reconstruct import DropMasks, Loop, Reconstruction, block_error, reconstruct, run_batched
+from recipes.reconstruct import (
+    Changes,
+    DropMasks,
+    LearnedTensor,
+    Loop,
+    Reconstruction,
+    Stretch,
+    block_error,
+    reconstruct,
+    run_batched,
+    walk_blocks,
+)
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
 WRITTEN_TOLERANCE = 1e-4
@@ -187,6 +198,7 @@ class _Run:
         self.weights: dict[str, QuantizedWeight] = {}
         self.biases: dict[str, LearnedTensor] = {}
         self.values: dict[str, QuantizedActivation] = {}
+        self.changes = Changes((self.weights, self.biases), self.values)
         self.plans: list[LayerPlan] = []
         self.account: list[tuple[str, Reconstruction]] = []
         self.undecided: dict[str, float] = {}
@@ -212,27 +224,18 @@ class _Run:
 
     def reconstruct_all(self, progress: Progress) -> None:
         """Go through the blocks; afterwards every change is hard."""
-        blocks = find_blocks(self.module, self.settings.max_chain)
-        units = len(blocks) if self.settings.unit != "layer" else len(self.plans)
         steps = self.settings.steps if self.settings.unit != "none" else 0
-        float_stream = changed_stream = self.inputs
-        with progress.task("reconstructing", units * max(steps, 1)) as task:
-            for block in blocks:
-                whole = self.module.segment([block.input], [block.output])
-                self._calibrate(block, changed_stream)
-                for unit in self._units(block):
-                    self._reconstruct(unit, block, float_stream, changed_stream, steps, task)
-                float_stream = run_batched(whole, float_stream, self.settings.batch)
-                changed_stream = run_batched(whole, changed_stream, self.settings.batch, **self._changes(whole))
+        with progress.task("reconstructing", len(self.plans) * max(steps, 1)) as task:
+            for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
+                self._calibrate(stretch.block, stretch.changed_input)
+                units = self._units(stretch)
+                share = len(stretch.block.layers) / len(units)
+                for unit in units:
+                    self._reconstruct(unit, stretch, steps, share, task)
 
-    def _changes(self, segment: Segment) -> dict[str, Mapping[str, object]]:
-        """What a segment is run with to compute as the quantized model does so far."""
-        changes: dict[str, QuantizedWeight | LearnedTensor] = {**self.weights, **self.biases}
-        tensors = {name: changes[name].tensor() for name in segment.constants if name in changes}
-        return {"parameters": tensors, "transforms": self.values}
-
-    def _units(self, block: Block) -> list[_Unit]:
+    def _units(self, stretch: Stretch) -> list[_Unit]:
         """The block itself, or one unit a layer."""
+        block = stretch.block
         quantized = self._quantized_values(block)
         if self.settings.unit == "layer":
             return [
@@ -244,8 +247,7 @@ class _Run:
                 )
                 for layer in block.layers
             ]
-        segment = self.module.segment([block.input], [block.output])
-        return [_Unit(block.name, segment, block.layers, tuple(quantized))]
+        return [_Unit(block.name, stretch.segment, block.layers, tuple(quantized))]
 
     def _quantized_values(self, block: Block) -> dict[str, int]:
         """Values to quantize in the block and their bits: the inputs of its layers, the widest where layers share."""
@@ -263,39 +265,36 @@ class _Run:
                 sample = changed_stream
             else:
                 before = self.module.segment([block.input], [name])
-                sample = run_batched(before, changed_stream, self.settings.batch, **self._changes(before))
+                sample = run_batched(before, changed_stream, self.settings.batch, **self.changes.of(before))
             stride = max(1, sample.numel() // ACTIVATION_SAMPLE)
             if stride > 1:
                 stride |= 1  # odd, so that it does not run along one column of an image
             self.values[name] = QuantizedActivation(sample.flatten()[::stride], bits, self.settings)
 
-    def _reconstruct(
-        self, unit: _Unit, block: Block, float_stream: Tensor, changed_stream: Tensor, steps: int, task: Task
-    ) -> None:
+    def _reconstruct(self, unit: _Unit, stretch: Stretch, steps: int, share: float, task: Task) -> None:
+        """Settle one unit, which counts as `share` layers of progress."""
         settings, batch = self.settings, self.settings.batch
         start = unit.segment.inputs[0]
-        if start == block.input:
-            float_input, changed_input = float_stream, changed_stream
+        if unit.segment is stretch.segment:
+            float_input, changed_input, target = stretch.float_input, stretch.changed_input, stretch.target
         else:
-            before = self.module.segment([block.input], [start])
-            float_input = run_batched(before, float_stream, batch)
+            before = self.module.segment([stretch.block.input], [start])
+            float_input = run_batched(before, stretch.float_input, batch)
             transforms = {name: value for name, value in self.values.items() if name != start}
-            changes = self._changes(before) | {"transforms": transforms}
-            changed_input = run_batched(before, changed_stream, batch, **changes)
-        target = run_batched(unit.segment, float_input, batch)
+            changes = self.changes.of(before) | {"transforms": transforms}
+            changed_input = run_batched(before, stretch.changed_input, batch, **changes)
+            target = run_batched(unit.segment, float_input, batch)
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
         for layer in unit.layers:
             weights[layer.weight] = self.weights[layer.weight]
             if layer.bias is not None:
-                bias = self.module.constant(layer.bias)
-                typical = float(bias.abs().mean()) + 1e-3
-                self.biases[layer.bias] = LearnedTensor(bias, settings.bias_rate * typical)
+                self.biases[layer.bias] = LearnedTensor.bias(self.module.constant(layer.bias), settings.bias_rate)
                 weights[layer.bias] = self.biases[layer.bias]
         values = {name: self.values[name] for name in unit.values}
         nearest = error = block_error(unit.segment, changed_input, target, weights, values, batch)
         if settings.compensate:
             for layer in unit.layers:
-                self._compensate(layer, block, float_stream, changed_stream)
+                self._compensate(layer, stretch)
             error = block_error(unit.segment, changed_input, target, weights, values, batch)
         if steps:
             for weight in weights.values():
@@ -310,13 +309,15 @@ class _Run:
             target,
             weights,
             values,
-            Loop(steps, self._minibatch(changed_input), settings.input_drop),
+            Loop(steps, settings.minibatch(changed_input), settings.input_drop),
             error,
             self.generator,
-            lambda done, loss: task.advance(done, None if math.isnan(loss) else f"{unit.name}: loss {loss:.3f}"),
+            lambda done, loss: task.advance(
+                share * done, None if math.isnan(loss) else f"{unit.name}: loss {loss:.3f}"
+            ),
         )
         if not steps:
-            task.advance(1)
+            task.advance(share)
         for layer in unit.layers:
             self.undecided[layer.weight] = self.weights[layer.weight].undecided()
             self.weights[layer.weight].harden()
@@ -326,11 +327,11 @@ class _Run:
         after = block_error(unit.segment, changed_input, target, weights, values, batch)
         self.account.append((unit.name, Reconstruction(nearest, after)))
 
-    def _compensate(self, layer: Layer, block: Block, float_stream: Tensor, changed_stream: Tensor) -> None:
+    def _compensate(self, layer: Layer, stretch: Stretch) -> None:
         """Round one layer with compensation, behind the layers before it as they are now."""
-        before = self.module.segment([block.input], [layer.input])
-        changes, parts = self._changes(before), []
-        for x, how in ((float_stream, {}), (changed_stream, changes)):
+        before = self.module.segment([stretch.block.input], [layer.input])
+        changes, parts = self.changes.of(before), []
+        for x, how in ((stretch.float_input, {}), (stretch.changed_input, changes)):
             batches = [run_batched(before, part, self.settings.batch, **how) for part in x.split(self.settings.batch)]
             places = self.settings.compensate_places
             parts.append(torch.cat([self.module.operand_vectors(layer, part, places) for part in batches], 1))
@@ -350,13 +351,9 @@ class _Run:
                 bias = self.biases[layer.bias]
                 bias.value = torch.round(bias.value / grid) * grid
 
-    def _minibatch(self, x: Tensor) -> int:
-        fitting = self.settings.elements // max(1, x[0].numel())
-        return min(self.settings.batch, max(self.settings.least_batch, fitting))
-
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
-        return run_batched(self.module.whole, inputs, self.settings.batch, **self._changes(self.module.whole))
+        return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
 
     def edits(self) -> list[writeback.Edit]:
         """What to write into the graph."""

@@ -91,7 +91,7 @@ class QuantizedWeight:
     """A weight at `bits` bits per channel of `axis`: nearest rounding, until `learn` lets the rounding be trained.
 
     Real value: s * (clip(rounded(W / s0) + z, low, high) - z), where s0 is the searched scale and the trained s starts
-    there (GENIE-M, Jeon et al. 2023).
+    there (GENIE-M, Jeon et al. 2023). What is exactly zero stays so: a pruned model keeps its sparsity.
     """
 
     def __init__(self, weight: Tensor, axis: int, bits: int, settings: QuantizeSettings) -> None:
@@ -101,6 +101,7 @@ class QuantizedWeight:
         scale, zero = q.search_range(rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps)
         self.scale = q.broadcast(scale, weight.dim(), axis)
         self.zero = q.broadcast(zero, weight.dim(), axis)
+        self.zeros = weight == 0 if bool((weight == 0).any()) else None
         self.rounding: Rounding | None = None
         self.log_growth = torch.zeros_like(self.scale)
 
@@ -141,12 +142,11 @@ class QuantizedWeight:
 
     def integers(self) -> Tensor:
         """The integers that the file gets, in the weight's shape."""
-        if self.rounding is None:
-            return q.quantize(self.weight, self.scale, self.zero, self.low, self.high)
-        return self._clip(self.rounding.hard())
+        return self._clip(torch.round(self.weight / self.scale) if self.rounding is None else self.rounding.hard())
 
     def _clip(self, rounded: Tensor) -> Tensor:
-        return torch.clamp(rounded + self.zero, self.low, self.high)
+        integers = torch.clamp(rounded + self.zero, self.low, self.high)
+        return integers if self.zeros is None else torch.where(self.zeros, self.zero, integers)
 
     def undecided(self) -> float:
         """Share of the weights whose rounding training has not settled."""
@@ -158,22 +158,6 @@ class QuantizedWeight:
         integers = self.integers()
         self.scale, self.log_growth = self.current_scale(), torch.zeros_like(self.scale)
         self.weight, self.rounding = q.dequantize(integers, self.scale, self.zero), None
-
-
-class LearnedTensor:
-    """A float initializer (a bias) that is trained along."""
-
-    def __init__(self, value: Tensor, rate: float) -> None:
-        self.value, self.rate = value.clone(), rate
-
-    def groups(self) -> list[Group]:
-        return [Group([self.value], self.rate, decay=True)] if self.rate else []
-
-    def penalty(self, progress: float) -> Tensor | None:
-        return None
-
-    def tensor(self) -> Tensor:
-        return self.value
 
 
 class QuantizedActivation:

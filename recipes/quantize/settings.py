@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from recipes.settings import Settings
+from recipes.reconstruct import LoopSettings
 
 PACKAGE = "recipes.quantize"
 
 
-class QuantizeSettings(Settings):
+class QuantizeSettings(LoopSettings):
     """How bits are chosen and rounding is learned. Rates are Adam learning rates.
 
     `unit` is what is reconstructed at once: nothing (nearest rounding), a layer (AdaRound) or a block (BRECQ).
@@ -20,19 +20,9 @@ class QuantizeSettings(Settings):
     unit: Literal["none", "layer", "block"]
     steps: int = Field(default=0, ge=0)
     """Training steps a unit."""
-    batch: int = Field(default=32, ge=1)
-    """Images a step, fewer where a block's input is large (`elements`)."""
-    elements: int = Field(default=2_000_000, ge=1)
-    """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
-    of places in one image, so a few images a step are enough there."""
-    least_batch: int = Field(default=8, ge=1)
-    max_chain: int = Field(default=3, ge=1)
-    """Single layers in a row that are joined into one block."""
     rounding: Literal["sigmoid", "offset"] = "sigmoid"
     """How rounding is learned: AdaRound's rectified sigmoid, or an offset trained straight through the rounding."""
     rounding_rate: float = Field(default=1e-2, ge=0)
-    bias_rate: float = Field(default=0.0, ge=0)
-    """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
     scale_rate: float = Field(default=0.0, ge=0)
     """Rate of the weight scales, relative to their size (GENIE-M); 0 fixes them."""
     activation_rate: float = Field(default=0.0, ge=0)

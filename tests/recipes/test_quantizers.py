@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from recipes.quantize import primitives as q
-from recipes.quantize.quantizers import LearnedTensor, QuantizedActivation, QuantizedWeight
+from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
-from recipes.reconstruct import DropMasks
+from recipes.reconstruct import DropMasks, LearnedTensor
 
 SIGMOID = QuantizeSettings(
     unit="block", rounding="sigmoid", range_steps=20, warmup=0.25, scale_rate=1e-3, activation_rate=1e-3

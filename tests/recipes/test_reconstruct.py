@@ -13,11 +13,12 @@ from torch import Tensor
 from converters.torch_module import Segment, TorchClassifier
 from recipes.blocks import find_blocks
 from recipes.images import ImageSet
-from recipes.quantize.quantizers import LearnedTensor, QuantizedWeight
+from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.reconstruct import (
     DropMasks,
     Group,
+    LearnedTensor,
     Loop,
     Reconstruction,
     block_error,
