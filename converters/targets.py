@@ -11,6 +11,7 @@ import onnx_ir as ir
 MIN_BITS, MAX_BITS = 2, 8
 INT4_OPSET, INT4_IR = 21, 10  # onnxruntime 1.19
 INT8_PER_CHANNEL_OPSET, INT8_PER_CHANNEL_IR = 13, 7
+PLAIN_OPSET, PLAIN_IR = 13, 7  # float models: from here on Split, Squeeze and ReduceSum take their sizes as operands
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ go on reading the old tensor, and what nobody reads any more is removed.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,10 +22,10 @@ from onnx_ir.passes import common
 from converters import graphs, passes, precision
 from converters.classifier import Classifier, build, logits_session
 from converters.endings import find_ending
-from converters.errors import ModelError, OutputError
+from converters.errors import ConversionError, ModelError, OutputError
 from converters.input_spec import METADATA_PREFIX
 from converters.runtime import Session, fits_protobuf, serialise
-from converters.targets import ACTIVATIONS, Container, weight_container
+from converters.targets import ACTIVATIONS, PLAIN_IR, PLAIN_OPSET, Container, weight_container
 from converters.torch_module import relative_difference
 
 BIAS = 2  # operand position
@@ -69,6 +70,17 @@ class ActivationEdit:
     bits: int
 
 
+@dataclass(frozen=True)
+class Proof:
+    """Inputs [N, ...] of which `batch` are run at once, and the logits that a file has to give on them."""
+
+    inputs: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    batch: int
+    tolerance: float
+    """Largest relative difference."""
+
+
 Edit = WeightEdit | FloatEdit | ActivationEdit
 
 
@@ -78,16 +90,31 @@ def prepare_for_quantization(classifier: Classifier, *, four_bit: bool) -> Class
     Per-channel weight quantization commutes with the fold, the file loses four vectors a layer, and Conv stands next
     to what follows it, which is what fusing runtimes look for.
     """
+    container = weight_container(4 if four_bit else 8)
+    return _prepare(classifier, container.opset, container.ir_version)
+
+
+def prepare_for_pruning(classifier: Classifier) -> Classifier:
+    """The graph that pruning writes into: the original with BatchNorm folded, so that a weight's size is its effect."""
+    return _prepare(classifier, PLAIN_OPSET, PLAIN_IR)
+
+
+def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     if classifier.quantized:
         raise ModelError(f"{classifier.path} is quantized already: give the float model that it was made from")
     model = classifier.original.clone()
-    container = weight_container(4 if four_bit else 8)
     precision.to_float32_inside(model)
-    passes.raise_opset(model, container.opset, str(classifier.path))
-    model.ir_version = max(model.ir_version or 0, container.ir_version)
+    passes.raise_opset(model, opset, str(classifier.path))
+    model.ir_version = max(model.ir_version or 0, ir_version)
     passes.fold_batchnorm(model)
     passes.tidy(model)
     return build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
+
+
+def edited_classifier(prepared: Classifier, edits: Iterable[Edit]) -> Classifier:
+    """A prepared classifier with edits made, to go on with before anything is written."""
+    model = apply(prepared.original, edits)
+    return build(prepared.path, model, prepared.spec, prepared.sha256, size_bytes=prepared.size_bytes)
 
 
 def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
@@ -222,6 +249,31 @@ def save(
         check()
     write_atomically(path, content)
     return len(content)
+
+
+def save_proved(
+    model: ir.Model,
+    path: Path,
+    metadata: Mapping[str, str],
+    proof: Proof,
+    *,
+    overwrite: bool = False,
+) -> tuple[int, float]:
+    """`save`, once onnxruntime has given the logits of `proof` back: bytes written, and the relative difference.
+
+    Raises ConversionError, and writes nothing, where the difference is above the proof's tolerance.
+    """
+    difference = math.nan
+
+    def check() -> None:
+        nonlocal difference
+        difference = difference_from(model, proof.inputs, proof.logits, path, proof.batch)
+        if difference > proof.tolerance:
+            raise ConversionError(
+                f"{path}: the written model differs from the computed one by {difference:.1e}: please report it"
+            )
+
+    return save(model, path, metadata, overwrite=overwrite, check=check), difference
 
 
 def data_beside(path: Path) -> Path:

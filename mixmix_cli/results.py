@@ -12,9 +12,9 @@ from mixmix_cli.console import percent, pixels, size, table
 
 if TYPE_CHECKING:
     from converters.input_spec import Detection, InputSpec
+    from recipes.account import Compression
     from recipes.compare import Comparison
     from recipes.inspect import Inspection
-    from recipes.quantize.engine import Quantization
     from recipes.synth.engine import Synthesis
     from recipes.validate import Candidate, Validation
     from recipes.zoo import Zoo, ZooFacts
@@ -36,21 +36,21 @@ def synthesis_json(result: Synthesis) -> dict[str, Any]:
     }
 
 
-def quantization_json(result: Quantization, validation: Validation) -> dict[str, Any]:
+def compression_json(result: Compression, validation: Validation) -> dict[str, Any]:
     return {
         "input": result.input,
         "output": result.output,
         "spec": spec_json(result.spec),
         "bits": result.bits,
         "act_bits": result.act_bits,
-        "sparsity": 0.0,
+        "sparsity": result.sparsity,
         "blocks": [{"name": name, "before": r.before, "after": r.after} for name, r in result.blocks],
         "layers": [
             {
                 "name": layer.name,
                 "bits": layer.bits,
                 "act_bits": layer.act_bits,
-                "sparsity": 0.0,
+                "sparsity": layer.sparsity,
                 "error": layer.error,
                 "undecided": layer.undecided,
                 "reason": layer.reason,

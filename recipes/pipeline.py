@@ -14,9 +14,10 @@ from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import ensure_writable
+from recipes.account import Compression
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.progress import Progress
-from recipes.quantize.engine import Quantization, check_bits, quantize
+from recipes.quantize.engine import check_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import Effort
 from recipes.synth.engine import synthesize
@@ -101,7 +102,7 @@ class Request:
     version: str
 
 
-def compress(request: Request, progress: Progress) -> tuple[Quantization, Validation]:
+def compress(request: Request, progress: Progress) -> tuple[Compression, Validation]:
     """Images, the quantized file, and its validation on them. What cannot work is refused before any work is done."""
     classifier, gates = request.classifier, request.gates
     check_bits(request.bits, request.act_bits)

@@ -46,7 +46,7 @@ def command(**given: Any) -> int:
     """
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal, size
-    from mixmix_cli.results import quantization_json, validation_table
+    from mixmix_cli.results import compression_json, validation_table
     from recipes.pipeline import Request, compress
     from recipes.quantize.engine import output_path
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
@@ -82,13 +82,13 @@ def command(**given: Any) -> int:
     )
     result, validation = compress(request, terminal)
     if terminal.as_json:
-        terminal.document(quantization_json(result, validation))
+        terminal.document(compression_json(result, validation))
     else:
         terminal.show(
             f"{result.output}: {size(result.size_before)} -> {size(result.size_after)}"
             f" (1/{result.size_before / result.size_after:.1f}) in {result.seconds:.0f} s"
         )
-        kept = "; ".join(f"{plan.layer.name} {plan.bits} bits ({plan.reason})" for plan in result.kept)
+        kept = "; ".join(f"{layer.name} {layer.bits} bits ({layer.reason})" for layer in result.kept)
         terminal.show(
             f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits: {kept or 'none'}"
         )

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,14 +19,12 @@ from torch import Tensor
 
 import converters.writeback as writeback
 from converters.classifier import Classifier
-from converters.errors import ConversionError, MixMixError
-from converters.input_spec import InputSpec
-from converters.runtime import fits_protobuf
+from converters.errors import MixMixError
 from converters.targets import MAX_BITS, MIN_BITS
-from converters.torch_module import Layer, Segment, TorchClassifier, to_torch
+from converters.torch_module import Layer, Segment, TorchClassifier
+from recipes.account import Compression, LayerAccount
 from recipes.blocks import Block
 from recipes.images import ImageSet
-from recipes.memory import keep_freed_memory
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.compensate import moments
 from recipes.quantize.plan import LayerPlan, plan_bits
@@ -44,44 +42,12 @@ from recipes.reconstruct import (
     run_batched,
     walk_blocks,
 )
+from recipes.workpiece import WRITTEN_TOLERANCE, begin, model_inputs, proof, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
-WRITTEN_TOLERANCE = 1e-4
-"""Largest relative difference between the written file in onnxruntime and the torch fake-quantized model."""
 FLIP_TOLERANCE = 0.05
-"""The same with quantized activations, where float noise may move a value over a rounding boundary by a whole step."""
-
-
-@dataclass(frozen=True)
-class LayerAccount:
-    """What became of one layer."""
-
-    name: str
-    bits: int
-    act_bits: int | None
-    error: float
-    """Relative squared error of the weight."""
-    undecided: float
-    """Share of roundings that training had not settled."""
-    reason: str | None
-
-
-@dataclass
-class Quantization:
-    """The result: where, what, and how well."""
-
-    input: Path
-    output: Path
-    spec: InputSpec
-    bits: int
-    act_bits: int | None
-    blocks: list[tuple[str, Reconstruction]]
-    layers: list[LayerAccount]
-    size_before: int
-    size_after: int
-    seconds: float
-    written_difference: float
-    kept: list[LayerPlan] = field(default_factory=list)
+"""Largest relative difference of the written file where activations are quantized: float noise may move a value over a
+rounding boundary by a whole step."""
 
 
 def check_bits(bits: int, act_bits: int | None) -> None:
@@ -110,7 +76,7 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | None = None,
     provenance: Mapping[str, str] | None = None,
-) -> Quantization:
+) -> Compression:
     """Quantize `classifier` on `images` and write it to `output`.
 
     Raises MixMixError for bits, images or an output that cannot be used, before any long work starts.
@@ -118,13 +84,8 @@ def quantize(
     started = time.perf_counter()
     progress = progress or Silent()
     check_bits(bits, act_bits)
-    writeback.ensure_writable(output, overwrite=overwrite)
     prepared = writeback.prepare_for_quantization(classifier, four_bit=bits <= 4)
-    if not fits_protobuf(prepared.original):
-        writeback.ensure_writable(writeback.data_beside(output), overwrite=overwrite)
-    module = to_torch(prepared).to(device or torch.device("cpu"))
-    if module.device.type == "cpu":
-        keep_freed_memory()
+    module = begin(prepared, output, device, overwrite=overwrite)
     run = _Run(module, images, settings, bits, act_bits, seed)
     run.place(progress)
     run.reconstruct_all(progress)
@@ -133,37 +94,24 @@ def quantize(
         "mixmix.quantize": json.dumps({"bits": bits, "act_bits": act_bits, "images": len(images), "seed": seed}),
         **(provenance or {}),
     }
-    difference = math.nan
-
+    sample = sample_for_proof(prepared, run.inputs)
+    tolerance = WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE
+    proved = proof(prepared, sample, run.fake_quantized(sample), tolerance)
     written = writeback.apply(prepared.original, edits)
-
-    def check() -> None:
-        nonlocal difference
-        batch = prepared.fixed_batch or 4
-        sample = run.inputs[: 2 * batch]
-        expected = run.fake_quantized(sample)
-        difference = writeback.difference_from(
-            written, sample.cpu().contiguous().numpy(), expected.cpu().numpy(), output, batch
-        )
-        if difference > (WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE):
-            raise ConversionError(
-                f"{output}: the written model differs from the quantized one by {difference:.1e}: please report it"
-            )
-
-    size_after = writeback.save(written, output, metadata, overwrite=overwrite, check=check)
-    return Quantization(
+    size_after, difference = writeback.save_proved(written, output, metadata, proved, overwrite=overwrite)
+    return Compression(
         input=classifier.path,
         output=output,
         spec=classifier.spec,
         bits=bits,
         act_bits=act_bits,
+        sparsity=run.sparsity(),
         blocks=run.account,
         layers=run.layer_accounts(),
         size_before=classifier.size_bytes,
         size_after=size_after,
         seconds=time.perf_counter() - started,
         written_difference=difference,
-        kept=[plan for plan in run.plans if plan.kept(bits)],
     )
 
 
@@ -192,9 +140,7 @@ class _Run:
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
         self.generator = torch.Generator().manual_seed(seed)
-        as_stored = module.classifier.as_stored
-        inputs = torch.cat([as_stored(module.spec.to_input(part)) for part in images.pixels.split(64)])
-        self.inputs = inputs.contiguous(memory_format=torch.channels_last).to(module.device)
+        self.inputs = model_inputs(module, images)
         self.weights: dict[str, QuantizedWeight] = {}
         self.biases: dict[str, LearnedTensor] = {}
         self.values: dict[str, QuantizedActivation] = {}
@@ -383,15 +329,22 @@ class _Run:
         accounts = []
         for plan in self.plans:
             original = self.module.constant(plan.layer.weight)
-            error = (self.weights[plan.layer.weight].tensor() - original).square().sum() / original.square().sum()
+            written = self.weights[plan.layer.weight].tensor()
+            error = (written - original).square().sum() / original.square().sum()
             accounts.append(
                 LayerAccount(
                     name=plan.layer.name,
                     bits=plan.bits,
                     act_bits=plan.act_bits,
+                    sparsity=float((written == 0).float().mean()),
                     error=float(error),
                     undecided=self.undecided[plan.layer.weight],
                     reason=plan.reason,
                 )
             )
         return accounts
+
+    def sparsity(self) -> float:
+        """Share of all weights that are zero."""
+        written = [self.weights[plan.layer.weight].tensor() for plan in self.plans]
+        return sum(int((weight == 0).sum()) for weight in written) / sum(weight.numel() for weight in written)

@@ -8,6 +8,7 @@ share of the weights that may be kept is used up or what is left does no harm (`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
-from recipes.blocks import find_blocks
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.sensitivity import logit_noise
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class LayerPlan:
         return self.bits > bits
 
 
-def signal_to_noise(reference: Tensor, other: Tensor) -> float:
-    """10 log10 of the reference's power over the difference's, in dB; infinite where they are equal."""
-    noise = (other - reference).double().square().sum()
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
+def decibels(noise: float) -> float:
+    """10 log10 of the signal-to-noise ratio; infinite where there is no noise."""
+    return -10 * math.log10(noise) if noise else math.inf
 
 
 @torch.no_grad()
@@ -87,22 +87,15 @@ def _ratios(
     settings: QuantizeSettings,
     advance: Callable[[], None],
 ) -> dict[str, float]:
-    """Logit signal-to-noise ratio in dB with one layer alone rounded, by layer output, for all layers but `ends`.
+    """Logit signal-to-noise ratio in dB with one layer alone rounded, by layer output, for all layers but `ends`."""
 
-    What lies before a layer's block is computed once for the block.
-    """
-    found, x = {}, inputs
-    reference = module(inputs)
-    for block in find_blocks(module, settings.max_chain):
-        rest = module.segment([block.input], [module.logits_name])
-        for layer in block.layers:
-            if layer.output not in ends:
-                rounded = QuantizedWeight(module.constant(layer.weight), layer.axis, bits, settings).tensor()
-                logits = rest({block.input: x}, {layer.weight: rounded})[module.logits_name]
-                found[layer.output] = signal_to_noise(reference, logits)
-            advance()
-        x = module.segment([block.input], [block.output])({block.input: x})[block.output]
-    return found
+    def rounded(layer: Layer) -> list[Tensor]:
+        if layer.output in ends:
+            return []
+        return [QuantizedWeight(module.constant(layer.weight), layer.axis, bits, settings).tensor()]
+
+    noise = logit_noise(module, inputs, rounded, settings.max_chain, advance)
+    return {name: decibels(found[0]) for name, found in noise.items() if found}
 
 
 def _keep_worst(plans: Sequence[LayerPlan], settings: QuantizeSettings) -> list[LayerPlan]:

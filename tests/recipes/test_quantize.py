@@ -19,9 +19,10 @@ from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import to_torch
+from recipes.account import Compression
 from recipes.images import ImageSet
 from recipes.quantize import primitives as q
-from recipes.quantize.engine import Quantization, quantize
+from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
 from recipes.validate import FUSION_SHARE
@@ -30,7 +31,7 @@ from tests import hard_cases, models
 METHODS = ["nearest", "adaround", "brecq", "qdrop"]
 WIDTHS = [(4, None), (2, None), (4, 8), (4, 4)]
 Classifiers = Callable[[str], Classifier]
-Quantizer = Callable[..., Quantization]
+Quantizer = Callable[..., Compression]
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -49,11 +50,11 @@ def quantized(
     folder = tmp_path_factory.mktemp("quantized")
 
     @cache
-    def make(model: str, method: str, bits: int, act_bits: int | None, steps: int) -> Quantization:
+    def make(model: str, method: str, bits: int, act_bits: int | None, steps: int) -> Compression:
         output = folder / f"{model}.{method}.{bits}.{act_bits}.{steps}.onnx"
         return quantize(classifier_of(model), calibration_images, output, recipe(method, steps), bits, act_bits)
 
-    def ask(model: str, method: str, bits: int, act_bits: int | None = None, steps: int = 6) -> Quantization:
+    def ask(model: str, method: str, bits: int, act_bits: int | None = None, steps: int = 6) -> Compression:
         return make(model, method, bits, act_bits, steps)
 
     return ask
@@ -126,7 +127,7 @@ def top1(path: Path, classifier: Classifier, images: ImageSet) -> float:
     return float((run(path, classifier, images.pixels).argmax(1) == images.labels.numpy()).mean())
 
 
-def assert_the_file_is_the_simulation(result: Quantization, classifier: Classifier, images: ImageSet) -> None:
+def assert_the_file_is_the_simulation(result: Compression, classifier: Classifier, images: ImageSet) -> None:
     expected = simulate(Written(result.output), classifier, images.pixels[:16])
     actual = run(result.output, classifier, images.pixels[:16], optimise=False)
     if result.act_bits is None:

@@ -17,9 +17,10 @@ from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 from recipes.progress import Silent
 from recipes.quantize.engine import output_path, quantize
-from recipes.quantize.plan import LayerPlan, plan_bits, signal_to_noise
+from recipes.quantize.plan import LayerPlan, decibels, plan_bits
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.sensitivity import noise_to_signal
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
 TRAINED = QuantizeSettings(unit="block", steps=3, batch=5, range_steps=10, activation_drop=0.5, input_drop=0.5)
@@ -101,7 +102,7 @@ def test_ratios_are_those_of_the_whole_model_with_one_layer_rounded(
         for plan in plans(module, calibration_images, 3)[1:-1]:
             rounded = QuantizedWeight(module.constant(plan.layer.weight), plan.layer.axis, 3, NEAREST).tensor()
             logits = module.whole({module.input_name: x}, {plan.layer.weight: rounded})[module.logits_name]
-            assert plan.snr == pytest.approx(signal_to_noise(reference, logits), abs=0.05)
+            assert plan.snr == pytest.approx(decibels(noise_to_signal(reference, logits)), abs=0.05)
 
 
 def test_inputs_of_the_ends_keep_their_bits_whatever_the_weights_have(
@@ -115,8 +116,9 @@ def test_the_ratio_of_a_layer_is_measured_with_it_alone_rounded(
     module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
 ) -> None:
     reference = torch.tensor([[3.0, 4.0]])
-    assert signal_to_noise(reference, reference + torch.tensor([[0.3, 0.4]])) == pytest.approx(20, abs=1e-4)
-    assert signal_to_noise(reference, reference) == float("inf")
+    noise = noise_to_signal(reference, reference + torch.tensor([[0.3, 0.4]]))
+    assert decibels(noise) == pytest.approx(20, abs=1e-4)
+    assert decibels(noise_to_signal(reference, reference)) == float("inf")
     two, three = (plans(module_of("plain"), calibration_images, bits, sensitive_share=0.01) for bits in (2, 3))
     for coarse, fine in zip(two[1:-1], three[1:-1], strict=True):
         assert coarse.snr is not None

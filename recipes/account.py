@@ -1,0 +1,51 @@
+"""What a recipe that writes a smaller model reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.input_spec import InputSpec
+from recipes.reconstruct import Reconstruction
+
+
+@dataclass(frozen=True)
+class LayerAccount:
+    """What became of one layer. `bits` and `act_bits` are None where they are float."""
+
+    name: str
+    bits: int | None
+    act_bits: int | None
+    sparsity: float
+    """Share of the weights that are zero."""
+    error: float
+    """Relative squared error of the weight."""
+    undecided: float
+    """Share of roundings that training had not settled."""
+    reason: str | None
+    """Why it is otherwise than was asked for."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The result: where, what, and how well. `blocks` are errors of the blocks' outputs, by name, in order."""
+
+    input: Path
+    output: Path
+    spec: InputSpec
+    bits: int | None
+    act_bits: int | None
+    sparsity: float
+    """Share of the weights of all layers that are zero or gone."""
+    blocks: list[tuple[str, Reconstruction]]
+    layers: list[LayerAccount]
+    size_before: int
+    size_after: int
+    seconds: float
+    written_difference: float
+    """Largest relative difference between the file's logits in onnxruntime and the computed ones."""
+
+    @property
+    def kept(self) -> list[LayerAccount]:
+        """Layers whose weights have more bits than was asked for."""
+        return [layer for layer in self.layers if self.bits is not None and (layer.bits or 32) > self.bits]

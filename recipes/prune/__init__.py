@@ -1,0 +1,1 @@
+"""Pruning: single weights, N of M, and whole channels, by block reconstruction."""

@@ -1,0 +1,324 @@
+"""From a classifier and images to a pruned ONNX file.
+
+The way: images -> model inputs -> how much each layer gives up -> block by block: the smallest weights out, what is
+left trained to answer as the float block does -> float tensors -> a copy of the original graph -> onnxruntime.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters import writeback
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.torch_module import Layer, TorchClassifier
+from recipes.account import Compression, LayerAccount
+from recipes.images import ImageSet
+from recipes.progress import Progress, Silent, Task
+from recipes.prune import shares
+from recipes.prune.masks import Choose, PrunedWeight
+from recipes.prune.patterns import NofM, Pattern, Unstructured, parse_n_of_m
+from recipes.prune.settings import PruneSettings
+from recipes.reconstruct import (
+    Changes,
+    LearnedTensor,
+    Loop,
+    Reconstruction,
+    Stretch,
+    block_error,
+    reconstruct,
+    run_batched,
+    walk_blocks,
+)
+from recipes.workpiece import begin, model_inputs, proof, sample_for_proof
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for: the pattern, and the share of all layers' weights to remove."""
+
+    pattern: Pattern
+    sparsity: float
+
+    def describe(self) -> dict[str, object]:
+        """For the file's metadata."""
+        return {"pattern": self.pattern.name, "sparsity": self.sparsity}
+
+
+def make_goal(pattern: str, sparsity: float | None) -> Goal:
+    """The goal of `--pattern` and `--sparsity`. Raises MixMixError for what cannot be meant."""
+    if pattern == "unstructured":
+        if sparsity is None:
+            raise MixMixError("how much to remove is not said: give --sparsity, such as 0.5")
+        if not 0 < sparsity < 1:
+            raise MixMixError(f"--sparsity {sparsity:g} cannot be used: choose a share above 0 and below 1")
+        return Goal(Unstructured(), sparsity)
+    n_of_m = parse_n_of_m(pattern)
+    if sparsity is not None and not math.isclose(sparsity, n_of_m.share):
+        raise MixMixError(f"--pattern {pattern} removes {n_of_m.share:g}, not {sparsity:g}: leave --sparsity out")
+    return Goal(n_of_m, n_of_m.share)
+
+
+def output_path(model: Path, goal: Goal) -> Path:
+    """`model.s50.onnx`, or `model.2of4.onnx`, beside the input."""
+    pattern = goal.pattern
+    suffix = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NofM) else f"s{100 * goal.sparsity:g}"
+    return model.with_suffix(f".{suffix}.onnx")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model that is not written yet."""
+
+    classifier: Classifier
+    """What `prepare_for_pruning` made, with the pruned weights put in."""
+    sample: Tensor
+    logits: Tensor
+    """Of the pruned model in torch on `sample`."""
+    sparsity: float
+    blocks: list[tuple[str, Reconstruction]]
+    layers: list[LayerAccount]
+
+
+def prune(
+    classifier: Classifier,
+    images: ImageSet,
+    output: Path,
+    settings: PruneSettings,
+    goal: Goal,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> Compression:
+    """Prune `classifier` on `images` and write it to `output`.
+
+    Raises MixMixError for a goal, images or an output that cannot be used, before any long work starts.
+    """
+    started = time.perf_counter()
+    writeback.ensure_writable(output, overwrite=overwrite)
+    pruned = prune_in_memory(
+        classifier, images, output, settings, goal, seed=seed, device=device, overwrite=overwrite, progress=progress
+    )
+    metadata = classifier.spec.to_metadata() | {
+        "mixmix.prune": json.dumps(goal.describe() | {"images": len(images), "seed": seed}),
+        **(provenance or {}),
+    }
+    proved = proof(pruned.classifier, pruned.sample, pruned.logits)
+    size, difference = writeback.save_proved(pruned.classifier.original, output, metadata, proved, overwrite=overwrite)
+    return Compression(
+        input=classifier.path,
+        output=output,
+        spec=classifier.spec,
+        bits=None,
+        act_bits=None,
+        sparsity=pruned.sparsity,
+        blocks=pruned.blocks,
+        layers=pruned.layers,
+        size_before=classifier.size_bytes,
+        size_after=size,
+        seconds=time.perf_counter() - started,
+        written_difference=difference,
+    )
+
+
+def prune_in_memory(
+    classifier: Classifier,
+    images: ImageSet,
+    output: Path,
+    settings: PruneSettings,
+    goal: Goal,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Prune `classifier` and write nothing; `output`, where it will go, is only checked."""
+    progress = progress or Silent()
+    prepared = writeback.prepare_for_pruning(classifier)
+    module = begin(prepared, output, device, overwrite=overwrite)
+    inputs = model_inputs(module, images)
+    choices, reasons = choose_weights(module, inputs, settings, goal, progress)
+    run = _Run(module, inputs, settings, choices, torch.Generator().manual_seed(seed))
+    run.reconstruct_all(progress)
+    sample = sample_for_proof(prepared, inputs)
+    layers = run.layer_accounts(reasons)
+    removed = sum(account.sparsity * layer.parameters for account, layer in zip(layers, module.layers(), strict=True))
+    return Pruned(
+        classifier=writeback.edited_classifier(prepared, run.edits()),
+        sample=sample,
+        logits=run.logits(sample),
+        sparsity=removed / sum(layer.parameters for layer in module.layers()),
+        blocks=run.account,
+        layers=layers,
+    )
+
+
+def choose_weights(
+    module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal, progress: Progress
+) -> tuple[dict[str, Choose], dict[str, str]]:
+    """How weights are chosen in each layer that is pruned, and why others are not, by layer output.
+
+    Raises MixMixError where the model has no layer that can be pruned so.
+    """
+    layers = module.layers()
+    pattern = goal.pattern
+    fitting = [layer for layer in layers if pattern.fits(layer)]
+    if not fitting:
+        raise MixMixError(
+            f"{module.classifier.path} has no layer with constant weights that pattern {pattern.name} fits:"
+            " choose another pattern"
+        )
+    reasons = {layer.output: f"{pattern.name} does not divide its input channels" for layer in layers}
+    if isinstance(pattern, NofM):
+        found = {layer.output: pattern.share for layer in fitting}
+    else:
+        found = _shares(module, fitting, inputs, settings, goal, progress)
+        reasons = {layer.output: "first layer" for layer in layers}
+    by_output = {layer.output: layer for layer in layers}
+    choices: dict[str, Choose] = {
+        name: partial(pattern.choose, layer=by_output[name], share=share) for name, share in found.items() if share > 0
+    }
+    return choices, {name: reason for name, reason in reasons.items() if name not in found}
+
+
+def _shares(
+    module: TorchClassifier,
+    layers: Sequence[Layer],
+    inputs: Tensor,
+    settings: PruneSettings,
+    goal: Goal,
+    progress: Progress,
+) -> shares.Shares:
+    match settings.allocation:
+        case "uniform":
+            return shares.uniform(layers, goal.sparsity, settings)
+        case "global":
+            return shares.by_threshold(module, layers, goal.sparsity, settings)
+        case "sensitivity":
+            with progress.task("measuring what each layer can give up", len(layers)) as task:
+                return shares.by_sensitivity(module, layers, inputs, goal.sparsity, settings, lambda: task.advance())
+
+
+class _Run:
+    """One pruning in progress: the changes made so far, by initializer name."""
+
+    def __init__(
+        self,
+        module: TorchClassifier,
+        inputs: Tensor,
+        settings: PruneSettings,
+        choices: Mapping[str, Choose],
+        generator: torch.Generator,
+    ) -> None:
+        self.module, self.inputs, self.settings, self.generator = module, inputs, settings, generator
+        self.weights = {
+            layer.weight: PrunedWeight(module.constant(layer.weight), choices[layer.output], settings)
+            for layer in module.layers()
+            if layer.output in choices
+        }
+        self.biases: dict[str, LearnedTensor] = {}
+        self.changes = Changes((self.weights, self.biases), {})
+        self.account: list[tuple[str, Reconstruction]] = []
+
+    def reconstruct_all(self, progress: Progress) -> None:
+        """Go through the blocks; afterwards every change is hard."""
+        steps = self.settings.mask_steps + self.settings.steps
+        with progress.task("reconstructing", len(self.module.layers()) * max(steps, 1)) as task:
+            for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
+                self._reconstruct(stretch, task)
+
+    def _reconstruct(self, stretch: Stretch, task: Task) -> None:
+        settings, layers = self.settings, stretch.block.layers
+        weights = {layer.weight: self.weights[layer.weight] for layer in layers if layer.weight in self.weights}
+        for layer in layers:
+            if layer.bias is not None:
+                self.biases[layer.bias] = LearnedTensor.bias(self.module.constant(layer.bias), settings.bias_rate)
+        changed = weights | {layer.bias: self.biases[layer.bias] for layer in layers if layer.bias is not None}
+
+        def error() -> float:
+            return block_error(stretch.segment, stretch.changed_input, stretch.target, changed, {}, settings.batch)
+
+        before = error()
+        for weight in weights.values():
+            weight.soften()
+        self._train(stretch, changed, settings.mask_steps, before, task)
+        for weight in weights.values():
+            weight.absorb()
+            weight.freeze()
+        self._train(stretch, changed, settings.steps, before, task)
+        for weight in weights.values():
+            weight.harden()
+        if not settings.mask_steps + settings.steps:
+            task.advance(len(layers))
+        self.account.append((stretch.block.name, Reconstruction(before, error())))
+
+    def _train(
+        self,
+        stretch: Stretch,
+        changed: Mapping[str, PrunedWeight | LearnedTensor],
+        steps: int,
+        error: float,
+        task: Task,
+    ) -> None:
+        share, name = len(stretch.block.layers), stretch.block.name
+        reconstruct(
+            stretch.segment,
+            stretch.float_input,
+            stretch.changed_input,
+            stretch.target,
+            changed,
+            {},
+            Loop(steps, self.settings.minibatch(stretch.changed_input), self.settings.input_drop),
+            error,
+            self.generator,
+            lambda done, loss: task.advance(share * done, None if math.isnan(loss) else f"{name}: loss {loss:.3f}"),
+        )
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits of the pruned model in torch."""
+        return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
+
+    def edits(self) -> list[writeback.Edit]:
+        """What to write into the graph."""
+        found: list[writeback.Edit] = []
+        for layer in self.module.layers():
+            if layer.weight in self.weights:
+                values = self.weights[layer.weight].tensor().cpu().numpy()
+                found.append(writeback.FloatEdit(layer.output, layer.operand, values))
+            if layer.bias in self.biases and self.settings.bias_rate:
+                found.append(
+                    writeback.FloatEdit(layer.output, writeback.BIAS, self.biases[layer.bias].value.cpu().numpy())
+                )
+        return found
+
+    def layer_accounts(self, reasons: Mapping[str, str]) -> list[LayerAccount]:
+        accounts = []
+        for layer in self.module.layers():
+            original = self.module.constant(layer.weight)
+            written = self.weights[layer.weight].tensor() if layer.weight in self.weights else original
+            error = (written - original).square().sum() / original.square().sum()
+            accounts.append(
+                LayerAccount(
+                    name=layer.name,
+                    bits=None,
+                    act_bits=None,
+                    sparsity=float((written == 0).float().mean()),
+                    error=float(error),
+                    undecided=0.0,
+                    reason=reasons.get(layer.output),
+                )
+            )
+        return accounts

@@ -1,0 +1,72 @@
+"""A pruned weight as a change that the reconstruction loop can train: the seed's two stages (eq. 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from recipes.prune.settings import PruneSettings
+from recipes.reconstruct import Group
+
+Choose = Callable[[Tensor], Tensor]
+"""From absolute values to a mask, true where a weight stays."""
+
+
+class PrunedWeight:
+    """W with a mask M: M * W.
+
+    At first M is what `choose` makes of |W|. `soften` lets M take any value and trains it with W, so that a weight that
+    was removed can come back; `absorb` multiplies both and chooses again; `freeze` trains W under the mask.
+    """
+
+    def __init__(self, weight: Tensor, choose: Choose, settings: PruneSettings) -> None:
+        self.choose, self.settings = choose, settings
+        self.kept = choose(weight.abs())
+        self.weight = weight.clone()
+        self.mask: Tensor | None = None
+        self.trained = False
+        self.rate = settings.weight_rate * float(weight.square().mean().sqrt())
+
+    def soften(self) -> None:
+        """Begin the first stage."""
+        self.mask, self.trained = self.kept.to(self.weight.dtype), True
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """End the first stage: the product of mask and weight is the weight, and its smallest are chosen again."""
+        if self.mask is not None:
+            self.weight, self.mask = self.weight * self.mask, None
+            self.kept = self.choose(self.weight.abs())
+
+    def freeze(self) -> None:
+        """Begin the second stage."""
+        self.trained = True
+
+    @torch.no_grad()
+    def harden(self) -> None:
+        """End of training."""
+        self.weight, self.trained = self.tensor(), False
+
+    def groups(self) -> list[Group]:
+        if not self.trained:
+            return []
+        groups = [Group([self.weight], self.rate, decay=True)]
+        if self.mask is not None:
+            groups.append(Group([self.mask], self.settings.mask_rate, decay=True))
+        return groups
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+    def tensor(self) -> Tensor:
+        """The real weight, in the file's layout."""
+        if self.mask is not None:
+            return self.weight * self.mask
+        return torch.where(self.kept, self.weight, 0.0)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are removed."""
+        return 1 - float(self.kept.float().mean())

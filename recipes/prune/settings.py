@@ -1,0 +1,36 @@
+"""Settings of pruning; one TOML file a method stands beside this module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from recipes.reconstruct import LoopSettings
+
+PACKAGE = "recipes.prune"
+
+
+class PruneSettings(LoopSettings):
+    """How weights are chosen and the rest is trained. Rates are Adam learning rates that fall along a half cosine.
+
+    `mask_steps` is the seed's first stage, in which mask and weights are trained together and after which the smallest
+    are chosen anew; `steps` its second, in which the mask is frozen (eq. 10). Without either, the choice is all.
+    """
+
+    mask_steps: int = Field(default=0, ge=0)
+    steps: int = Field(default=0, ge=0)
+    weight_rate: float = Field(default=1e-2, ge=0)
+    """Relative to the typical size of a layer's weights."""
+    mask_rate: float = Field(default=1e-2, ge=0)
+    input_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of block-input elements taken from the float model (QDrop)."""
+    allocation: Literal["uniform", "global", "sensitivity"] = "sensitivity"
+    """How much each layer gives up: all the same; what one threshold over all weights says, each layer's divided by
+    their root mean square; or the least noise in the logits, measured layer by layer."""
+    dense_first: bool = True
+    """Leave the first layer as it is where all layers give up the same: it is small, and everything goes through it."""
+    sensitive_images: int = Field(default=32, ge=1)
+    """Images that the noise is measured on."""
+    most: float = Field(default=0.98, gt=0, lt=1)
+    """Largest share of a layer's weights that is removed."""

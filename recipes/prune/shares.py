@@ -1,0 +1,112 @@
+"""How much each layer gives up, so that together it is the sparsity that was asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from converters.errors import MixMixError
+from converters.torch_module import Layer, TorchClassifier
+from recipes.allocate import Choice, allocate
+from recipes.prune.patterns import keep_largest
+from recipes.prune.settings import PruneSettings
+from recipes.sensitivity import logit_noise
+
+Shares = dict[str, float]
+"""Part of the weights to remove, by layer output."""
+
+GRID = (0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.87, 0.92, 0.95, 0.97, 0.98)
+"""Shares that the noise of a layer is measured at; between them it is interpolated."""
+FINE = 4
+"""Choices between neighbours of the grid."""
+
+
+def uniform(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> Shares:
+    """The same for all, but for a first layer that stays dense. Raises MixMixError where that cannot be reached."""
+    pruned = [layer for layer in layers if layer is not layers[0] or len(layers) == 1 or not settings.dense_first]
+    share = sparsity * sum(layer.parameters for layer in layers) / sum(layer.parameters for layer in pruned)
+    if share > settings.most:
+        raise MixMixError(
+            f"sparsity {sparsity:g} would remove {share:.1%} of each layer, and no more than {settings.most:g} of one"
+            " may go: ask for less, or raise it with --set most=..."
+        )
+    return {layer.output: share for layer in pruned}
+
+
+def by_threshold(module: TorchClassifier, layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> Shares:
+    """What one threshold over |w| / rms(layer) says, with at most `most` of a layer removed."""
+    weights = {layer.output: module.constant(layer.weight).flatten() for layer in layers}
+    sizes = {name: w.abs() / w.square().mean().sqrt().clamp_min(1e-12) for name, w in weights.items()}
+    limits = {name: settings.most * len(size) for name, size in sizes.items()}
+    _check_reachable(sum(limits.values()), sparsity, layers, settings)
+    protected = {name: torch.where(keep_largest(size, settings.most), torch.inf, size) for name, size in sizes.items()}
+    together = torch.cat(list(protected.values())).sort().values
+    threshold = together[min(round(sparsity * len(together)), len(together) - 1)]
+    return {name: float((size < threshold).float().mean()) for name, size in protected.items()}
+
+
+def by_sensitivity(
+    module: TorchClassifier,
+    layers: Sequence[Layer],
+    inputs: Tensor,
+    sparsity: float,
+    settings: PruneSettings,
+    advance: Callable[[], None] = lambda: None,
+) -> Shares:
+    """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID."""
+    grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
+    _check_reachable(sum(settings.most * layer.parameters for layer in layers), sparsity, layers, settings)
+
+    def versions(layer: Layer) -> list[Tensor]:
+        weight = module.constant(layer.weight)
+        return [torch.where(keep_largest(weight.abs(), share), weight, 0.0) for share in grid[1:]]
+
+    noise = logit_noise(module, inputs[: settings.sensitive_images], versions, settings.max_chain, advance)
+    fine = _between(grid)
+    total = sum(layer.parameters for layer in layers)
+    choices = []
+    for layer in layers:
+        curve = _interpolate(fine, grid, [0.0, *noise[layer.output]])
+        left = layer.parameters / total
+        choices.append([Choice(left * (1 - share), harm) for share, harm in zip(fine, curve, strict=True)])
+    chosen = allocate(choices, 1 - sparsity)
+    return _exactly({layer.output: fine[index] for layer, index in zip(layers, chosen, strict=True)}, layers, sparsity)
+
+
+def _check_reachable(most: float, sparsity: float, layers: Sequence[Layer], settings: PruneSettings) -> None:
+    if most < sparsity * sum(layer.parameters for layer in layers):
+        raise MixMixError(
+            f"sparsity {sparsity:g} cannot be reached with at most {settings.most:g} of a layer removed: ask for less,"
+            " or raise it with --set most=..."
+        )
+
+
+def _between(grid: Sequence[float]) -> list[float]:
+    """The grid with FINE - 1 more values between neighbours."""
+    fine = [a + (b - a) * step / FINE for a, b in itertools.pairwise(grid) for step in range(FINE)]
+    return [*fine, grid[-1]]
+
+
+def _interpolate(at: Sequence[float], grid: Sequence[float], values: Sequence[float]) -> list[float]:
+    """Values at shares between those of the grid, made to rise: removing more is never taken to do less harm."""
+    rising = torch.cummax(torch.tensor(values, dtype=torch.float64), 0).values
+    found = []
+    for share in at:
+        index = max(i for i, known in enumerate(grid) if known <= share)
+        if index == len(grid) - 1:
+            found.append(float(rising[-1]))
+            continue
+        part = (share - grid[index]) / (grid[index + 1] - grid[index])
+        found.append(float(rising[index] + part * (rising[index + 1] - rising[index])))
+    return found
+
+
+def _exactly(shares: Mapping[str, float], layers: Sequence[Layer], sparsity: float) -> Shares:
+    """Shares scaled down, all alike, from a little above the sparsity asked for to just it."""
+    total = sum(layer.parameters for layer in layers)
+    removed = sum(shares[layer.output] * layer.parameters for layer in layers) / total
+    factor = sparsity / removed if removed > 0 else 0.0
+    return {name: share * factor for name, share in shares.items()}
