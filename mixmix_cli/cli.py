@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "Say what a model is and what can be done with it.",
     "synth": "Make calibration images from models alone.",
     "quantize": "Write a smaller model with low-bit weights (and activations).",
+    "prune": "Write a model most of whose weights are zero.",
     "data": "Hand image sets to other tools, and compare them.",
     "zoo": "Show the paper's model zoos, and export them from an installed library.",
     "validate": "Hold candidates against a reference through onnxruntime, with gates for CI.",
@@ -45,5 +46,6 @@ def cli() -> None:
     \b
     mixmix synth models/*.onnx -o data/
     mixmix quantize --bits 4 model.onnx --data data/
+    mixmix prune --sparsity 0.5 model.onnx --data data/
     mixmix validate model.onnx model.w4.onnx --data images/ --min-agreement 0.9
     """

@@ -102,6 +102,36 @@ class CommandWithLists(click.Command):
         return spread
 
 
+def smaller(function: F) -> F:
+    """What every command that writes a smaller model takes, gathered by `requests.request_from`."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--data", type=click.Path(path_type=Path), help="Images to calibrate on (folder, synth output or .npz)."
+            ),
+            click.option(
+                "--zoo",
+                cls=ListOption,
+                multiple=True,
+                type=MODEL,
+                metavar="MODELS",
+                help="Models to make images from when there is no --data.",
+            ),
+            click.option("-n", "--images", type=click.IntRange(min=1), help="Use or make this many images."),
+            click.option(
+                "--max-drop",
+                type=click.FloatRange(0, 1),
+                help="Exit with status 1 when top-1 falls by more than this fraction.",
+            ),
+            click.option(
+                "--size", callback=pixels, help="The model's height and width where the file leaves them open."
+            ),
+            click.option("--synth-recipe", help="Recipe of the images that are made (default: what fits the models)."),
+        ],
+    )
+
+
 force = click.option("--force", is_flag=True, help="Replace what exists.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from converters.writeback import ensure_writable
 from recipes.account import Compression
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.progress import Progress
+from recipes.prune.engine import PROVENANCE, Goal, prune, prune_in_memory
+from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import check_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import Effort
@@ -79,15 +81,12 @@ def choose_models(models: Sequence[Classifier], settings: SynthSettings, recipe:
 
 @dataclass(frozen=True)
 class Request:
-    """What `quantize` is asked for: the model, the widths, where images come from, and how."""
+    """What a command that writes a smaller model is asked for: the model, where images come from, and how."""
 
     classifier: Classifier
     zoo: Sequence[Classifier]
     data: Path | None
-    bits: int
-    act_bits: int | None
     output: Path
-    settings: QuantizeSettings
     recipe: str
     """Name of the settings, for the file's provenance."""
     synth_recipe: str | None
@@ -101,11 +100,23 @@ class Request:
     overwrite: bool
     version: str
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the written file says of where it comes from."""
+        return {
+            "mixmix.version": self.version,
+            "mixmix.recipe": self.recipe,
+            "mixmix.source.sha256": self.classifier.sha256,
+        }
 
-def compress(request: Request, progress: Progress) -> tuple[Compression, Validation]:
-    """Images, the quantized file, and its validation on them. What cannot work is refused before any work is done."""
+
+Write = Callable[[Request, ImageSet, Progress], Compression]
+"""Makes the smaller model from the images and writes it."""
+
+
+def compress(request: Request, write: Write, progress: Progress) -> tuple[Compression, Validation]:
+    """Images, the smaller file, and its validation on them. What cannot work is refused before any work is done."""
     classifier, gates = request.classifier, request.gates
-    check_bits(request.bits, request.act_bits)
     sources = {model.path.resolve() for model in (classifier, *request.zoo)}
     if request.output.resolve() in sources:
         raise OutputError(f"{request.output} is the model itself, which is never replaced: choose another name with -o")
@@ -122,25 +133,88 @@ def compress(request: Request, progress: Progress) -> tuple[Compression, Validat
                 raise
             progress.say(f"labels left aside: {error}")
             images = replace(images, labels=None, label_kind="none")
-    provenance = {
-        "mixmix.version": request.version,
-        "mixmix.recipe": request.recipe,
-        "mixmix.source.sha256": classifier.sha256,
-    }
-    result = quantize(
-        classifier,
-        images,
-        request.output,
-        request.settings,
-        request.bits,
-        request.act_bits,
-        seed=request.seed,
-        device=request.device,
-        overwrite=request.overwrite,
-        progress=progress,
-        provenance=provenance,
-    )
+    result = write(request, images, progress)
     return result, validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
+
+
+def quantizing(settings: QuantizeSettings, bits: int, act_bits: int | None) -> Write:
+    """`mixmix quantize`. Raises MixMixError for widths that cannot be written."""
+    check_bits(bits, act_bits)
+
+    def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
+        return quantize(
+            request.classifier,
+            images,
+            request.output,
+            settings,
+            bits,
+            act_bits,
+            seed=request.seed,
+            device=request.device,
+            overwrite=request.overwrite,
+            progress=progress,
+            provenance=request.provenance,
+        )
+
+    return write
+
+
+def pruning(settings: PruneSettings, goal: Goal) -> Write:
+    """`mixmix prune`."""
+
+    def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
+        return prune(
+            request.classifier,
+            images,
+            request.output,
+            settings,
+            goal,
+            seed=request.seed,
+            device=request.device,
+            overwrite=request.overwrite,
+            progress=progress,
+            provenance=request.provenance,
+        )
+
+    return write
+
+
+def pruning_then_quantizing(
+    settings: PruneSettings, goal: Goal, quantize_settings: QuantizeSettings, bits: int
+) -> Write:
+    """`mixmix prune --bits`: one file, whose weights are few and of few bits; what was removed stays zero.
+
+    The second step reconstructs the blocks of the pruned model. Raises MixMixError for a width that cannot be written.
+    """
+    check_bits(bits, None)
+
+    def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
+        pruned = prune_in_memory(
+            request.classifier,
+            images,
+            request.output,
+            settings,
+            goal,
+            seed=request.seed,
+            device=request.device,
+            overwrite=request.overwrite,
+            progress=progress,
+        )
+        result = quantize(
+            pruned.classifier,
+            images,
+            request.output,
+            quantize_settings,
+            bits,
+            seed=request.seed,
+            device=request.device,
+            overwrite=request.overwrite,
+            progress=progress,
+            provenance=request.provenance | {PROVENANCE: goal.to_json(images, request.seed)},
+        )
+        return replace(result, seconds=pruned.seconds + result.seconds)
+
+    return write
 
 
 def calibration_images(request: Request, progress: Progress) -> ImageSet:

@@ -41,6 +41,9 @@ from recipes.reconstruct import (
 )
 from recipes.workpiece import begin, model_inputs, proof, sample_for_proof
 
+PROVENANCE = "mixmix.prune"
+"""Metadata key of a pruned file."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -49,9 +52,11 @@ class Goal:
     pattern: Pattern
     sparsity: float
 
-    def describe(self) -> dict[str, object]:
-        """For the file's metadata."""
-        return {"pattern": self.pattern.name, "sparsity": self.sparsity}
+    def to_json(self, images: ImageSet, seed: int) -> str:
+        """What the file's metadata says under PROVENANCE."""
+        return json.dumps(
+            {"pattern": self.pattern.name, "sparsity": self.sparsity, "images": len(images), "seed": seed}
+        )
 
 
 def make_goal(pattern: str, sparsity: float | None) -> Goal:
@@ -68,11 +73,11 @@ def make_goal(pattern: str, sparsity: float | None) -> Goal:
     return Goal(n_of_m, n_of_m.share)
 
 
-def output_path(model: Path, goal: Goal) -> Path:
-    """`model.s50.onnx`, or `model.2of4.onnx`, beside the input."""
+def output_path(model: Path, goal: Goal, bits: int | None = None) -> Path:
+    """`model.s50.onnx`, or `model.2of4.onnx`, beside the input; `model.s50.w4.onnx` with bits."""
     pattern = goal.pattern
     suffix = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NofM) else f"s{100 * goal.sparsity:g}"
-    return model.with_suffix(f".{suffix}.onnx")
+    return model.with_suffix(f".{suffix}{'' if bits is None else f'.w{bits}'}.onnx")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Pruned:
     sparsity: float
     blocks: list[tuple[str, Reconstruction]]
     layers: list[LayerAccount]
+    seconds: float
 
 
 def prune(
@@ -112,7 +118,7 @@ def prune(
         classifier, images, output, settings, goal, seed=seed, device=device, overwrite=overwrite, progress=progress
     )
     metadata = classifier.spec.to_metadata() | {
-        "mixmix.prune": json.dumps(goal.describe() | {"images": len(images), "seed": seed}),
+        PROVENANCE: goal.to_json(images, seed),
         **(provenance or {}),
     }
     proved = proof(pruned.classifier, pruned.sample, pruned.logits)
@@ -146,7 +152,7 @@ def prune_in_memory(
     progress: Progress | None = None,
 ) -> Pruned:
     """Prune `classifier` and write nothing; `output`, where it will go, is only checked."""
-    progress = progress or Silent()
+    started, progress = time.perf_counter(), progress or Silent()
     prepared = writeback.prepare_for_pruning(classifier)
     module = begin(prepared, output, device, overwrite=overwrite)
     inputs = model_inputs(module, images)
@@ -163,6 +169,7 @@ def prune_in_memory(
         sparsity=removed / sum(layer.parameters for layer in module.layers()),
         blocks=run.account,
         layers=layers,
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -1,0 +1,76 @@
+"""`mixmix prune MODEL --sparsity S`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mixmix_cli import options
+
+if TYPE_CHECKING:
+    from recipes.account import Compression
+
+METHODS = ("one-shot", "one-stage", "two-stage")
+
+
+@click.command("prune", cls=options.CommandWithLists)
+@click.argument("model", type=options.MODEL)
+@click.option(
+    "--sparsity", type=float, help="Share of the weights to remove, such as 0.5; a pattern such as 2:4 says it."
+)
+@click.option(
+    "--pattern", default="unstructured", show_default=True, help="unstructured, or N:M along input channels (2:4)."
+)
+@click.option("--bits", type=click.IntRange(2, 8), help="Then quantize what is left to this many bits, into one file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.s50.onnx beside the input.")
+@click.option(
+    "--method", type=click.Choice(METHODS), default="two-stage", show_default=True, help="How what is left is trained."
+)
+@options.smaller
+@options.input_spec
+@options.recipe(None, "pruning (overrides --method)")
+@options.compute
+@options.force
+@options.common
+def command(**given: Any) -> int:
+    """Set --sparsity of MODEL's weights to zero. Without --data, images are made from --zoo, or from MODEL itself.
+
+    Example: mixmix prune --sparsity 0.5 model.onnx
+    """
+    from mixmix_cli.console import Terminal
+    from mixmix_cli.requests import request_from, show_result
+    from recipes.pipeline import compress, pruning, pruning_then_quantizing
+    from recipes.prune.engine import make_goal, output_path
+    from recipes.prune.settings import PACKAGE, PruneSettings
+    from recipes.quantize.settings import PACKAGE as QUANTIZE
+    from recipes.quantize.settings import QuantizeSettings
+    from recipes.settings import load_recipe
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    recipe, bits = given["recipe"] or given["method"], given["bits"]
+    settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
+    goal = make_goal(given["pattern"], given["sparsity"])
+    write = pruning(settings, goal)
+    if bits is not None:
+        quantization = load_recipe(QuantizeSettings, QUANTIZE, "qdrop", given["effort"])
+        write = pruning_then_quantizing(settings, goal, quantization, bits)
+    request = request_from(given, output_path(given["model"], goal, bits), recipe, terminal)
+    result, validation = compress(request, write, terminal)
+    return show_result(terminal, result, validation, _account(result))
+
+
+def _account(result: Compression) -> str:
+    """How much is gone, and which layers gave most and least."""
+    from mixmix_cli.console import percent
+
+    ordered = sorted(result.layers, key=lambda layer: layer.sparsity)
+    least, most = ordered[0], ordered[-1]
+    dense = [layer for layer in result.layers if layer.sparsity == 0]
+    text = (
+        f"{percent(result.sparsity)} of the weights of {len(result.layers)} layers are zero: from"
+        f" {percent(least.sparsity)} ({least.name}) to {percent(most.sparsity)} ({most.name})"
+    )
+    reasons = sorted({layer.reason for layer in dense if layer.reason})
+    return text + (f"; {len(dense)} stay dense ({'; '.join(reasons)})" if reasons else "")

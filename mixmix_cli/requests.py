@@ -1,0 +1,60 @@
+"""What `quantize` and `prune` have in common: from what was typed to a request, and from a result to the screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixmix_cli import __version__, options
+from mixmix_cli.console import Terminal, size
+from mixmix_cli.results import compression_json, validation_table
+
+if TYPE_CHECKING:
+    from recipes.account import Compression
+    from recipes.pipeline import Request
+    from recipes.validate import Validation
+
+
+def request_from(given: dict[str, Any], output: Path, recipe: str, terminal: Terminal) -> Request:
+    """Loads the models and says what had to be judged of them. Takes the input-spec options out of `given`."""
+    from converters.load import load_classifier
+    from recipes.pipeline import Request
+    from recipes.settings import choose_device
+    from recipes.validate import Gates
+
+    device = choose_device(given["device"])
+    spec = options.spec_from(given)
+    classifier = load_classifier(given["model"], {**spec, "size": given["size"]})
+    zoo = [load_classifier(path) for path in given["zoo"]]
+    for model in (classifier, *zoo):
+        terminal.tell_choices(model)
+    return Request(
+        classifier=classifier,
+        zoo=zoo,
+        data=given["data"],
+        output=given["output"] or output,
+        recipe=recipe,
+        synth_recipe=given["synth_recipe"],
+        effort=given["effort"],
+        images=given["images"],
+        gates=Gates(max_drop=given["max_drop"]),
+        seed=given["seed"],
+        device=device,
+        overwrite=given["force"],
+        version=__version__,
+    )
+
+
+def show_result(terminal: Terminal, result: Compression, validation: Validation, account: str) -> int:
+    """Prints what came of it, `account` of the layers in the middle; the exit status."""
+    if terminal.as_json:
+        terminal.document(compression_json(result, validation))
+    else:
+        terminal.show(
+            f"{result.output}: {size(result.size_before)} -> {size(result.size_after)}"
+            f" (1/{result.size_before / result.size_after:.1f}) in {result.seconds:.0f} s"
+        )
+        terminal.show(account)
+        terminal.show(validation_table(validation))
+        terminal.show(f"on the {validation.images} calibration images: hold it against others with mixmix validate")
+    return 0 if validation.passed else 1
