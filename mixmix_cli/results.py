@@ -176,6 +176,11 @@ def inspection_json(result: Inspection) -> dict[str, Any]:
             for block in result.blocks
         ],
         "quantized": classifier.quantized,
+        "sparsity": result.sparsity,
+        "layers": [
+            {"name": layer.name, "weights": layer.weights, "zeros": layer.zeros, "obeys": layer.obeys}
+            for layer in result.zeros
+        ],
         "notes": list(classifier.notes),
         "unsupported": [
             {"op": found.op, "opset": found.opset, "node": found.node, "help": found.help}
@@ -191,7 +196,7 @@ def _reasons(result: Inspection) -> dict[str, str | None]:
     return {
         "synth": result.why_not_synthesize,
         "quantize": result.why_not_quantize,
-        "prune": "this version does not prune",
+        "prune": result.why_not_prune,
     }
 
 
@@ -211,12 +216,23 @@ def inspection_page(result: Inspection) -> Table:
         *(("", note) for note in classifier.notes),
         ("file", f"{size(classifier.size_bytes)}, opset {classifier.opset}"),
         ("parameters", f"{result.parameters:,}"),
+        ("zeros", f"{percent(result.sparsity)} of the weights of {len(result.zeros)} layers"),
         ("MACs", macs),
         ("BatchNorm", f"{result.batchnorms} layers kept, {result.folded} convolutions with a folded bias"),
         ("blocks", f"{len(sizes)} to reconstruct, of {min(sizes)} to {max(sizes)} layers" if sizes else "none"),
         *((task, f"no: {reason}" if reason else _yes(task, result)) for task, reason in _reasons(result).items()),
     ]
     return _page(str(classifier.path), rows)
+
+
+def pattern_page(result: Inspection, pattern: str) -> str:
+    """Which layers have the pattern, in one sentence."""
+    fitting = [layer for layer in result.zeros if layer.obeys is not None]
+    failing = [layer.name for layer in fitting if not layer.obeys]
+    without = len(result.zeros) - len(fitting)
+    text = f"{pattern}: {len(fitting) - len(failing)} of {len(result.zeros)} layers have it"
+    text += f"; it does not divide the input channels of {without}" * bool(without)
+    return text + (f"; not {', '.join(failing)}" if failing else "")
 
 
 def _yes(task: str, result: Inspection) -> str:

@@ -1,8 +1,9 @@
 """The whole job on the embedded zoo: what images from models are worth, in one table.
 
 Target: the inverted-residual classifier. Its weights (and activations) are brought to a few bits by nearest rounding,
-and by reconstruction on Gaussian noise, on images made from the target alone, on images made from the whole zoo, and
-on real training images, the bound. Every accuracy is that of a written file in onnxruntime on 1,000 test images.
+or the smallest of them removed, and both by reconstruction on Gaussian noise, on images made from the target alone, on
+images made from the whole zoo, and on real training images, the bound. Every accuracy is that of a written file in
+onnxruntime on 1,000 test images.
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.images import PREVIEW, ImageSet, gaussian_noise, load_images
 from recipes.progress import Progress, Silent
+from recipes.prune.engine import make_goal, prune
+from recipes.prune.settings import PACKAGE as PRUNE
+from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
-from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.quantize.settings import PACKAGE as QUANTIZE
+from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import load_recipe
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
 from recipes.validate import Validation, validate
 
 TARGET = "inverted"
-WIDTHS: tuple[tuple[int, int | None], ...] = ((4, None), (2, None), (4, 4), (2, 4))
 NEAREST, NOISE, SINGLE, ZOO, REAL = "nearest", "noise", "single model", "mixed zoo", "real images"
 COLUMNS = (NEAREST, NOISE, SINGLE, ZOO, REAL)
 IMAGES = 128
@@ -41,25 +45,43 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One quantization: the column (how, or on which images) and the widths."""
+class Row:
+    """What is asked for: widths, or a share of the weights to remove."""
 
-    column: str
-    bits: int
-    act_bits: int | None
+    bits: int = 0
+    act_bits: int | None = None
+    sparsity: float = 0.0
 
     @property
-    def width(self) -> str:
+    def name(self) -> str:
+        if self.sparsity:
+            return f"{100 * self.sparsity:g} % sparse"
         return f"W{self.bits}" + ("" if self.act_bits is None else f"A{self.act_bits}")
 
     @property
+    def word(self) -> str:
+        """For file names."""
+        return f"s{100 * self.sparsity:g}" if self.sparsity else self.name.lower()
+
+
+ROWS = (Row(4), Row(2), Row(4, 4), Row(2, 4), Row(sparsity=0.7))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One smaller model: the row, and the column (how, or on which images)."""
+
+    row: Row
+    column: str
+
+    @property
     def file_name(self) -> str:
-        return f"{TARGET}.{self.width.lower()}.{self.column.replace(' ', '-')}.onnx"
+        return f"{TARGET}.{self.row.word}.{self.column.replace(' ', '-')}.onnx"
 
 
 @dataclass
 class Demo:
-    """The table: float accuracy, and top-1 of each cell by (width, column)."""
+    """The table: float accuracy, and top-1 of each cell by (row, column)."""
 
     directory: Path
     target: str
@@ -85,18 +107,19 @@ def run_demo(
     }
     shutil.copy(directory / "images-zoo" / PREVIEW, directory / PREVIEW)
     made = time.perf_counter()
-    cells = [Cell(column, bits, act_bits) for bits, act_bits in WIDTHS for column in COLUMNS]
-    _quantize_all(cells, sets, directory, seed, workers, progress)
-    quantized = time.perf_counter()
+    cells = [Cell(row, column) for row in ROWS for column in COLUMNS]
+    _compress_all(cells, sets, directory, seed, workers, progress)
+    compressed = time.perf_counter()
     candidates = [load_classifier(directory / cell.file_name) for cell in cells]
     validation = validate(reference, candidates, load_images(zoo.test_images_path()), progress=progress)
     top1 = {
-        (cell.width, cell.column): judged.top1 or 0.0 for cell, judged in zip(cells, validation.candidates, strict=True)
+        (cell.row.name, cell.column): judged.top1 or 0.0
+        for cell, judged in zip(cells, validation.candidates, strict=True)
     }
     seconds = {
         "synthesis": made - started,
-        "quantization": quantized - made,
-        "validation": time.perf_counter() - quantized,
+        "compression": compressed - made,
+        "validation": time.perf_counter() - compressed,
     }
     demo = Demo(directory, TARGET, validation.reference.top1 or 0.0, top1, validation, seconds)
     (directory / RESULTS).write_text(json.dumps(to_json(demo), indent=1) + "\n")
@@ -106,8 +129,8 @@ def run_demo(
 def to_json(demo: Demo) -> dict[str, object]:
     """The table as JSON types."""
     rows: dict[str, dict[str, float]] = {}
-    for (width, column), value in demo.top1.items():
-        rows.setdefault(width, {})[column] = value
+    for (row, column), value in demo.top1.items():
+        rows.setdefault(row, {})[column] = value
     return {
         "dir": str(demo.directory),
         "target": demo.target,
@@ -139,29 +162,33 @@ def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Prog
     return load_images(directory)
 
 
-def _quantize_all(
+def _compress_all(
     cells: Sequence[Cell], sets: dict[str, ImageSet], directory: Path, seed: int, workers: int, progress: Progress
 ) -> None:
     """Every cell, side by side in processes of one thread each: small layers gain nothing from more threads."""
     context = get_context("spawn")
     with (
-        progress.task(f"quantizing {TARGET} {len(cells)} times", len(cells)) as task,
+        progress.task(f"making {TARGET} smaller {len(cells)} times", len(cells)) as task,
         ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         futures = {
             pool.submit(
-                quantize_cell, cell, sets[ZOO if cell.column == NEAREST else cell.column], directory, seed
+                compress_cell, cell, sets[ZOO if cell.column == NEAREST else cell.column], directory, seed
             ): cell
             for cell in cells
         }
         for future in as_completed(futures):
             future.result()
-            task.advance(1, f"{futures[future].width} {futures[future].column}")
+            task.advance(1, f"{futures[future].row.name} {futures[future].column}")
 
 
-def quantize_cell(cell: Cell, images: ImageSet, directory: Path, seed: int) -> None:
+def compress_cell(cell: Cell, images: ImageSet, directory: Path, seed: int) -> None:
     """One cell, in a process of its own."""
     classifier: Classifier = load_classifier(zoo.model_path(TARGET))
-    method = "nearest" if cell.column == NEAREST else "qdrop"
-    settings = load_recipe(QuantizeSettings, PACKAGE, method)
-    quantize(classifier, images, directory / cell.file_name, settings, cell.bits, cell.act_bits, seed=seed)
+    output, row, trained = directory / cell.file_name, cell.row, cell.column != NEAREST
+    if row.sparsity:
+        pruning = load_recipe(PruneSettings, PRUNE, "two-stage" if trained else "one-shot")
+        prune(classifier, images, output, pruning, make_goal("unstructured", row.sparsity), seed=seed)
+    else:
+        settings = load_recipe(QuantizeSettings, QUANTIZE, "qdrop" if trained else "nearest")
+        quantize(classifier, images, output, settings, row.bits, row.act_bits, seed=seed)

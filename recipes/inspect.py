@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError
-from converters.torch_module import TorchClassifier, Unsupported, to_torch, unsupported_operators
+from converters.torch_module import Layer, TorchClassifier, Unsupported, to_torch, unsupported_operators
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import Block, find_blocks
+from recipes.patterns import NofM
+
+
+@dataclass(frozen=True)
+class LayerZeros:
+    """The zeros in one layer's weight, and whether they are in the pattern that was asked about."""
+
+    name: str
+    weights: int
+    zeros: int
+    obeys: bool | None
+    """None where no pattern was asked about, or it does not fit the layer."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +41,32 @@ class Inspection:
     unsupported: list[Unsupported]
     obstacle: str | None = None
     """Why a graph that converts cannot be written back in few bits."""
+    zeros: list[LayerZeros] = field(default_factory=list)
 
     @property
-    def why_not_quantize(self) -> str | None:
-        """What keeps the model from being quantized, or None."""
+    def sparsity(self) -> float:
+        """Share of the weights of all layers that are zero."""
+        return sum(layer.zeros for layer in self.zeros) / max(1, sum(layer.weights for layer in self.zeros))
+
+    @property
+    def has_pattern(self) -> bool:
+        """Whether some layer can have the pattern that was asked about, and all that can have it."""
+        asked = [layer.obeys for layer in self.zeros if layer.obeys is not None]
+        return bool(asked) and all(asked)
+
+    @property
+    def why_not_prune(self) -> str | None:
+        """What keeps the model from being pruned, or None."""
         if self.classifier.quantized:
             return "it is quantized already: give the float model that it was made from"
         if self.unsupported:
             return self._unsupported
-        return self.obstacle if self.blocks else "it has no weighted layer"
+        return None if self.blocks else "it has no weighted layer"
+
+    @property
+    def why_not_quantize(self) -> str | None:
+        """What keeps the model from being quantized, or None."""
+        return self.why_not_prune or self.obstacle
 
     @property
     def why_not_synthesize(self) -> str | None:
@@ -49,8 +78,11 @@ class Inspection:
         return "; ".join(str(operator) for operator in self.unsupported)
 
 
-def inspect_model(classifier: Classifier) -> Inspection:
-    """Convert, check against onnxruntime and count. Raises ModelError for a model that is no classifier."""
+def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspection:
+    """Convert, check against onnxruntime and count; with a `pattern`, say which layers have it.
+
+    Raises ModelError for a model that is no classifier.
+    """
     unsupported = unsupported_operators(classifier)
     parameters = classifier.parameter_count()
     if unsupported:
@@ -62,7 +94,13 @@ def inspect_model(classifier: Classifier) -> Inspection:
     folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
     classes, macs = _count(module)
     blocks, obstacle = find_blocks(module), _obstacle(classifier)
-    return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle)
+    zeros = [_zeros(layer, module.constant(layer.weight), pattern) for layer in layers]
+    return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros)
+
+
+def _zeros(layer: Layer, weight: Tensor, pattern: NofM | None) -> LayerZeros:
+    obeys = None if pattern is None or not pattern.fits(layer) else pattern.obeyed_by(weight, layer)
+    return LayerZeros(layer.name, weight.numel(), int((weight == 0).sum()), obeys)
 
 
 def _obstacle(classifier: Classifier) -> str | None:

@@ -24,7 +24,7 @@ def command(**given: Any) -> int:
     Example: mixmix demo -o mixmix-demo
     """
     from mixmix_cli.console import Terminal, percent, table
-    from recipes.demo import COLUMNS, WIDTHS, Cell, run_demo, to_json
+    from recipes.demo import COLUMNS, ROWS, run_demo, to_json
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     demo = run_demo(
@@ -38,14 +38,13 @@ def command(**given: Any) -> int:
         terminal.document(to_json(demo))
         return 0
     rows = []
-    for bits, act_bits in WIDTHS:
-        width = Cell("", bits, act_bits).width
-        rows.append([width, *(percent(demo.top1[width, column]) for column in COLUMNS)])
+    for row in ROWS:
+        rows.append([row.name, *(percent(demo.top1[row.name, column]) for column in COLUMNS)])
     title = (
         f"{demo.target}: top-1 on {demo.validation.images:,} test images, float {percent(demo.float_top1)};"
-        " nearest rounding, then reconstruction on"
+        " nearest rounding or smallest out, then reconstruction on"
     )
-    terminal.show(table(["bits", *COLUMNS], rows, title))
+    terminal.show(table(["", *COLUMNS], rows, title))
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in demo.seconds.items())
     terminal.show(f"{spent}; models and images are in {demo.directory}, the images at a glance in preview.png there")
     return 0

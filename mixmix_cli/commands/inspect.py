@@ -11,6 +11,9 @@ from mixmix_cli import options
 
 @click.command("inspect")
 @click.argument("models", nargs=-1, required=True, type=options.MODEL)
+@click.option(
+    "--pattern", help="Ask whether all layers that can have it have this N:M sparsity, such as 2:4; status 1 if not."
+)
 @click.option("--size", callback=options.pixels, help="Height and width where the file leaves them open.")
 @options.input_spec
 @options.common
@@ -21,19 +24,23 @@ def command(**given: Any) -> int:
     """
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
-    from mixmix_cli.results import inspection_json, inspection_page
+    from mixmix_cli.results import inspection_json, inspection_page, pattern_page
     from recipes.inspect import inspect_model
+    from recipes.patterns import parse_n_of_m
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     spec = {**options.spec_from(given), "size": given["size"]}
+    pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
     results = []
     with terminal.task("inspecting", len(given["models"])) as task:
         for path in given["models"]:
-            results.append(inspect_model(load_classifier(path, spec)))
+            results.append(inspect_model(load_classifier(path, spec), pattern))
             task.advance(1, path.name)
     if terminal.as_json:
         terminal.document([inspection_json(result) for result in results])
     else:
         for result in results:
             terminal.show(inspection_page(result))
-    return 0
+            if pattern is not None:
+                terminal.show(pattern_page(result, pattern.name))
+    return 0 if pattern is None or all(result.has_pattern for result in results) else 1

@@ -67,7 +67,7 @@ def _account(result: Compression) -> str:
 
     ordered = sorted(result.layers, key=lambda layer: layer.sparsity)
     least, most = ordered[0], ordered[-1]
-    dense = [layer for layer in result.layers if layer.sparsity == 0]
+    dense = [layer for layer in result.layers if layer.sparsity == 0 and result.bits is None]
     text = (
         f"{percent(result.sparsity)} of the weights of {len(result.layers)} layers are zero: from"
         f" {percent(least.sparsity)} ({least.name}) to {percent(most.sparsity)} ({most.name})"

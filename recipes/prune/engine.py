@@ -23,10 +23,10 @@ from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.account import Compression, LayerAccount
 from recipes.images import ImageSet
+from recipes.patterns import NofM, Pattern, Unstructured, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
 from recipes.prune import shares
 from recipes.prune.masks import Choose, PrunedWeight
-from recipes.prune.patterns import NofM, Pattern, Unstructured, parse_n_of_m
 from recipes.prune.settings import PruneSettings
 from recipes.reconstruct import (
     Changes,

@@ -11,7 +11,7 @@ from torch import Tensor
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import Choice, allocate
-from recipes.prune.patterns import keep_largest
+from recipes.patterns import keep_largest
 from recipes.prune.settings import PruneSettings
 from recipes.sensitivity import logit_noise
 

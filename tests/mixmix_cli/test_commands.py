@@ -188,6 +188,54 @@ def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: 
     assert model.with_name("model.w2.onnx").is_file()
 
 
+def test_prune_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3")
+    status, out, _ = run(capsys, "prune", model, "--sparsity", 0.5, *few, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.s50.onnx"))
+    assert (document["bits"], document["act_bits"]) == (None, None)
+    assert document["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert {"input", "output", "blocks", "layers", "size_bytes", "seconds", "validation"} <= document.keys()
+    assert {"name", "bits", "act_bits", "sparsity", "error"} <= document["layers"][0].keys()
+    status, out, err = run(capsys, "prune", model, "--sparsity", 0.5, *few)
+    assert (status, out) == (2, "")
+    assert "--force" in err
+    assert run(capsys, "prune", model, "--sparsity", 0.5, *few, "--force")[0] == 0
+
+
+def test_prune_with_bits_writes_one_file_that_keeps_its_zeros(
+    capsys: pytest.CaptureFixture[str], model: Path, images: Path
+) -> None:
+    few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3", "--effort", "fast", "--json")
+    status, out, _ = run(capsys, "prune", model, "--sparsity", 0.6, "--bits", 4, *few)
+    document = json.loads(out)
+    assert status == 0
+    assert document["bits"] == 4
+    assert document["sparsity"] > 0.59
+    written = model.with_name("model.s60.w4.onnx")
+    assert [path.name for path in model.parent.glob("*.onnx")] in (
+        ["model.onnx", written.name], [written.name, "model.onnx"],
+    )  # fmt: skip
+    facts = {entry.key: entry.value for entry in onnx.load(written).metadata_props}
+    assert json.loads(facts["mixmix.prune"])["sparsity"] == 0.6
+    assert json.loads(facts["mixmix.quantize"])["bits"] == 4
+    document = json.loads(run(capsys, "inspect", written, "--json")[1])
+    assert document[0]["sparsity"] > 0.59
+
+
+def test_inspect_checks_a_pattern(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--set", "mask_steps=2", "--set", "steps=2", "-q")
+    assert run(capsys, "prune", model, "--pattern", "2:4", *few)[0] == 0
+    written = model.with_name("model.2of4.onnx")
+    status, out, _ = run(capsys, "inspect", written, "--pattern", "2:4")
+    assert status == 0
+    assert "2:4: 14 of 21 layers have it" in out
+    assert run(capsys, "inspect", written, "--pattern", "1:4")[0] == 1
+    assert run(capsys, "inspect", model, "--pattern", "2:4")[0] == 1
+    assert run(capsys, "inspect", written, model, "--pattern", "2:4")[0] == 1
+
+
 def test_validate_gates(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     data = ("--data", zoo.calibration_images_path())
     status, out, _ = run(
@@ -356,6 +404,45 @@ class TestBadInput:
     @pytest.mark.parametrize("size", ["0", "-5", "12x0", "wide"])
     def test_size(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, size: str) -> None:
         assert "is not a size" in self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d", f"--size={size}")
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ((), "give --sparsity"),
+            (("--sparsity", "0"), "above 0 and below 1"),
+            (("--sparsity", "1"), "above 0 and below 1"),
+            (("--sparsity", "nan"), "above 0 and below 1"),
+            (("--sparsity", "50"), "above 0 and below 1"),
+            (("--pattern", "4:2"), "not a pattern"),
+            (("--pattern", "0:4"), "not a pattern"),
+            (("--pattern", "blocks"), "not a pattern"),
+            (("--pattern", "2:4", "--sparsity", "0.7"), "leave --sparsity out"),
+            (("--pattern", "1:7"), "choose another pattern"),
+            (("--sparsity", "0.99"), "cannot be reached"),
+            (("--sparsity", "0.99", "--set", "allocation=uniform"), "ask for less"),
+            (("--sparsity", "0.99", "--set", "allocation=global"), "cannot be reached"),
+            (("--sparsity", "0.5", "--set", "allocation=fair"), "allocation cannot be"),
+            (("--sparsity", "0.5", "--recipe", "two-stag"), "'two-stage'"),
+            (("--sparsity", "0.5", "-o", "no/folder/m.onnx"), "no/folder is not a folder"),
+            (("--sparsity", "0.5", "--max-drop", "0.1"), "real labels"),
+        ],
+    )
+    def test_prune(
+        self, capsys: pytest.CaptureFixture[str], model: Path, images: Path, tmp_path: Path,
+        words: tuple[str, ...], said: str,
+    ) -> None:  # fmt: skip
+        assert said in self.refused(capsys, tmp_path, "prune", model, "--data", images, *words)
+
+    def test_prune_of_a_quantized_model(
+        self, capsys: pytest.CaptureFixture[str], model: Path, images: Path, tmp_path: Path
+    ) -> None:
+        assert run(capsys, "quantize", model, "--bits", 4, "--data", images, "--method", "nearest")[0] == 0
+        quantized = model.with_name("model.w4.onnx")
+        err = self.refused(capsys, tmp_path, "prune", quantized, "--sparsity", "0.5", "--data", images)
+        assert "quantized already" in err
+
+    def test_a_pattern_to_inspect(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+        assert "not a pattern" in self.refused(capsys, tmp_path, "inspect", model, "--pattern", "half")
 
     def test_misspelt_setting(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--set", "stepps=3")

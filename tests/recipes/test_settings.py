@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from recipes.prune import settings as prune
 from recipes.quantize import settings as quantize
 from recipes.settings import Effort, Settings, SettingsError, choose_device, load_recipe, recipe_names
 from recipes.synth import settings as synth
@@ -16,6 +17,7 @@ from recipes.synth import settings as synth
 KINDS: list[tuple[type[Settings], str]] = [
     (synth.SynthSettings, synth.PACKAGE),
     (quantize.QuantizeSettings, quantize.PACKAGE),
+    (prune.PruneSettings, prune.PACKAGE),
 ]
 SHIPPED = [(kind, package, name) for kind, package in KINDS for name in recipe_names(package)]
 STAGES = "stages = [{ scale = 1.0, steps = 5 }]\n"
@@ -32,6 +34,7 @@ def load_synth(recipe: str, *overrides: str, effort: Effort = "default") -> synt
 
 def test_the_methods_of_the_command_line_are_shipped() -> None:
     assert {"nearest", "adaround", "brecq", "qdrop"} <= set(recipe_names(quantize.PACKAGE))
+    assert set(recipe_names(prune.PACKAGE)) == {"one-shot", "one-stage", "two-stage"}
     assert {"default", "paper"} <= set(recipe_names(synth.PACKAGE))
 
 

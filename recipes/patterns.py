@@ -102,10 +102,14 @@ class NofM:
     def choose(self, size: Tensor, layer: Layer, share: float) -> Tensor:
         return keep_n_of_m(size, self.n, self.m, input_axis(layer))
 
+    def obeyed_by(self, weight: Tensor, layer: Layer) -> bool:
+        """Whether the layer's weight has the pattern."""
+        return obeys_n_of_m(weight, self.n, self.m, input_axis(layer))
+
 
 def parse_n_of_m(text: str) -> NofM:
     """`2:4`. Raises MixMixError for anything that is not N:M with 0 < N < M."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise MixMixError(f"{text!r} is not a pattern: use unstructured, channel, or N:M with N below M, such as 2:4")
+        raise MixMixError(f"{text!r} is not a pattern: use unstructured, or N:M with N below M, such as 2:4")
     return NofM(int(found[1]), int(found[2]))
