@@ -257,13 +257,15 @@ class Segment:
         values: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor] | None = None,
         transforms: Mapping[str, Transform] | None = None,
+        bodies: Mapping[str, registry.Body] | None = None,
     ) -> dict[str, Tensor]:
         """Run on named `values`; returns the outputs by name.
 
         `parameters` replaces initializers by name; `transforms` maps a value's name to what is done to it when it
-        appears, before anyone reads it.
+        appears, before anyone reads it; `bodies` computes the node that writes a value otherwise than the file says
+        (BatchNormalization in training).
         """
-        transforms = transforms or {}
+        transforms, bodies = transforms or {}, bodies or {}
         env: dict[str, Tensor | None] = {"": None}
         env.update((name, self.owner.constant(name)) for name in self.constants)
         env.update(parameters or {})
@@ -280,7 +282,7 @@ class Segment:
             for index, number in step.fixed.items():
                 if parameters is None or step.inputs[index] not in parameters:
                     operands[index] = number
-            result = step.operator.body(*operands)
+            result = bodies.get(step.outputs[0], step.operator.body)(*operands)
             results = result if isinstance(result, (tuple, list)) else (result,)
             for name, value in zip(step.outputs, results, strict=False):
                 if name not in self.inputs:  # a value that was given stays as it was given

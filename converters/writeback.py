@@ -99,11 +99,23 @@ def prepare_for_pruning(classifier: Classifier) -> Classifier:
     return _prepare(classifier, PLAIN_OPSET, PLAIN_IR)
 
 
-def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
+def prepare_for_training(classifier: Classifier) -> Classifier:
+    """The graph that distillation writes into: the original, BatchNorm and all, in float32."""
+    model = _float_copy(classifier)
+    passes.tidy(model)
+    return build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
+
+
+def _float_copy(classifier: Classifier) -> ir.Model:
     if classifier.quantized:
         raise ModelError(f"{classifier.path} is quantized already: give the float model that it was made from")
     model = classifier.original.clone()
     precision.to_float32_inside(model)
+    return model
+
+
+def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
+    model = _float_copy(classifier)
     passes.raise_opset(model, opset, str(classifier.path))
     model.ir_version = max(model.ir_version or 0, ir_version)
     passes.fold_batchnorm(model)

@@ -14,6 +14,7 @@ COMMANDS = {
     "synth": "Make calibration images from models alone.",
     "quantize": "Write a smaller model with low-bit weights (and activations).",
     "prune": "Write a model most of whose weights are zero.",
+    "distill": "Teach one model what another knows.",
     "data": "Hand image sets to other tools, and compare them.",
     "zoo": "Show the paper's model zoos, and export them from an installed library.",
     "validate": "Hold candidates against a reference through onnxruntime, with gates for CI.",

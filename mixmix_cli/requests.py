@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from recipes.validate import Validation
 
 
-def request_from(given: dict[str, Any], output: Path, recipe: str, terminal: Terminal) -> Request:
+def request_from(
+    given: dict[str, Any], output: Path, recipe: str, terminal: Terminal, *, student: Path | None = None
+) -> Request:
     """Loads the models and says what had to be judged of them. Takes the input-spec options out of `given`."""
     from converters.load import load_classifier
     from recipes.pipeline import Request
@@ -23,10 +25,11 @@ def request_from(given: dict[str, Any], output: Path, recipe: str, terminal: Ter
     from recipes.validate import Gates
 
     device = choose_device(given["device"])
-    spec = options.spec_from(given)
-    classifier = load_classifier(given["model"], {**spec, "size": given["size"]})
+    spec = {**options.spec_from(given), "size": given["size"]}
+    classifier = load_classifier(given["model"], spec)
+    taught = None if student is None else load_classifier(student, spec)
     zoo = [load_classifier(path) for path in given["zoo"]]
-    for model in (classifier, *zoo):
+    for model in (classifier, *([] if taught is None else [taught]), *zoo):
         terminal.tell_choices(model)
     return Request(
         classifier=classifier,
@@ -42,6 +45,7 @@ def request_from(given: dict[str, Any], output: Path, recipe: str, terminal: Ter
         device=device,
         overwrite=given["force"],
         version=__version__,
+        student=taught,
     )
 
 

@@ -15,6 +15,8 @@ from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import ensure_writable
 from recipes.account import Compression
+from recipes.distill.engine import distill
+from recipes.distill.settings import DistillSettings
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.progress import Progress
 from recipes.prune.engine import PROVENANCE, Goal, prune, prune_in_memory
@@ -99,6 +101,8 @@ class Request:
     device: torch.device
     overwrite: bool
     version: str
+    student: Classifier | None = None
+    """Whom `classifier` teaches, where it is not itself made smaller."""
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -117,7 +121,8 @@ Write = Callable[[Request, ImageSet, Progress], Compression]
 def compress(request: Request, write: Write, progress: Progress) -> tuple[Compression, Validation]:
     """Images, the smaller file, and its validation on them. What cannot work is refused before any work is done."""
     classifier, gates = request.classifier, request.gates
-    sources = {model.path.resolve() for model in (classifier, *request.zoo)}
+    given = (classifier, *request.zoo, *([request.student] if request.student is not None else []))
+    sources = {model.path.resolve() for model in given}
     if request.output.resolve() in sources:
         raise OutputError(f"{request.output} is the model itself, which is never replaced: choose another name with -o")
     ensure_writable(request.output, overwrite=request.overwrite)
@@ -169,6 +174,27 @@ def pruning(settings: PruneSettings, goal: Goal) -> Write:
             request.output,
             settings,
             goal,
+            seed=request.seed,
+            device=request.device,
+            overwrite=request.overwrite,
+            progress=progress,
+            provenance=request.provenance,
+        )
+
+    return write
+
+
+def distilling(settings: DistillSettings) -> Write:
+    """`mixmix distill`: the request's classifier is the teacher."""
+
+    def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
+        assert request.student is not None
+        return distill(
+            request.classifier,
+            request.student,
+            images,
+            request.output,
+            settings,
             seed=request.seed,
             device=request.device,
             overwrite=request.overwrite,

@@ -14,7 +14,7 @@ FORBIDDEN = {
     "recipes": {"mixmix_cli", "click", "rich", "onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime"},
     "mixmix_cli": {"onnx", "onnx_ir", "onnxscript", "onnx2torch", "onnxruntime", "numpy", "torch"},
 }
-SIBLINGS = ("synth", "quantize", "prune")
+SIBLINGS = ("synth", "quantize", "prune", "distill")
 
 
 def imported(file: Path, *, top_level_only: bool = False) -> Iterator[str]:

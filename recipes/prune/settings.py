@@ -20,9 +20,9 @@ class PruneSettings(LoopSettings):
 
     mask_steps: int = Field(default=0, ge=0)
     steps: int = Field(default=0, ge=0)
-    weight_rate: float = Field(default=0.1, ge=0)
+    weight_rate: float = Field(default=0.05, ge=0)
     """Relative to the root mean square of a layer's weights."""
-    mask_rate: float = Field(default=0.1, ge=0)
+    mask_rate: float = Field(default=0.03, ge=0)
     input_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of block-input elements taken from the float model (QDrop)."""
     allocation: Literal["uniform", "global", "sensitivity"] = "sensitivity"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,27 @@ ROWS = st.lists(
     min_size=1,
     max_size=4,
 )
+
+
+def test_a_thinned_frontier_keeps_the_budget_and_stays_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    rows = [
+        [Choice(bits * size, size * harm * 4.0**-bits) for bits in range(2, 9)] for size, harm in random.random((30, 2))
+    ]
+    budget = 4.3 * sum(row[0].cost / 2 for row in rows)
+
+    def result() -> tuple[float, float]:
+        taken = [row[index] for row, index in zip(rows, allocate(rows, budget), strict=True)]
+        return sum(choice.cost for choice in taken), sum(choice.harm for choice in taken)
+
+    cost, fine = result()
+    assert cost <= budget * (1 + 1e-8)
+    monkeypatch.setattr("recipes.allocate.LIMIT", 200)
+    cost, coarse = result()
+    assert cost <= budget * (1 + 1e-8)
+    assert fine <= coarse < 1.1 * fine
+    uniform = sum(row[2].harm for row in rows)
+    assert coarse < uniform
 
 
 @settings(deadline=None, max_examples=60)

@@ -103,8 +103,10 @@ def test_every_allocation_comes_to_the_sparsity_asked_for(
         )
         assert result.sparsity == pytest.approx(sparsity, abs=0.003)
         assert max(layer.sparsity for layer in result.layers) <= settings.most + 0.01
-    dense = result.layers[0]
-    assert (dense.sparsity == 0) == (allocation == "uniform")
+        if allocation == "uniform":
+            first, *others = (layer.sparsity for layer in result.layers)
+            assert first == 0
+            assert max(others) - min(others) < 0.01
 
 
 def test_layers_that_hurt_give_up_less(
@@ -200,7 +202,8 @@ def test_quantizing_keeps_the_zeros(
     rounding = load_recipe(QuantizeSettings, "recipes.quantize", method, overrides=["steps=4"])
     written = quantize(result.classifier, calibration_images, tmp_path / "q.onnx", rounding, 3)
     for before, after in zip(result.layers, written.layers, strict=True):
-        assert after.sparsity >= before.sparsity > 0
+        assert after.sparsity >= before.sparsity
+    assert written.sparsity >= result.sparsity > 0.69
     module = to_torch(load_classifier(tmp_path / "q.onnx"))
     zeros = [float((module.constant(layer.weight) == 0).float().mean()) for layer in module.layers()]
     assert zeros == pytest.approx([layer.sparsity for layer in written.layers])

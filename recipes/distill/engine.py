@@ -1,0 +1,283 @@
+"""From a teacher, a student and images to a trained student.
+
+The way: pixels -> moved and mixed -> each model's own input -> logits, and the input of the last layer -> divergence
+and likeness -> Adam on the student's tensors -> statistics of its BatchNorm -> float tensors -> a copy of the student's
+original graph -> onnxruntime. Zeros of a pruned student stay zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from converters import writeback
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.torch_module import Step, TorchClassifier, to_torch
+from recipes.account import Compression, LayerAccount
+from recipes.distill.losses import divergence, likeness_loss, mix_images, move_images
+from recipes.distill.settings import DistillSettings
+from recipes.images import ImageSet
+from recipes.progress import Progress, Silent
+from recipes.workpiece import begin, model_inputs, proof, sample_for_proof
+
+PROVENANCE = "mixmix.distill"
+"""Metadata key of a distilled file."""
+EPSILON = 1e-5  # BatchNormalization's default
+STATISTICS = (3, 4)
+"""Operand positions of BatchNormalization's mean and variance."""
+LOOK_EVERY = 8
+
+
+def output_path(student: Path) -> Path:
+    """`student.distilled.onnx`, beside the student."""
+    return student.with_suffix(".distilled.onnx")
+
+
+def distill(
+    teacher: Classifier,
+    student: Classifier,
+    images: ImageSet,
+    output: Path,
+    settings: DistillSettings,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> Compression:
+    """Train `student` to answer as `teacher` does on `images`, and write it to `output`.
+
+    Raises MixMixError for models, images or an output that cannot be used, before any long work starts.
+    """
+    started, progress = time.perf_counter(), progress or Silent()
+    prepared = writeback.prepare_for_training(student)
+    module = begin(prepared, output, device, overwrite=overwrite)
+    if len(images) < 2:
+        raise MixMixError(f"{images.source} has one image, and a student learns from batches of at least 2: give more")
+    run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed)
+    run.train(progress)
+    inputs = model_inputs(module, images)
+    sample = sample_for_proof(prepared, inputs)
+    written = writeback.apply(prepared.original, run.edits())
+    metadata = student.spec.to_metadata() | {
+        PROVENANCE: json.dumps(
+            {"teacher": teacher.sha256, "steps": settings.steps, "images": len(images), "seed": seed}
+        ),
+        **(provenance or {}),
+    }
+    proved = proof(prepared, sample, run.logits(sample))
+    size, difference = writeback.save_proved(written, output, metadata, proved, overwrite=overwrite)
+    layers = run.layer_accounts()
+    zeros = sum(account.sparsity * layer.parameters for account, layer in zip(layers, module.layers(), strict=True))
+    return Compression(
+        input=student.path,
+        output=output,
+        spec=student.spec,
+        bits=None,
+        act_bits=None,
+        sparsity=zeros / max(1, sum(layer.parameters for layer in module.layers())),
+        blocks=[],
+        layers=layers,
+        size_before=student.size_bytes,
+        size_after=size,
+        seconds=time.perf_counter() - started,
+        written_difference=difference,
+    )
+
+
+def trainable(module: TorchClassifier) -> dict[str, tuple[str, int]]:
+    """Initializers that are trained, each with the node (by output) and operand that reads it.
+
+    All float tensors of more than one number from the first weighted layer on, but for stored statistics and for
+    operands that are sizes or axes: what comes before is the normalisation of pixels.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    layers = {layer.output for layer in module.layers()}
+    begun = False
+    for step in module.whole.steps:
+        begun = begun or step.outputs[0] in layers
+        for index, name in enumerate(step.inputs):
+            if begun and name and module.is_constant(name) and _is_learned(step, index, module.constant(name)):
+                found.setdefault(name, (step.outputs[0], index))
+    return found
+
+
+def _is_learned(step: Step, index: int, tensor: Tensor) -> bool:
+    if index in step.operator.static or (step.op == "BatchNormalization" and index in STATISTICS):
+        return False
+    return tensor.is_floating_point() and tensor.numel() > 1
+
+
+class BatchStatistics:
+    """BatchNormalization in training: normalises by the batch, and gathers mean and variance [C] over batches."""
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.sums: tuple[Tensor, Tensor] | None = None
+        self.count = 0
+
+    def __call__(self, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            axes = [axis for axis in range(x.dim()) if axis != 1]
+            found = (x.mean(axes), x.var(axes, correction=0))
+            self.sums = found if self.sums is None else (self.sums[0] + found[0], self.sums[1] + found[1])
+            self.count += 1
+        return F.batch_norm(x, None, None, scale, bias, training=True, eps=self.epsilon)
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance over the batches that were run without gradients."""
+        assert self.sums is not None
+        return self.sums[0] / self.count, self.sums[1] / self.count
+
+
+class _Run:
+    """One distillation in progress."""
+
+    def __init__(
+        self,
+        teacher: TorchClassifier,
+        student: TorchClassifier,
+        images: ImageSet,
+        settings: DistillSettings,
+        seed: int,
+    ) -> None:
+        self.teacher, self.student, self.images, self.settings = teacher, student, images, settings
+        self.generator = torch.Generator().manual_seed(seed)
+        self.places = trainable(student)
+        self.values = {name: student.constant(name).clone() for name in self.places}
+        if not self.values:
+            raise MixMixError(f"{student.classifier.path} has nothing to train: it has no layer with constant weights")
+        weights = {layer.weight for layer in student.layers()}
+        self.kept = {
+            name: value != 0 for name, value in self.values.items() if name in weights and bool((value == 0).any())
+        }
+        self.norms = {
+            step.outputs[0]: BatchStatistics(float(str(step.attributes.get("epsilon", EPSILON))))
+            for step in student.whole.steps
+            if step.op == "BatchNormalization" and settings.statistics
+        }
+        self.readers = {step.outputs[0]: step for step in student.whole.steps if step.outputs[0] in self.norms}
+        self._taps = [self._tapped(module) for module in (teacher, student)]
+        self._check_classes()
+
+    def _tapped(self, module: TorchClassifier) -> tuple[str, ...]:
+        """The logits, and the input of the last layer where it is computed."""
+        layers = module.layers()
+        feature = layers[-1].input if layers else module.input_name
+        return (module.logits_name, feature) if feature != module.input_name else (module.logits_name,)
+
+    @torch.no_grad()
+    def _check_classes(self) -> None:
+        pixels = self.images.pixels[:2]
+        counts = [module(module.spec.to_input(pixels).to(module.device)).shape[1] for module in self._modules]
+        if counts[0] != counts[1]:
+            raise MixMixError(
+                f"{self.teacher.classifier.path} has {counts[0]} classes and {self.student.classifier.path} has"
+                f" {counts[1]}: a student needs its teacher's classes"
+            )
+
+    @property
+    def _modules(self) -> tuple[TorchClassifier, TorchClassifier]:
+        return self.teacher, self.student
+
+    def train(self, progress: Progress) -> None:
+        """All steps, and the statistics of BatchNorm after them."""
+        settings = self.settings
+        teacher_taps, student_taps = self._taps
+        teach = self.teacher.segment([self.teacher.input_name], teacher_taps)
+        learn = self.student.segment([self.student.input_name], student_taps)
+        for value in self.values.values():
+            value.requires_grad_(True)
+        optimizer = torch.optim.Adam(self.values.values(), lr=settings.rate)
+        order = torch.empty(0, dtype=torch.long)
+        with progress.task("distilling", settings.steps) as task:
+            for step in range(settings.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.rate * _schedule(step / settings.steps, settings.warmup)
+                if len(order) < 2:
+                    order = torch.randperm(len(self.images), generator=self.generator)
+                chosen, order = order[: settings.batch], order[settings.batch :]
+                pixels = move_images(self.images.pixels[chosen], settings.shift, settings.flip, self.generator)
+                pixels = mix_images(pixels, settings.mixing, self.generator)
+                with torch.no_grad():
+                    taught = teach({teach.inputs[0]: self._input(self.teacher, pixels)})
+                learned = learn(
+                    {learn.inputs[0]: self._input(self.student, pixels)}, self._tensors(), bodies=self.norms
+                )
+                loss = divergence(learned[student_taps[0]], taught[teacher_taps[0]], settings.temperature)
+                if settings.features and len(student_taps) == len(teacher_taps) == 2:
+                    loss = loss + settings.features * likeness_loss(learned[student_taps[1]], taught[teacher_taps[1]])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                task.advance(1, f"loss {float(loss.detach()):.3f}" if step % LOOK_EVERY == 0 else None)
+        for value in self.values.values():
+            value.requires_grad_(False)
+        if not all(bool(torch.isfinite(value).all()) for value in self.values.values()):
+            raise MixMixError("the student's training diverged: lower its rate, such as --set rate=0.001")
+        self._gather_statistics()
+
+    def _input(self, module: TorchClassifier, pixels: Tensor) -> Tensor:
+        return module.spec.to_input(pixels).to(module.device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The student's tensors as they are, what a pruned student lacks left out."""
+        return {
+            name: torch.where(self.kept[name], value, 0.0) if name in self.kept else value
+            for name, value in self.values.items()
+        }
+
+    @torch.no_grad()
+    def _gather_statistics(self) -> None:
+        """Mean and variance of every BatchNorm over all images as they are, in batches of what it was trained on."""
+        if not self.norms:
+            return
+        parts = [part for part in self.images.pixels.split(self.settings.batch) if len(part) > 1]
+        for part in parts:
+            self.student.whole(
+                {self.student.input_name: self._input(self.student, part)}, self._tensors(), bodies=self.norms
+            )
+        for output, norm in self.norms.items():
+            step = self.readers[output]
+            for index, value in zip(STATISTICS, norm.gathered(), strict=True):
+                self.values[step.inputs[index]] = value
+                self.places[step.inputs[index]] = (output, index)
+
+    @torch.no_grad()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits of the trained student in torch, with its stored statistics."""
+        return self.student.whole({self.student.input_name: inputs}, self._tensors())[self.student.logits_name]
+
+    def edits(self) -> list[writeback.Edit]:
+        """What to write into the student's graph."""
+        tensors = self._tensors()
+        return [
+            writeback.FloatEdit(output, index, tensors[name].cpu().numpy())
+            for name, (output, index) in self.places.items()
+        ]
+
+    def layer_accounts(self) -> list[LayerAccount]:
+        """How far each layer's weight has moved, relative to what it was."""
+        accounts, tensors = [], self._tensors()
+        for layer in self.student.layers():
+            before, after = self.student.constant(layer.weight), tensors[layer.weight]
+            moved = float((after - before).square().sum() / before.square().sum().clamp_min(1e-12))
+            zeros = float((after == 0).float().mean())
+            accounts.append(LayerAccount(layer.name, None, None, zeros, moved, 0.0, None))
+        return accounts
+
+
+def _schedule(progress: float, warmup: float) -> float:
+    """A linear rise to 1 over `warmup`, then a half cosine to 0; never exactly 0."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
