@@ -240,7 +240,7 @@ def measure_table(name: str, table: Table, only: str, folder: Path, results: Res
         cells = []
         for cell in table.cells:
             values = [measure_cell(name, title, source, cell, seed, folder, results) for seed in range(table.seeds)]
-            cells.append(", ".join(_spread(column) for column in zip(*values, strict=True)) + " dB")
+            cells.append(", ".join(spread(column) for column in zip(*values, strict=True)) + " dB")
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
@@ -257,7 +257,7 @@ def measure_cell(
     )
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 

@@ -1,0 +1,115 @@
+"""What pruning leaves of the embedded zoo's accuracy, by method and by images.
+
+    python benchmarks/pruning.py -o pruning/               # about 20 minutes on one core
+    python benchmarks/pruning.py -o pruning/ --only stage  # only rows with this in their title
+
+Every set has 128 images; the written file is judged through onnxruntime on Fashion-MNIST's test images 5,000 to 9,999
+(Debian: `apt-get install dataset-fashion-mnist`). Learning rates were chosen at 80 % and 2:4 on other image sets
+(real ones, seeds 0 to 3). Top-1 in per cent and the logits' signal-to-noise ratio in dB, mean and standard deviation
+over three seeds. What is done is kept in the folder, and a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from synthesis_quality import ALL, TARGET, Results, Source, classifier, image_set, judging, made, spread
+
+from converters.load import load_classifier
+from recipes.prune.engine import make_goal, prune
+from recipes.prune.settings import PACKAGE, PruneSettings
+from recipes.settings import load_recipe
+from recipes.validate import validate
+
+SEEDS = (10, 11, 12)
+TARGETS = ("inverted", "residual")
+GOALS: tuple[tuple[str, float | None], ...] = (
+    ("unstructured", 0.5),
+    ("unstructured", 0.7),
+    ("unstructured", 0.8),
+    ("unstructured", 0.9),
+    ("2:4", None),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How weights are removed and the rest trained, and on which images."""
+
+    method: str
+    images: Source
+    allocation: str = "sensitivity"
+
+
+REAL = Source("real")
+ROWS = {
+    "one-shot, uniform, real images": Row("one-shot", REAL, "uniform"),
+    "one-shot, real images": Row("one-shot", REAL),
+    "two-stage, uniform, real images": Row("two-stage", REAL, "uniform"),
+    "one-stage, real images": Row("one-stage", REAL),
+    "two-stage, real images": Row("two-stage", REAL),
+    "two-stage, Gaussian noise": Row("two-stage", Source("noise")),
+    "two-stage, images from the target": Row("two-stage", made(TARGET)),
+    "two-stage, images from six models": Row("two-stage", made(*ALL)),
+}
+
+
+def measure(target: str, pattern: str, sparsity: float | None, row: Row, seed: int, folder: Path) -> list[float]:
+    """Top-1 in per cent, and the logits' signal-to-noise ratio in dB."""
+    settings = _settings(row)
+    images = image_set(str(row.images.models or row.images.kind), row.images, target, seed, folder)
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "pruned.onnx"
+        prune(classifier(target), images, output, settings, make_goal(pattern, sparsity), seed=seed)
+        (judged,) = validate(classifier(target), [load_classifier(output)], judging(), threads=1).candidates
+    return [100 * (judged.top1 or 0.0), judged.snr]
+
+
+def _settings(row: Row) -> PruneSettings:
+    return load_recipe(PruneSettings, PACKAGE, row.method).model_copy(update={"allocation": row.allocation})
+
+
+def _fingerprint(row: Row) -> str:
+    """Of what decides a row's figures."""
+    parts = (repr(row.images), _settings(row).model_dump_json(), torch.__version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", default="", help="only rows whose title has this in it (for several processes)")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = Results(options.output / "pruning.jsonl")
+    print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
+    for target in TARGETS:
+        reference = validate(classifier(target), [classifier(target)], judging(), threads=1).reference
+        heads = [pattern if sparsity is None else f"{100 * sparsity:g} %" for pattern, sparsity in GOALS]
+        print(f"\n| {target}, float {100 * (reference.top1 or 0.0):.2f} % | {' | '.join(heads)} |")
+        print("| --- " * (1 + len(GOALS)) + "|")
+        for title, row in ROWS.items():
+            if options.only not in title:
+                continue
+            cells = []
+            for goal in GOALS:
+                values = [
+                    results.get(
+                        (title, target, *goal, seed, _fingerprint(row)),
+                        lambda goal=goal, row=row, seed=seed: measure(target, *goal, row, seed, options.output),
+                    )
+                    for seed in SEEDS
+                ]
+                cells.append(", ".join(spread(column) for column in zip(*values, strict=True)) + " dB")
+            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
