@@ -17,6 +17,7 @@ import os
 import platform
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ def main() -> None:
                 values = [
                     results.get(
                         (title, target, *goal, seed, _fingerprint(row)),
-                        lambda goal=goal, row=row, seed=seed: measure(target, *goal, row, seed, options.output),
+                        partial(measure, target, *goal, row, seed, options.output),
                     )
                     for seed in SEEDS
                 ]

@@ -224,6 +224,29 @@ def test_prune_with_bits_writes_one_file_that_keeps_its_zeros(
     assert document[0]["sparsity"] > 0.59
 
 
+def test_distill_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--steps", 3, "--set", "batch=4")
+    status, out, _ = run(capsys, "distill", zoo.model_path("plain"), model, *few, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert (document["input"], document["output"]) == (str(model), str(model.with_name("model.distilled.onnx")))
+    assert {"blocks", "layers", "size_bytes", "seconds", "sparsity", "validation"} <= document.keys()
+    assert document["validation"]["reference"]["path"] == str(zoo.model_path("plain"))
+    assert run(capsys, "distill", zoo.model_path("plain"), model, *few)[0] == 2
+    assert run(capsys, "distill", zoo.model_path("plain"), model, *few, "--force")[0] == 0
+
+
+def test_distill_makes_its_own_images(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    """From the teacher alone, beside the output, whatever is taught."""
+    status, _, err = run(
+        capsys, "distill", zoo.model_path("plain"), model, "-n", 8, "--effort", "fast", "--steps", 2,
+        "--set", "batch=4",
+    )  # fmt: skip
+    assert status == 0
+    assert "plain.images" in err
+    assert (model.parent / "plain.images" / "manifest.json").is_file()
+
+
 def test_inspect_checks_a_pattern(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
     few = ("--data", images, "--set", "mask_steps=2", "--set", "steps=2", "-q")
     assert run(capsys, "prune", model, "--pattern", "2:4", *few)[0] == 0
@@ -440,6 +463,17 @@ class TestBadInput:
         quantized = model.with_name("model.w4.onnx")
         err = self.refused(capsys, tmp_path, "prune", quantized, "--sparsity", "0.5", "--data", images)
         assert "quantized already" in err
+
+    def test_distill(self, capsys: pytest.CaptureFixture[str], model: Path, images: Path, tmp_path: Path) -> None:
+        teacher, data = zoo.model_path("plain"), ("--data", images)
+        assert "Missing argument" in self.refused(capsys, tmp_path, "distill", teacher)
+        assert "no.onnx does not exist" in self.refused(capsys, tmp_path, "distill", teacher, "no.onnx", *data)
+        assert "the model itself" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "-o", model)
+        assert "'default'" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "--recipe", "defalt")
+        assert "'mixing'" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "--set", "mixin=1")
+        assert run(capsys, "quantize", model, "--bits", 4, *data, "--method", "nearest")[0] == 0
+        quantized = model.with_name("model.w4.onnx")
+        assert "quantized already" in self.refused(capsys, tmp_path, "distill", teacher, quantized, *data)
 
     def test_a_pattern_to_inspect(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         assert "not a pattern" in self.refused(capsys, tmp_path, "inspect", model, "--pattern", "half")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from recipes.distill import settings as distill
 from recipes.prune import settings as prune
 from recipes.quantize import settings as quantize
 from recipes.settings import Effort, Settings, SettingsError, choose_device, load_recipe, recipe_names
@@ -18,6 +19,7 @@ KINDS: list[tuple[type[Settings], str]] = [
     (synth.SynthSettings, synth.PACKAGE),
     (quantize.QuantizeSettings, quantize.PACKAGE),
     (prune.PruneSettings, prune.PACKAGE),
+    (distill.DistillSettings, distill.PACKAGE),
 ]
 SHIPPED = [(kind, package, name) for kind, package in KINDS for name in recipe_names(package)]
 STAGES = "stages = [{ scale = 1.0, steps = 5 }]\n"

@@ -1,0 +1,237 @@
+"""Distillation end to end: a student that knows nothing learns, and what is written is what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import Tensor
+
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.load import load_classifier
+from converters.torch_module import TorchClassifier, to_torch
+from recipes.account import Compression
+from recipes.distill.engine import BatchStatistics, distill, output_path, trainable
+from recipes.distill.losses import divergence, likeness, likeness_loss, mix_images, move_images
+from recipes.distill.settings import PACKAGE, DistillSettings
+from recipes.images import ImageSet
+from recipes.prune.engine import make_goal, prune
+from recipes.prune.settings import PACKAGE as PRUNE
+from recipes.prune.settings import PruneSettings
+from recipes.settings import load_recipe
+from recipes.validate import validate
+from tests import models
+
+Classifiers = Callable[[str], Classifier]
+
+
+def recipe(steps: int = 4, **changes: object) -> DistillSettings:
+    overrides = {"steps": steps, "batch": 16, **changes}
+    return load_recipe(DistillSettings, PACKAGE, "default").model_copy(update=overrides)
+
+
+def forgetful(path: Path, output: Path) -> Path:
+    """The model at `path` with weights drawn anew, as its maker would begin: nothing of what it learned is left."""
+    model = onnx.load(path)
+    random = np.random.default_rng(0)
+    norms = {
+        name: index for n in model.graph.node if n.op_type == "BatchNormalization" for index, name in enumerate(n.input)
+    }
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if tensor.name in norms:
+            fresh = np.full(array.shape, 1.0 if norms[tensor.name] in (1, 4) else 0.0)
+        elif array.ndim > 1:
+            fresh = random.normal(0, np.sqrt(2 / array[0].size), array.shape)
+        else:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(fresh.astype(array.dtype), tensor.name))
+    onnx.save(model, output)
+    return output
+
+
+def top1(path: Path, classifier: Classifier, images: ImageSet) -> float:
+    (judged,) = validate(classifier, [load_classifier(path)], images, threads=1).candidates
+    assert judged.top1 is not None
+    return judged.top1
+
+
+@pytest.fixture(scope="module")
+def taught(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path_factory: pytest.TempPathFactory
+) -> Compression:
+    """A residual net that knew nothing, taught by the plain one for a few steps on 32 images."""
+    folder = tmp_path_factory.mktemp("distilled")
+    student = load_classifier(forgetful(classifier_of("residual").path, folder / "student.onnx"))
+    return distill(
+        classifier_of("plain"), student, calibration_images, folder / "o.onnx", recipe(60, batch=32, mixing=0.5)
+    )
+
+
+def test_a_student_of_another_family_learns(
+    taught: Compression, classifier_of: Classifiers, judging_images: ImageSet
+) -> None:
+    before = top1(taught.input, classifier_of("plain"), judging_images)
+    after = top1(taught.output, classifier_of("plain"), judging_images)
+    assert before < 0.25
+    assert after > before + 0.2
+
+
+def test_the_file_is_the_students_own(taught: Compression) -> None:
+    before, after = onnx.load(taught.input), onnx.load(taught.output)
+    assert [(n.op_type, list(n.output)) for n in after.graph.node if n.op_type != "Identity"] == [
+        (n.op_type, list(n.output)) for n in before.graph.node if n.op_type != "Identity"
+    ]
+    assert [v.name for v in after.graph.output] == [v.name for v in before.graph.output]
+    assert after.opset_import[0].version == before.opset_import[0].version
+    assert "mixmix.distill" in {entry.key for entry in after.metadata_props}
+    assert taught.written_difference < 1e-4
+    assert all(layer.error > 0 for layer in taught.layers)
+    assert load_classifier(taught.output).has_statistics
+
+
+def test_statistics_are_those_of_the_images(taught: Compression, calibration_images: ImageSet) -> None:
+    """The first BatchNorm's stored mean and variance, computed again from what it reads."""
+    module = to_torch(load_classifier(taught.output))
+    norm = module.batchnorms()[0]
+    x = module.spec.to_input(calibration_images.pixels)
+    read = module.segment([module.input_name], [norm.input])({module.input_name: x})[norm.input]
+    torch.testing.assert_close(norm.mean, read.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(norm.variance, read.var((0, 2, 3), correction=0), rtol=1e-3, atol=1e-4)
+
+
+def test_without_statistics_batchnorm_stays_as_it_was(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    student = classifier_of("residual")
+    distill(classifier_of("plain"), student, calibration_images, tmp_path / "o.onnx", recipe(statistics=False))
+    before, after = (to_torch(model).batchnorms() for model in (student, load_classifier(tmp_path / "o.onnx")))
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old.mean, new.mean)
+        assert torch.equal(old.variance, new.variance)
+
+
+def test_a_pruned_student_keeps_its_zeros_and_recovers(
+    classifier_of: Classifiers, calibration_images: ImageSet, judging_images: ImageSet, tmp_path: Path
+) -> None:
+    teacher, pruned = classifier_of("residual"), tmp_path / "pruned.onnx"
+    one_shot = load_recipe(PruneSettings, PRUNE, "one-shot")
+    before = prune(teacher, calibration_images, pruned, one_shot, make_goal("unstructured", 0.7))
+    result = distill(teacher, load_classifier(pruned), calibration_images, tmp_path / "o.onnx", recipe(60, rate=1e-3))
+    assert [layer.sparsity for layer in result.layers] == pytest.approx([layer.sparsity for layer in before.layers])
+    assert top1(tmp_path / "o.onnx", teacher, judging_images) > top1(pruned, teacher, judging_images) + 0.1
+
+
+def test_the_same_seed_gives_the_same_file(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        output = tmp_path / f"{name}.onnx"
+        distill(classifier_of("residual"), classifier_of("plain"), calibration_images, output, recipe(2), seed=seed)
+        files.append(output.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize("model", ["attention", "inverted", "inverted_folded", "excite"])
+def test_what_is_trained(model: str, module_of: Callable[[str], TorchClassifier]) -> None:
+    """Every weight, bias, scale and shift, and neither statistics nor sizes: each gets a gradient."""
+    module = module_of(model)
+    names = trainable(module)
+    norms = [step for step in module.whole.steps if step.op == "BatchNormalization"]
+    assert {layer.weight for layer in module.layers()} <= set(names)
+    assert {name for step in norms for name in step.inputs[1:3]} <= set(names)
+    assert not {name for step in norms for name in step.inputs[3:5]} & set(names)
+    values = {name: module.constant(name).clone().requires_grad_(True) for name in names}
+    x = torch.rand(4, *module.spec.to_input(torch.rand(1, 1, 28, 28)).shape[1:])
+    module.whole({module.input_name: x}, values)[module.logits_name].square().sum().backward()
+    assert all(value.grad is not None and bool(value.grad.any()) for value in values.values())
+
+
+def test_other_classes_are_refused(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:
+    other = load_classifier(models.write(models.gemm(trans_b=1), tmp_path / "student.onnx"))
+    images = ImageSet(calibration_images.pixels.expand(-1, 3, -1, -1))
+    with pytest.raises(MixMixError, match=f"has 10 classes and .* has {models.CLASSES}"):
+        distill(classifier_of("plain"), other, images, tmp_path / "o.onnx", recipe())
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_one_image_is_refused(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:
+    one = ImageSet(calibration_images.pixels[:1])
+    with pytest.raises(MixMixError, match="at least 2"):
+        distill(classifier_of("plain"), classifier_of("residual"), one, tmp_path / "o.onnx", recipe())
+
+
+def test_a_rate_that_explodes_is_said(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(MixMixError, match="diverged: lower its rate"):
+        distill(
+            classifier_of("plain"), classifier_of("residual"), calibration_images, tmp_path / "o.onnx",
+            recipe(20, rate=1e20, statistics=False),
+        )  # fmt: skip
+    assert not (tmp_path / "o.onnx").exists()
+
+
+class TestLosses:
+    """Formulas against independent ones."""
+
+    def test_divergence(self) -> None:
+        student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+        p, q = F.softmax(teacher / 3, 1), F.softmax(student / 3, 1)
+        expected = 9 * (p * (p.log() - q.log())).sum(1).mean()
+        torch.testing.assert_close(divergence(student, teacher, 3.0), expected)
+        assert float(divergence(teacher, teacher + 1, 3.0)) == pytest.approx(0, abs=1e-6)
+
+    def test_likeness_is_blind_to_scale_and_width(self) -> None:
+        features = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        wide = torch.cat([features, features], 1) * 5
+        torch.testing.assert_close(likeness(features), likeness(wide))
+        assert float(likeness_loss(features, wide)) == pytest.approx(0, abs=1e-10)
+        assert likeness(features).diagonal().tolist() == pytest.approx([1.0] * 4)
+
+    def test_mixing_blends_with_a_partner(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+        assert torch.equal(mix_images(pixels, 0.0, generator), pixels)
+        mixed = mix_images(pixels, 1.0, generator)
+        assert float(mixed.min()) >= 0
+        assert float(mixed.max()) <= 5
+        assert torch.equal(mixed, mixed[:, :, :1, :1].expand_as(mixed))
+        assert not torch.equal(mixed, pixels)
+
+    def test_moving_takes_every_shift_and_repeats_edges(self) -> None:
+        ramp = torch.arange(10.0).view(1, 1, 1, 10).expand(200, 1, 10, 10)
+        moved = move_images(ramp, 0.2, False, torch.Generator().manual_seed(0))
+        shifts = {float(row[0, 5, 5]) - 5 for row in moved}
+        assert shifts == {-2, -1, 0, 1, 2}
+        assert float(moved.min()) == 0
+        assert float(moved.max()) == 9
+        flipped = move_images(ramp, 0.0, True, torch.Generator().manual_seed(0))
+        assert {float(row[0, 0, 0]) for row in flipped} == {0.0, 9.0}
+        assert torch.equal(move_images(ramp, 0.0, False, torch.Generator()), ramp)
+
+
+def test_batch_statistics_normalise_by_the_batch_and_gather_without_gradients() -> None:
+    norm = BatchStatistics(1e-5)
+    x: Tensor = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    scale, bias, stored = torch.ones(3), torch.zeros(3), torch.full((3,), 9.0)
+    y = norm(x, scale, bias, stored, stored)
+    assert norm.sums is None
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(y.var((0, 2, 3), correction=0), torch.ones(3), rtol=1e-3, atol=0)
+    with torch.no_grad():
+        norm(x, scale, bias, stored, stored)
+        norm(x + 2, scale, bias, stored, stored)
+    mean, variance = norm.gathered()
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)) + 1)
+    torch.testing.assert_close(variance, x.var((0, 2, 3), correction=0))
+
+
+def test_output_name() -> None:
+    assert output_path(Path("m/student.onnx")) == Path("m/student.distilled.onnx")
