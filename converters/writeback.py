@@ -52,12 +52,21 @@ class WeightEdit:
 
 
 @dataclass(frozen=True)
-class FloatEdit:
-    """A new float tensor for operand `index` of the node that writes `output`; a bias that was absent is added."""
+class TensorEdit:
+    """A new constant for operand `index` of the node that writes `output`; a bias that was absent is added."""
 
     output: str
     index: int
-    values: NDArray[np.float32]
+    values: NDArray[np.float32] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AttributeEdit:
+    """Another number for an attribute of the node that writes `output`."""
+
+    output: str
+    name: str
+    value: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Proof:
     """Largest relative difference."""
 
 
-Edit = WeightEdit | FloatEdit | ActivationEdit
+Edit = WeightEdit | TensorEdit | AttributeEdit | ActivationEdit
 
 
 def prepare_for_quantization(classifier: Classifier, *, four_bit: bool) -> Classifier:
@@ -138,15 +147,17 @@ def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
         match edit:
             case WeightEdit():
                 _wire(values[edit.output], edit.index, _dequantized_weight(graph, values[edit.output], edit))
-            case FloatEdit():
-                _replace_float(graph, values[edit.output], edit)
+            case TensorEdit():
+                _replace_tensor(graph, values[edit.output], edit)
+            case AttributeEdit():
+                _producer(values[edit.output]).attributes[edit.name] = ir.AttrInt64(edit.name, edit.value)
             case ActivationEdit():
                 _quantize_activation(graph, values[edit.value], edit)
     common.RemoveUnusedNodesPass()(edited)
     return edited
 
 
-def _replace_float(graph: ir.Graph, output: ir.Value, edit: FloatEdit) -> None:
+def _replace_tensor(graph: ir.Graph, output: ir.Value, edit: TensorEdit) -> None:
     """A tensor that only this operand reads keeps its name; others get a new one."""
     node = _producer(output)
     old = node.inputs[edit.index] if edit.index < len(node.inputs) else None

@@ -261,7 +261,7 @@ class _Run:
         """What to write into the student's graph."""
         tensors = self._tensors()
         return [
-            writeback.FloatEdit(output, index, tensors[name].cpu().numpy())
+            writeback.TensorEdit(output, index, tensors[name].cpu().numpy())
             for name, (output, index) in self.places.items()
         ]
 

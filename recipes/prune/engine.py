@@ -304,10 +304,10 @@ class _Run:
         for layer in self.module.layers():
             if layer.weight in self.weights:
                 values = self.weights[layer.weight].tensor().cpu().numpy()
-                found.append(writeback.FloatEdit(layer.output, layer.operand, values))
+                found.append(writeback.TensorEdit(layer.output, layer.operand, values))
             if layer.bias in self.biases and self.settings.bias_rate:
                 found.append(
-                    writeback.FloatEdit(layer.output, writeback.BIAS, self.biases[layer.bias].value.cpu().numpy())
+                    writeback.TensorEdit(layer.output, writeback.BIAS, self.biases[layer.bias].value.cpu().numpy())
                 )
         return found
 

@@ -320,7 +320,7 @@ class _Run:
             if layer.bias in self.biases:
                 bias = self.biases[layer.bias].tensor().cpu()
                 if not torch.equal(bias, self.module.constant(layer.bias).cpu()):
-                    found.append(writeback.FloatEdit(layer.output, writeback.BIAS, bias.numpy()))
+                    found.append(writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy()))
         for name, value in self.values.items():
             found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits))
         return found

@@ -19,7 +19,7 @@ from converters.torch_module import to_torch
 from converters.writeback import (
     BIAS,
     ActivationEdit,
-    FloatEdit,
+    TensorEdit,
     WeightEdit,
     apply,
     difference_from,
@@ -135,20 +135,20 @@ def test_bias_that_was_absent_is_added(load: Load, model: onnx.ModelProto, outpu
     expected.CopyFrom(model)
     expected.graph.initializer.append(numpy_helper.from_array(values, "b"))
     next(node for node in expected.graph.node if node.output[0] == output).input.append("b")
-    edited = apply(load(model).original, [FloatEdit(output, BIAS, values)])
+    edited = apply(load(model).original, [TensorEdit(output, BIAS, values)])
     oracle.assert_close(oracle.run(edited, x), oracle.run(expected, x), 0)
 
 
 @pytest.mark.parametrize(("index", "name"), [(1, "conv.weight"), (BIAS, "conv.bias")])
 def test_float_edit(load: Load, index: int, name: str) -> None:
     x, values = models.images(), models.random(*tensor_array(models.conv(), name).shape, seed=5)
-    edited = apply(load(models.conv()).original, [FloatEdit("features", index, values)])
+    edited = apply(load(models.conv()).original, [TensorEdit("features", index, values)])
     oracle.assert_close(oracle.run(edited, x), oracle.run(replaced(models.conv(), name, values), x), 0)
 
 
 def test_edits_of_one_node_come_together(load: Load) -> None:
     x, edit, bias = models.images(), random_edit("features", (4, 3, 3, 3), 0, 6), models.random(4, seed=5)
-    edited = apply(load(models.conv(bias=False)).original, [edit, FloatEdit("features", BIAS, bias)])
+    edited = apply(load(models.conv(bias=False)).original, [edit, TensorEdit("features", BIAS, bias)])
     expected = replaced(replaced(models.conv(), "conv.weight", dequantized(edit)), "conv.bias", bias)
     oracle.assert_close(oracle.run(edited, x), oracle.run(expected, x), ROUNDING)
 
@@ -216,7 +216,7 @@ def test_activation_zero_point_out_of_range(load: Load, bits: int, zero: int) ->
 @pytest.mark.parametrize("name", ["nowhere", "image"])
 def test_edit_of_no_node(load: Load, name: str) -> None:
     with pytest.raises(KeyError, match=name):
-        apply(load(models.conv()).original, [FloatEdit(name, 1, models.random(1))])
+        apply(load(models.conv()).original, [TensorEdit(name, 1, models.random(1))])
 
 
 def test_the_original_is_left_as_it_was(embedded: Classifier) -> None:
