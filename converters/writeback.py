@@ -163,6 +163,7 @@ def _replace_tensor(graph: ir.Graph, output: ir.Value, edit: TensorEdit) -> None
     old = node.inputs[edit.index] if edit.index < len(node.inputs) else None
     if old is not None and graphs.is_constant(old) and len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value = ir.tensor(edit.values, name=old.name)
+        old.shape = ir.Shape(edit.values.shape)
         return
     name = str(old.name) if old is not None else f"{edit.output}.bias"
     _wire(output, edit.index, graphs.add_initializer(graph, graphs.unused_name(graph, name), edit.values))

@@ -17,6 +17,8 @@ from torch import Tensor
 from converters.errors import MixMixError
 from converters.torch_module import Layer
 
+CHANNEL = "channel"
+
 
 class Pattern(Protocol):
     """A rule for which weights may stay."""
@@ -107,9 +109,24 @@ class NofM:
         return obeys_n_of_m(weight, self.n, self.m, input_axis(layer))
 
 
+@dataclass(frozen=True)
+class WholeChannels:
+    """Whole channels go, which no rule for a single layer decides (`recipes.prune.channels`)."""
+
+    @property
+    def name(self) -> str:
+        return CHANNEL
+
+    def fits(self, layer: Layer) -> bool:
+        return False
+
+    def choose(self, size: Tensor, layer: Layer, share: float) -> Tensor:
+        return torch.ones_like(size, dtype=torch.bool)
+
+
 def parse_n_of_m(text: str) -> NofM:
     """`2:4`. Raises MixMixError for anything that is not N:M with 0 < N < M."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise MixMixError(f"{text!r} is not a pattern: use unstructured, or N:M with N below M, such as 2:4")
+        raise MixMixError(f"{text!r} is not a pattern: use unstructured, channel, or N:M with N below M, such as 2:4")
     return NofM(int(found[1]), int(found[2]))

@@ -238,7 +238,8 @@ def pruning_then_quantizing(
             progress=progress,
             provenance=request.provenance | {PROVENANCE: goal.to_json(images, request.seed)},
         )
-        return replace(result, seconds=pruned.seconds + result.seconds)
+        gone = pruned.sparsity if goal.channels else result.sparsity
+        return replace(result, sparsity=gone, seconds=pruned.seconds + result.seconds)
 
     return write
 

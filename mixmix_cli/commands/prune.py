@@ -17,12 +17,9 @@ METHODS = ("one-shot", "one-stage", "two-stage")
 
 @click.command("prune", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
-@click.option(
-    "--sparsity", type=float, help="Share of the weights to remove, such as 0.5; a pattern such as 2:4 says it."
-)
-@click.option(
-    "--pattern", default="unstructured", show_default=True, help="unstructured, or N:M along input channels (2:4)."
-)
+@click.option("--sparsity", type=float, help="Share of the weights to remove, such as 0.5 (2:4 says it already).")
+@click.option("--macs", type=float, help="With --pattern channel: the share of the multiplications to leave.")
+@click.option("--pattern", default="unstructured", show_default=True, help="unstructured, channel, or N:M (2:4).")
 @click.option("--bits", type=click.IntRange(2, 8), help="Then quantize what is left to this many bits, into one file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.s50.onnx beside the input.")
 @click.option(
@@ -35,7 +32,7 @@ METHODS = ("one-shot", "one-stage", "two-stage")
 @options.force
 @options.common
 def command(**given: Any) -> int:
-    """Set --sparsity of MODEL's weights to zero. Without --data, images are made from --zoo, or from MODEL itself.
+    """Remove --sparsity of MODEL's weights. Without --data, images are made from --zoo, or from MODEL itself.
 
     Example: mixmix prune --sparsity 0.5 model.onnx
     """
@@ -51,7 +48,7 @@ def command(**given: Any) -> int:
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     recipe, bits = given["recipe"] or given["method"], given["bits"]
     settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
-    goal = make_goal(given["pattern"], given["sparsity"])
+    goal = make_goal(given["pattern"], given["sparsity"], given["macs"])
     write = pruning(settings, goal)
     if bits is not None:
         quantization = load_recipe(QuantizeSettings, QUANTIZE, "qdrop", given["effort"])
@@ -69,7 +66,7 @@ def _account(result: Compression) -> str:
     least, most = ordered[0], ordered[-1]
     dense = [layer for layer in result.layers if layer.sparsity == 0 and result.bits is None]
     text = (
-        f"{percent(result.sparsity)} of the weights of {len(result.layers)} layers are zero: from"
+        f"{percent(result.sparsity)} of the weights of {len(result.layers)} layers are gone: from"
         f" {percent(least.sparsity)} ({least.name}) to {percent(most.sparsity)} ({most.name})"
     )
     reasons = sorted({layer.reason for layer in dense if layer.reason})

@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from converters import writeback
+from converters.channels import Channels, find_channels
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.account import Compression, LayerAccount
 from recipes.images import ImageSet
-from recipes.patterns import NofM, Pattern, Unstructured, parse_n_of_m
+from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
 from recipes.prune import shares
+from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels, masks
 from recipes.prune.masks import Choose, PrunedWeight
 from recipes.prune.settings import PruneSettings
 from recipes.reconstruct import (
@@ -51,22 +55,41 @@ class Goal:
 
     pattern: Pattern
     sparsity: float
+    """For whole channels: 1 less the share of the weights, or of the multiplications (`unit`), that is left."""
+    unit: str = "weights"
+
+    @property
+    def channels(self) -> bool:
+        """Whether whole channels go."""
+        return self.pattern.name == CHANNEL
 
     def to_json(self, images: ImageSet, seed: int) -> str:
         """What the file's metadata says under PROVENANCE."""
         return json.dumps(
-            {"pattern": self.pattern.name, "sparsity": self.sparsity, "images": len(images), "seed": seed}
+            {
+                "pattern": self.pattern.name,
+                "sparsity": self.sparsity,
+                "of": self.unit,
+                "images": len(images),
+                "seed": seed,
+            }
         )
 
 
-def make_goal(pattern: str, sparsity: float | None) -> Goal:
-    """The goal of `--pattern` and `--sparsity`. Raises MixMixError for what cannot be meant."""
-    if pattern == "unstructured":
+def make_goal(pattern: str, sparsity: float | None, macs: float | None = None) -> Goal:
+    """The goal of `--pattern`, `--sparsity` and `--macs`. Raises MixMixError for what cannot be meant."""
+    if macs is not None:
+        if pattern != CHANNEL or sparsity is not None:
+            raise MixMixError("--macs is a budget for --pattern channel, instead of --sparsity: leave one of them out")
+        if not 0 < macs < 1:
+            raise MixMixError(f"--macs {macs:g} cannot be used: choose the share to leave, above 0 and below 1")
+        return Goal(WholeChannels(), 1 - macs, "macs")
+    if pattern in ("unstructured", CHANNEL):
         if sparsity is None:
             raise MixMixError("how much to remove is not said: give --sparsity, such as 0.5")
         if not 0 < sparsity < 1:
             raise MixMixError(f"--sparsity {sparsity:g} cannot be used: choose a share above 0 and below 1")
-        return Goal(Unstructured(), sparsity)
+        return Goal(Unstructured() if pattern == "unstructured" else WholeChannels(), sparsity)
     n_of_m = parse_n_of_m(pattern)
     if sparsity is not None and not math.isclose(sparsity, n_of_m.share):
         raise MixMixError(f"--pattern {pattern} removes {n_of_m.share:g}, not {sparsity:g}: leave --sparsity out")
@@ -74,9 +97,10 @@ def make_goal(pattern: str, sparsity: float | None) -> Goal:
 
 
 def output_path(model: Path, goal: Goal, bits: int | None = None) -> Path:
-    """`model.s50.onnx`, or `model.2of4.onnx`, beside the input; `model.s50.w4.onnx` with bits."""
+    """`model.s50.onnx`, `model.2of4.onnx` or `model.c50.onnx`, beside the input; `model.s50.w4.onnx` with bits."""
     pattern = goal.pattern
-    suffix = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NofM) else f"s{100 * goal.sparsity:g}"
+    letter = "c" if goal.channels else "s"
+    suffix = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NofM) else f"{letter}{round(100 * goal.sparsity, 6):g}"
     return model.with_suffix(f".{suffix}{'' if bits is None else f'.w{bits}'}.onnx")
 
 
@@ -156,14 +180,19 @@ def prune_in_memory(
     prepared = writeback.prepare_for_pruning(classifier)
     module = begin(prepared, output, device, overwrite=overwrite)
     inputs = model_inputs(module, images)
-    choices, reasons = choose_weights(module, inputs, settings, goal, progress)
+    cut = None
+    if goal.channels:  # which go is not trained, so all steps are the second stage's
+        settings = settings.model_copy(update={"steps": settings.mask_steps + settings.steps, "mask_steps": 0})
+        cut = _choose_channels(module, inputs, settings, goal)
+    choices, reasons = choose_weights(module, inputs, settings, goal, progress) if cut is None else cut.choices()
     run = _Run(module, inputs, settings, choices, torch.Generator().manual_seed(seed))
     run.reconstruct_all(progress)
     sample = sample_for_proof(prepared, inputs)
     layers = run.layer_accounts(reasons)
+    edits = run.edits() if cut is None else cut.edits(run.tensors())
     removed = sum(account.sparsity * layer.parameters for account, layer in zip(layers, module.layers(), strict=True))
     return Pruned(
-        classifier=writeback.edited_classifier(prepared, run.edits()),
+        classifier=writeback.edited_classifier(prepared, edits),
         sample=sample,
         logits=run.logits(sample),
         sparsity=removed / sum(layer.parameters for layer in module.layers()),
@@ -171,6 +200,45 @@ def prune_in_memory(
         layers=layers,
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Channels that go, of a module whose full size the reconstruction works on."""
+
+    module: TorchClassifier
+    channels: Channels
+    removed: NDArray[np.int64]
+
+    def choices(self) -> tuple[dict[str, Choose], dict[str, str]]:
+        """As `choose_weights`."""
+        found = dict(masks(self.channels, self.removed))
+        return found, {
+            entry.layer.output: "its channels cannot be told apart"
+            for entry in self.channels.layers
+            if entry.layer.output not in found
+        }
+
+    def edits(self, tensors: Mapping[str, Tensor]) -> Sequence[writeback.Edit]:
+        """What to write: every operand that the channels run through, without them, and the trained tensors."""
+        found = list(self.channels.edits(self.removed, tensors, self.module.constant))
+        cut = {(edit.output, edit.index) for edit in found if isinstance(edit, writeback.TensorEdit)}
+        for layer in self.module.layers():
+            for name, index in ((layer.weight, layer.operand), (layer.bias, writeback.BIAS)):
+                if name is not None and name in tensors and (layer.output, index) not in cut:
+                    found.append(writeback.TensorEdit(layer.output, index, tensors[name].cpu().numpy()))
+        return found
+
+
+def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> _Cut:
+    channels = find_channels(module)
+    if not len(channels.numbers()):
+        raise MixMixError(
+            f"{module.classifier.path} has no channels that can be removed: choose the pattern unstructured"
+        )
+    harm = channel_harm(module, channels, inputs, settings.batch)
+    budget = ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels)
+    return _Cut(module, channels, choose_channels(module, channels, harm, budget))
 
 
 def choose_weights(
@@ -293,6 +361,11 @@ class _Run:
             self.generator,
             lambda done, loss: task.advance(share * done, None if math.isnan(loss) else f"{name}: loss {loss:.3f}"),
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has changed, by initializer name."""
+        biases = self.biases if self.settings.bias_rate else {}
+        return {name: change.tensor() for table in (self.weights, biases) for name, change in table.items()}
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Logits of the pruned model in torch."""

@@ -32,5 +32,7 @@ class PruneSettings(LoopSettings):
     """Leave the first layer as it is where all layers give up the same: it is small, and everything goes through it."""
     sensitive_images: int = Field(default=32, ge=1)
     """Images that the noise is measured on."""
+    least_channels: float = Field(default=0.1, gt=0, lt=1)
+    """Smallest share of a layer's channels that stays."""
     most: float = Field(default=0.98, gt=0, lt=1)
     """Largest share of a layer's weights that is removed."""

@@ -224,6 +224,23 @@ def test_prune_with_bits_writes_one_file_that_keeps_its_zeros(
     assert document[0]["sparsity"] > 0.59
 
 
+def test_prune_channels_and_bits(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--set", "steps=3", "--set", "mask_steps=0", "--effort", "fast", "--json")
+    status, out, _ = run(capsys, "prune", model, "--pattern", "channel", "--macs", 0.6, *few)
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.c40.onnx"))
+    macs = [json.loads(run(capsys, "inspect", p, "--json")[1])[0]["macs"] for p in (model, document["output"])]
+    assert 0.56 < macs[1] / macs[0] <= 0.6
+    assert document["size_bytes"]["after"] < 0.8 * document["size_bytes"]["before"]
+    status, out, _ = run(capsys, "prune", model, "--pattern", "channel", "--sparsity", 0.4, "--bits", 4, *few)
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.c40.w4.onnx"))
+    assert document["sparsity"] == pytest.approx(0.4, abs=0.02)
+    assert document["bits"] == 4
+
+
 def test_distill_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
     few = ("--data", images, "--steps", 3, "--set", "batch=4")
     status, out, _ = run(capsys, "distill", zoo.model_path("plain"), model, *few, "--json")
@@ -440,6 +457,12 @@ class TestBadInput:
             (("--pattern", "0:4"), "not a pattern"),
             (("--pattern", "blocks"), "not a pattern"),
             (("--pattern", "2:4", "--sparsity", "0.7"), "leave --sparsity out"),
+            (("--pattern", "channel"), "give --sparsity"),
+            (("--macs", "0.5"), "for --pattern channel"),
+            (("--pattern", "channel", "--macs", "0.5", "--sparsity", "0.5"), "leave one of them out"),
+            (("--pattern", "channel", "--macs", "0"), "above 0 and below 1"),
+            (("--pattern", "channel", "--macs", "1.5"), "above 0 and below 1"),
+            (("--pattern", "channel", "--macs", "0.001"), "ask for less"),
             (("--pattern", "1:7"), "choose another pattern"),
             (("--sparsity", "0.99"), "cannot be reached"),
             (("--sparsity", "0.99", "--set", "allocation=uniform"), "ask for less"),

@@ -1,0 +1,189 @@
+"""Which channels to remove, so that a share of the multiplications (or of the weights) is left.
+
+A channel's harm is the noise that its absence makes in the layers that read it, relative to what each layer adds up:
+
+    harm = sum over reading layers of  |W_k|^2 var(x_k) / sum_k' |W_k'|^2 var(x_k')
+
+with x_k the channel's values on the images; its mean is left out, as a bias can take it. Channels are removed by least
+harm for what they save, and the savings are counted anew as layers grow narrower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from converters.channels import FIXED, Channels, LayerChannels
+from converters.errors import MixMixError
+from converters.torch_module import TorchClassifier
+from recipes.inspect import layer_outputs
+
+Numbers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+UNITS = {"macs": "multiplications", "weights": "weights"}
+
+ROUNDS = 100
+"""Removals between which savings are not counted anew."""
+
+
+@dataclass(frozen=True)
+class ChannelBudget:
+    """What may be left: a share of the multiply-accumulates or of the weights. At least `least` of a layer stays."""
+
+    unit: str
+    share: float
+    least: float = 0.1
+
+
+@torch.no_grad()
+def channel_harm(module: TorchClassifier, channels: Channels, inputs: Tensor, batch: int) -> Floats:
+    """Harm by channel number (0 for numbers that nothing reads), from inputs [N, ...] of the model."""
+    reading = [entry for entry in channels.layers if entry.inputs is not None and (entry.inputs != FIXED).any()]
+    values = sorted({entry.layer.input for entry in reading})
+    spread = _variances(module, channels, values, inputs, batch)
+    harm = np.zeros(1 + int(max((entry.outputs.max() for entry in channels.layers), default=0)))
+    for entry in reading:
+        assert entry.inputs is not None
+        layer = entry.layer
+        weight = module.constant(layer.weight).double()
+        power = weight.movedim(1 - layer.axis, 0).flatten(1).square().sum(1).cpu().numpy() * spread[layer.input]
+        np.add.at(harm, entry.inputs, power / max(float(power.sum()), 1e-300))
+    return harm
+
+
+def _variances(
+    module: TorchClassifier, channels: Channels, values: list[str], inputs: Tensor, batch: int
+) -> dict[str, Floats]:
+    """Variance of every channel of the named values over images and places."""
+    segment = module.segment([module.input_name], values)
+    sums: dict[str, list[Tensor]] = {}
+    for part in inputs.split(batch):
+        for name, value in segment({module.input_name: part}).items():
+            rows = value.movedim(channels.lanes[name].axis, 0).flatten(1).double()
+            found = [rows.sum(1), rows.square().sum(1), torch.tensor(rows.shape[1])]
+            sums[name] = found if name not in sums else [a + b for a, b in zip(sums[name], found, strict=True)]
+    return {
+        name: (square / count - (total / count).square()).clamp_min(0).cpu().numpy()
+        for name, (total, square, count) in sums.items()
+    }
+
+
+class _Costs:
+    """What the layers cost with some channels gone."""
+
+    def __init__(self, module: TorchClassifier, channels: Channels, unit: str) -> None:
+        self.layers = channels.layers
+        places = {name: value.numel() for name, value in layer_outputs(module).items()}
+        self.each = []
+        for entry in self.layers:
+            layer = entry.layer
+            pairs = len(entry.outputs) * (1 if entry.inputs is None else len(entry.inputs))
+            repeats = places[layer.output] // len(entry.outputs) if unit == "macs" else 1
+            self.each.append(layer.parameters / pairs * repeats)
+
+    def total(self, kept: NDArray[np.bool_]) -> float:
+        return sum(each * _kept(entry.outputs, kept) * _inputs(entry, kept) for entry, each in self._entries())
+
+    def savings(self, kept: NDArray[np.bool_]) -> Floats:
+        """What removing each channel number alone would save."""
+        saved = np.zeros(len(kept))
+        for entry, each in self._entries():
+            np.add.at(saved, entry.outputs, each * _inputs(entry, kept) * kept[entry.outputs])
+            if entry.inputs is not None:
+                np.add.at(saved, entry.inputs, each * _kept(entry.outputs, kept) * kept[entry.inputs])
+        return saved
+
+    def _entries(self) -> list[tuple[LayerChannels, float]]:
+        return list(zip(self.layers, self.each, strict=True))
+
+
+def _kept(numbers: Numbers, kept: NDArray[np.bool_]) -> int:
+    return int(kept[numbers].sum())
+
+
+def _inputs(entry: LayerChannels, kept: NDArray[np.bool_]) -> int:
+    return 1 if entry.inputs is None else _kept(entry.inputs, kept)
+
+
+def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, budget: ChannelBudget) -> Numbers:
+    """The channel numbers to remove. Raises MixMixError where what may be removed does not come to the budget."""
+    costs = _Costs(module, channels, budget.unit)
+    kept = np.ones(len(harm), bool)
+    goal = budget.share * costs.total(kept)
+    candidates = channels.numbers()
+    least = [max(1, round(budget.least * len(entry.outputs))) for entry in channels.layers]
+    while costs.total(kept) > goal:
+        free = candidates[kept[candidates]]
+        for entry, count in zip(channels.layers, least, strict=True):
+            own, sizes = np.unique(entry.outputs[kept[entry.outputs]], return_counts=True)
+            if sizes.sum() - sizes.max(initial=0) < count:
+                free = free[~np.isin(free, own)]
+        if not len(free):
+            left = f"{costs.total(kept) / costs.total(np.ones_like(kept)):.1%} of its {UNITS[budget.unit]}"
+            raise MixMixError(
+                f"{module.classifier.path}: {left} stay where {budget.least:.0%} of each layer is kept, and what cannot"
+                " be removed: ask for less"
+            )
+        ratio = harm[free] / np.maximum(costs.savings(kept)[free], 1e-300)
+        for number in free[np.argsort(ratio, kind="stable")[: max(1, len(candidates) // ROUNDS)]]:
+            if _leaves_enough(channels, kept, int(number), least):
+                kept[number] = False
+            if costs.total(kept) <= goal:
+                break
+    return np.flatnonzero(~kept)
+
+
+def _leaves_enough(channels: Channels, kept: NDArray[np.bool_], number: int, least: list[int]) -> bool:
+    return all(
+        _kept(entry.outputs, kept) - int((entry.outputs == number).sum()) >= count
+        for entry, count in zip(channels.layers, least, strict=True)
+        if number in entry.outputs
+    )
+
+
+def share_left(module: TorchClassifier, channels: Channels, removed: Numbers, unit: str) -> float:
+    """The share of `macs` or `weights` that is left without the channels."""
+    costs = _Costs(module, channels, unit)
+    kept = np.ones(1 + max(int(entry.outputs.max()) for entry in channels.layers), bool)
+    whole = costs.total(kept)
+    kept[removed] = False
+    return costs.total(kept) / whole
+
+
+def masks(channels: Channels, removed: Numbers) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """By layer output, a choice of weights: all but those of removed channels, on both sides."""
+
+    def choice(entry: LayerChannels) -> Callable[[Tensor], Tensor]:
+        def choose(size: Tensor) -> Tensor:
+            kept = torch.ones_like(size, dtype=torch.bool)
+            sides = [(entry.layer.axis, entry.outputs)]
+            if entry.inputs is not None:
+                sides.append((1 - entry.layer.axis, entry.inputs))
+            for axis, numbers in sides:
+                gone = torch.from_numpy(np.flatnonzero(np.isin(numbers, removed))).to(size.device)
+                kept.index_fill_(axis, gone, False)
+            return kept
+
+        return choose
+
+    return {entry.layer.output: choice(entry) for entry in channels.layers if _touched(entry, removed)}
+
+
+def _touched(entry: LayerChannels, removed: Numbers) -> bool:
+    return bool(np.isin(entry.outputs, removed).any()) or (
+        entry.inputs is not None and bool(np.isin(entry.inputs, removed).any())
+    )
+
+
+def layer_share(entry: LayerChannels, removed: Numbers) -> float:
+    """The part of a layer's weights that goes with the channels."""
+    left = float((~np.isin(entry.outputs, removed)).mean())
+    if entry.inputs is not None:
+        left *= float((~np.isin(entry.inputs, removed)).mean())
+    return 1 - left
