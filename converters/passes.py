@@ -47,10 +47,13 @@ def fold_constants(model: ir.Model) -> bool:
 
 
 def unshare_weights(model: ir.Model) -> bool:
-    """Give every operand of a weighted layer an initializer that nothing else reads, so that it is changed alone."""
+    """Give every operand of a weighted layer an initializer that nothing else reads, so that it is changed alone.
+
+    Of a BatchNormalization too: exporters merge equal tensors, and those of an untrained model are all equal.
+    """
     changed = False
     for node in model.graph:
-        if node.op_type not in LAYERS:
+        if node.op_type not in (*LAYERS, "BatchNormalization"):
             continue
         for index, value in enumerate(node.inputs):
             if value is not None and graphs.is_constant(value) and len(value.uses()) > 1:

@@ -119,7 +119,8 @@ def layer_outputs(module: TorchClassifier) -> dict[str, Tensor]:
     outputs = list(dict.fromkeys([layer.output for layer in module.layers()] + [module.logits_name]))
     height, width = module.spec.size
     pixels = torch.zeros(1, module.spec.channel_count, height, width)
-    return module.segment([module.input_name], outputs)({module.input_name: module.spec.to_input(pixels)})
+    x = module.spec.to_input(pixels).to(module.device)
+    return module.segment([module.input_name], outputs)({module.input_name: x})
 
 
 def _count(module: TorchClassifier) -> tuple[int, int]:

@@ -34,6 +34,8 @@ EPSILON = 1e-5  # BatchNormalization's default
 STATISTICS = (3, 4)
 """Operand positions of BatchNormalization's mean and variance."""
 LOOK_EVERY = 8
+SAMPLE = 64
+"""Images that the written file is tried on, at most."""
 
 
 def output_path(student: Path) -> Path:
@@ -65,8 +67,7 @@ def distill(
         raise MixMixError(f"{images.source} has one image, and a student learns from batches of at least 2: give more")
     run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed)
     run.train(progress)
-    inputs = model_inputs(module, images)
-    sample = sample_for_proof(prepared, inputs)
+    sample = sample_for_proof(prepared, model_inputs(module, ImageSet(images.pixels[:SAMPLE])))
     written = writeback.apply(prepared.original, run.edits())
     metadata = student.spec.to_metadata() | {
         PROVENANCE: json.dumps(
@@ -94,20 +95,20 @@ def distill(
     )
 
 
-def trainable(module: TorchClassifier) -> dict[str, tuple[str, int]]:
-    """Initializers that are trained, each with the node (by output) and operand that reads it.
+def trainable(module: TorchClassifier) -> dict[str, list[tuple[str, int]]]:
+    """Initializers that are trained, each with the nodes (by output) and operands that read it.
 
     All float tensors of more than one number from the first weighted layer on, but for stored statistics and for
     operands that are sizes or axes: what comes before is the normalisation of pixels.
     """
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, list[tuple[str, int]]] = {}
     layers = {layer.output for layer in module.layers()}
     begun = False
     for step in module.whole.steps:
         begun = begun or step.outputs[0] in layers
         for index, name in enumerate(step.inputs):
             if begun and name and module.is_constant(name) and _is_learned(step, index, module.constant(name)):
-                found.setdefault(name, (step.outputs[0], index))
+                found.setdefault(name, []).append((step.outputs[0], index))
     return found
 
 
@@ -250,7 +251,7 @@ class _Run:
             step = self.readers[output]
             for index, value in zip(STATISTICS, norm.gathered(), strict=True):
                 self.values[step.inputs[index]] = value
-                self.places[step.inputs[index]] = (output, index)
+                self.places[step.inputs[index]] = [(output, index)]
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
@@ -262,7 +263,8 @@ class _Run:
         tensors = self._tensors()
         return [
             writeback.TensorEdit(output, index, tensors[name].cpu().numpy())
-            for name, (output, index) in self.places.items()
+            for name, places in self.places.items()
+            for output, index in places
         ]
 
     def layer_accounts(self) -> list[LayerAccount]:

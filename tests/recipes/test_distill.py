@@ -163,6 +163,32 @@ def test_other_classes_are_refused(classifier_of: Classifiers, calibration_image
     assert not (tmp_path / "o.onnx").exists()
 
 
+def test_tensors_that_an_exporter_merged_are_trained_apart(calibration_images: ImageSet, tmp_path: Path) -> None:
+    """Two BatchNorms read the same four initializers, two sums the same constant."""
+    nodes = [
+        models.node("Conv", "image a.weight", "a", pads=[1, 1, 1, 1]),
+        models.batchnorm_node("a", "b"),
+        models.node("Add", "b shift", "c"),
+        models.node("Conv", "c c.weight", "d", pads=[1, 1, 1, 1]),
+        models.batchnorm_node("d", "e"),
+        models.node("Add", "e shift", "f"),
+    ]
+    tensors = {
+        "a.weight": models.weights(4, models.CHANNELS, 3, 3),
+        "c.weight": models.weights(4, 4, 3, 3, seed=1),
+        "shift": models.weights(1, 4, 1, 1),
+        **models.statistics(4),
+        **models.head_tensors(4),
+    }
+    path = models.write(models.assemble(nodes + models.head("f"), tensors), tmp_path / "student.onnx")
+    teacher = load_classifier(models.write(models.conv(), tmp_path / "teacher.onnx"))
+    pixels = calibration_images.pixels[:, :, : models.SIDE, : models.SIDE].expand(-1, models.CHANNELS, -1, -1)
+    result = distill(teacher, load_classifier(path), ImageSet(pixels), tmp_path / "o.onnx", recipe(8))
+    assert result.written_difference < 1e-4
+    first, second = to_torch(load_classifier(tmp_path / "o.onnx")).batchnorms()
+    assert not torch.equal(first.mean, second.mean)
+
+
 def test_one_image_is_refused(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:
     one = ImageSet(calibration_images.pixels[:1])
     with pytest.raises(MixMixError, match="at least 2"):
