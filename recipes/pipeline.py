@@ -110,7 +110,7 @@ class Request:
         return {
             "mixmix.version": self.version,
             "mixmix.recipe": self.recipe,
-            "mixmix.source.sha256": self.classifier.sha256,
+            "mixmix.source.sha256": (self.student or self.classifier).sha256,
         }
 
 

@@ -128,16 +128,18 @@ class BatchStatistics:
 
     def __call__(self, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            axes = [axis for axis in range(x.dim()) if axis != 1]
-            found = (x.mean(axes), x.var(axes, correction=0))
+            axes, exact = [axis for axis in range(x.dim()) if axis != 1], x.double()
+            found = (exact.sum(axes), exact.square().sum(axes))
             self.sums = found if self.sums is None else (self.sums[0] + found[0], self.sums[1] + found[1])
-            self.count += 1
+            self.count += x.numel() // x.shape[1]
         return F.batch_norm(x, None, None, scale, bias, training=True, eps=self.epsilon)
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance over the batches that were run without gradients."""
+        """Mean and variance over all that was run without gradients, however it was cut into batches."""
         assert self.sums is not None
-        return self.sums[0] / self.count, self.sums[1] / self.count
+        mean = self.sums[0] / self.count
+        variance = (self.sums[1] / self.count - mean.square()).clamp_min(0)
+        return mean.float(), variance.float()
 
 
 class _Run:
@@ -159,7 +161,9 @@ class _Run:
             raise MixMixError(f"{student.classifier.path} has nothing to train: it has no layer with constant weights")
         weights = {layer.weight for layer in student.layers()}
         self.kept = {
-            name: value != 0 for name, value in self.values.items() if name in weights and bool((value == 0).any())
+            name: value != 0
+            for name, value in self.values.items()
+            if name in weights and bool((value == 0).any()) and bool((value != 0).any())
         }
         self.norms = {
             step.outputs[0]: BatchStatistics(float(str(step.attributes.get("epsilon", EPSILON))))
