@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from converters.input_spec import InputSpec
 from recipes.reconstruct import Reconstruction
+
+LEAST_POWER = 1e-12  # a layer of zeros has no relative error
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,8 @@ class LayerAccount:
     """What became of one layer. `bits` and `act_bits` are None where they are float."""
 
     name: str
+    weights: int
+    """How many the layer had."""
     bits: int | None
     act_bits: int | None
     sparsity: float
@@ -24,6 +31,27 @@ class LayerAccount:
     """Share of roundings that training had not settled."""
     reason: str | None
     """Why it is otherwise than was asked for."""
+
+
+def account_layer(
+    name: str,
+    before: Tensor,
+    after: Tensor,
+    *,
+    bits: int | None = None,
+    act_bits: int | None = None,
+    undecided: float = 0.0,
+    reason: str | None = None,
+) -> LayerAccount:
+    """The account of a layer whose weight was `before` and is `after`, of the same shape."""
+    error = (after - before).square().sum() / before.square().sum().clamp_min(LEAST_POWER)
+    sparsity = float((after == 0).float().mean())
+    return LayerAccount(name, before.numel(), bits, act_bits, sparsity, float(error), undecided, reason)
+
+
+def share_of_zeros(layers: Sequence[LayerAccount]) -> float:
+    """Share of the weights of all layers that are zero."""
+    return sum(layer.sparsity * layer.weights for layer in layers) / max(1, sum(layer.weights for layer in layers))
 
 
 @dataclass(frozen=True)

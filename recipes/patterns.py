@@ -117,12 +117,6 @@ class WholeChannels:
     def name(self) -> str:
         return CHANNEL
 
-    def fits(self, layer: Layer) -> bool:
-        return False
-
-    def choose(self, size: Tensor, layer: Layer, share: float) -> Tensor:
-        return torch.ones_like(size, dtype=torch.bool)
-
 
 def parse_n_of_m(text: str) -> NofM:
     """`2:4`. Raises MixMixError for anything that is not N:M with 0 < N < M."""

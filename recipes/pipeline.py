@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -18,6 +19,7 @@ from recipes.account import Compression
 from recipes.distill.engine import distill
 from recipes.distill.settings import DistillSettings
 from recipes.images import MANIFEST, ImageSet, load_images
+from recipes.patterns import WholeChannels
 from recipes.progress import Progress
 from recipes.prune.engine import PROVENANCE, Goal, prune, prune_in_memory
 from recipes.prune.settings import PruneSettings
@@ -81,6 +83,15 @@ def choose_models(models: Sequence[Classifier], settings: SynthSettings, recipe:
     return [given[name] for name in settings.models]
 
 
+class How(TypedDict):
+    """Keyword arguments that all engines take."""
+
+    seed: int
+    device: torch.device
+    overwrite: bool
+    progress: Progress
+
+
 @dataclass(frozen=True)
 class Request:
     """What a command that writes a smaller model is asked for: the model, where images come from, and how."""
@@ -112,6 +123,10 @@ class Request:
             "mixmix.recipe": self.recipe,
             "mixmix.source.sha256": (self.student or self.classifier).sha256,
         }
+
+    def how(self, progress: Progress) -> How:
+        """What every engine is told alike."""
+        return {"seed": self.seed, "device": self.device, "overwrite": self.overwrite, "progress": progress}
 
 
 Write = Callable[[Request, ImageSet, Progress], Compression]
@@ -154,10 +169,7 @@ def quantizing(settings: QuantizeSettings, bits: int, act_bits: int | None) -> W
             settings,
             bits,
             act_bits,
-            seed=request.seed,
-            device=request.device,
-            overwrite=request.overwrite,
-            progress=progress,
+            **request.how(progress),
             provenance=request.provenance,
         )
 
@@ -174,10 +186,7 @@ def pruning(settings: PruneSettings, goal: Goal) -> Write:
             request.output,
             settings,
             goal,
-            seed=request.seed,
-            device=request.device,
-            overwrite=request.overwrite,
-            progress=progress,
+            **request.how(progress),
             provenance=request.provenance,
         )
 
@@ -195,10 +204,7 @@ def distilling(settings: DistillSettings) -> Write:
             images,
             request.output,
             settings,
-            seed=request.seed,
-            device=request.device,
-            overwrite=request.overwrite,
-            progress=progress,
+            **request.how(progress),
             provenance=request.provenance,
         )
 
@@ -215,31 +221,26 @@ def pruning_then_quantizing(
     check_bits(bits, None)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
+        started = time.perf_counter()
         pruned = prune_in_memory(
             request.classifier,
             images,
             request.output,
             settings,
             goal,
-            seed=request.seed,
-            device=request.device,
-            overwrite=request.overwrite,
-            progress=progress,
+            **request.how(progress),
         )
         result = quantize(
-            pruned.classifier,
+            pruned.classifier(),
             images,
             request.output,
             quantize_settings,
             bits,
-            seed=request.seed,
-            device=request.device,
-            overwrite=request.overwrite,
-            progress=progress,
+            **request.how(progress),
             provenance=request.provenance | {PROVENANCE: goal.to_json(images, request.seed)},
         )
-        gone = pruned.sparsity if goal.channels else result.sparsity
-        return replace(result, sparsity=gone, seconds=pruned.seconds + result.seconds)
+        gone = pruned.sparsity if isinstance(goal.pattern, WholeChannels) else result.sparsity
+        return replace(result, sparsity=gone, seconds=time.perf_counter() - started)
 
     return write
 

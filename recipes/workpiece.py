@@ -1,7 +1,10 @@
-"""What every recipe that writes a smaller model does before and after: one beginning, one proof."""
+"""What every recipe that writes a smaller model does before and after: one beginning, one proof, one ending."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,11 +14,14 @@ from converters import writeback
 from converters.classifier import Classifier
 from converters.runtime import fits_protobuf
 from converters.torch_module import TorchClassifier, to_torch
+from recipes.account import Compression, LayerAccount, share_of_zeros
 from recipes.images import ImageSet
 from recipes.memory import keep_freed_memory
+from recipes.reconstruct import Reconstruction
 
 WRITTEN_TOLERANCE = 1e-4
 """Largest relative difference between a written file in onnxruntime and the changed model in torch."""
+PROOF_BATCH = 4  # images at once where the file takes any number
 
 
 def begin(prepared: Classifier, output: Path, device: torch.device | None, *, overwrite: bool) -> TorchClassifier:
@@ -38,13 +44,61 @@ def model_inputs(module: TorchClassifier, images: ImageSet) -> Tensor:
 
 def sample_for_proof(prepared: Classifier, inputs: Tensor) -> Tensor:
     """The first inputs, two batches of what the file takes."""
-    return inputs[: 2 * (prepared.fixed_batch or 4)]
+    return inputs[: 2 * (prepared.fixed_batch or PROOF_BATCH)]
 
 
-def proof(
-    prepared: Classifier, sample: Tensor, logits: Tensor, tolerance: float = WRITTEN_TOLERANCE
-) -> writeback.Proof:
-    """That a file gives `logits` [N, classes] on `sample` [N, ...]."""
-    return writeback.Proof(
-        sample.cpu().contiguous().numpy(), logits.cpu().numpy(), prepared.fixed_batch or 4, tolerance
-    )
+@dataclass(frozen=True)
+class Result:
+    """A smaller model that is not written yet, and the account of it."""
+
+    prepared: Classifier
+    """The graph that `edits` are made in."""
+    edits: Sequence[writeback.Edit]
+    sample: Tensor
+    logits: Tensor
+    """What the file has to give on `sample`: those of the changed model in torch."""
+    blocks: list[tuple[str, Reconstruction]]
+    layers: list[LayerAccount]
+    bits: int | None = None
+    act_bits: int | None = None
+    tolerance: float = WRITTEN_TOLERANCE
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights of all layers that are zero or gone."""
+        return share_of_zeros(self.layers)
+
+    def classifier(self) -> Classifier:
+        """The smaller model, to go on with before anything is written."""
+        return writeback.edited_classifier(self.prepared, self.edits)
+
+    def write(
+        self, source: Classifier, output: Path, facts: Mapping[str, str], started: float, *, overwrite: bool
+    ) -> Compression:
+        """Write it to `output` as what became of `source`, with `facts` for its metadata, once it is proved.
+
+        `started` is when work on it began, by `time.perf_counter`.
+        """
+        model = writeback.apply(self.prepared.original, self.edits)
+        proof = writeback.Proof(
+            inputs=self.sample.cpu().contiguous().numpy(),
+            logits=self.logits.cpu().numpy(),
+            batch=self.prepared.fixed_batch or PROOF_BATCH,
+            tolerance=self.tolerance,
+        )
+        metadata = {**source.spec.to_metadata(), **facts}
+        size, difference = writeback.save_proved(model, output, metadata, proof, overwrite=overwrite)
+        return Compression(
+            input=source.path,
+            output=output,
+            spec=source.spec,
+            bits=self.bits,
+            act_bits=self.act_bits,
+            sparsity=self.sparsity,
+            blocks=self.blocks,
+            layers=self.layers,
+            size_before=source.size_bytes,
+            size_after=size,
+            seconds=time.perf_counter() - started,
+            written_difference=difference,
+        )

@@ -21,12 +21,12 @@ from converters import writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.torch_module import Step, TorchClassifier, to_torch
-from recipes.account import Compression, LayerAccount
+from recipes.account import Compression, LayerAccount, account_layer
 from recipes.distill.losses import divergence, likeness_loss, mix_images, move_images
 from recipes.distill.settings import DistillSettings
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent
-from recipes.workpiece import begin, model_inputs, proof, sample_for_proof
+from recipes.workpiece import Result, begin, model_inputs, sample_for_proof
 
 PROVENANCE = "mixmix.distill"
 """Metadata key of a distilled file."""
@@ -68,31 +68,10 @@ def distill(
     run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed)
     run.train(progress)
     sample = sample_for_proof(prepared, model_inputs(module, ImageSet(images.pixels[:SAMPLE])))
-    written = writeback.apply(prepared.original, run.edits())
-    metadata = student.spec.to_metadata() | {
-        PROVENANCE: json.dumps(
-            {"teacher": teacher.sha256, "steps": settings.steps, "images": len(images), "seed": seed}
-        ),
-        **(provenance or {}),
-    }
-    proved = proof(prepared, sample, run.logits(sample))
-    size, difference = writeback.save_proved(written, output, metadata, proved, overwrite=overwrite)
-    layers = run.layer_accounts()
-    zeros = sum(account.sparsity * layer.parameters for account, layer in zip(layers, module.layers(), strict=True))
-    return Compression(
-        input=student.path,
-        output=output,
-        spec=student.spec,
-        bits=None,
-        act_bits=None,
-        sparsity=zeros / max(1, sum(layer.parameters for layer in module.layers())),
-        blocks=[],
-        layers=layers,
-        size_before=student.size_bytes,
-        size_after=size,
-        seconds=time.perf_counter() - started,
-        written_difference=difference,
-    )
+    result = Result(prepared, run.edits(), sample, run.logits(sample), [], run.layer_accounts())
+    asked = {"teacher": teacher.sha256, "steps": settings.steps, "images": len(images), "seed": seed}
+    facts = {PROVENANCE: json.dumps(asked), **(provenance or {})}
+    return result.write(student, output, facts, started, overwrite=overwrite)
 
 
 def trainable(module: TorchClassifier) -> dict[str, list[tuple[str, int]]]:
@@ -170,7 +149,6 @@ class _Run:
             for step in student.whole.steps
             if step.op == "BatchNormalization" and settings.statistics
         }
-        self.readers = {step.outputs[0]: step for step in student.whole.steps if step.outputs[0] in self.norms}
         self._taps = [self._tapped(module) for module in (teacher, student)]
         self._check_classes()
 
@@ -183,16 +161,12 @@ class _Run:
     @torch.no_grad()
     def _check_classes(self) -> None:
         pixels = self.images.pixels[:2]
-        counts = [module(module.spec.to_input(pixels).to(module.device)).shape[1] for module in self._modules]
+        counts = [module(self._input(module, pixels)).shape[1] for module in (self.teacher, self.student)]
         if counts[0] != counts[1]:
             raise MixMixError(
                 f"{self.teacher.classifier.path} has {counts[0]} classes and {self.student.classifier.path} has"
                 f" {counts[1]}: a student needs its teacher's classes"
             )
-
-    @property
-    def _modules(self) -> tuple[TorchClassifier, TorchClassifier]:
-        return self.teacher, self.student
 
     def train(self, progress: Progress) -> None:
         """All steps, and the statistics of BatchNorm after them."""
@@ -247,15 +221,15 @@ class _Run:
         if not self.norms:
             return
         parts = [part for part in self.images.pixels.split(self.settings.batch) if len(part) > 1]
+        tensors, name = self._tensors(), self.student.input_name
         for part in parts:
-            self.student.whole(
-                {self.student.input_name: self._input(self.student, part)}, self._tensors(), bodies=self.norms
-            )
-        for output, norm in self.norms.items():
-            step = self.readers[output]
-            for index, value in zip(STATISTICS, norm.gathered(), strict=True):
-                self.values[step.inputs[index]] = value
-                self.places[step.inputs[index]] = [(output, index)]
+            self.student.whole({name: self._input(self.student, part)}, tensors, bodies=self.norms)
+        for step in self.student.whole.steps:
+            norm = self.norms.get(step.outputs[0])
+            if norm is not None:
+                for index, value in zip(STATISTICS, norm.gathered(), strict=True):
+                    self.values[step.inputs[index]] = value
+                    self.places[step.inputs[index]] = [(step.outputs[0], index)]
 
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
@@ -273,13 +247,11 @@ class _Run:
 
     def layer_accounts(self) -> list[LayerAccount]:
         """How far each layer's weight has moved, relative to what it was."""
-        accounts, tensors = [], self._tensors()
-        for layer in self.student.layers():
-            before, after = self.student.constant(layer.weight), tensors[layer.weight]
-            moved = float((after - before).square().sum() / before.square().sum().clamp_min(1e-12))
-            zeros = float((after == 0).float().mean())
-            accounts.append(LayerAccount(layer.name, None, None, zeros, moved, 0.0, None))
-        return accounts
+        tensors, student = self._tensors(), self.student
+        return [
+            account_layer(layer.name, student.constant(layer.weight), tensors[layer.weight])
+            for layer in student.layers()
+        ]
 
 
 def _schedule(progress: float, warmup: float) -> float:

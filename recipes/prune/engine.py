@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from converters import writeback
-from converters.channels import Channels, find_channels
+from converters.channels import find_channels
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
-from recipes.account import Compression, LayerAccount
+from recipes.account import Compression, LayerAccount, account_layer
 from recipes.images import ImageSet
 from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
@@ -43,7 +41,7 @@ from recipes.reconstruct import (
     run_batched,
     walk_blocks,
 )
-from recipes.workpiece import begin, model_inputs, proof, sample_for_proof
+from recipes.workpiece import Result, begin, model_inputs, sample_for_proof
 
 PROVENANCE = "mixmix.prune"
 """Metadata key of a pruned file."""
@@ -53,15 +51,10 @@ PROVENANCE = "mixmix.prune"
 class Goal:
     """What is asked for: the pattern, and the share of all layers' weights to remove."""
 
-    pattern: Pattern
+    pattern: Pattern | WholeChannels
     sparsity: float
     """For whole channels: 1 less the share of the weights, or of the multiplications (`unit`), that is left."""
     unit: str = "weights"
-
-    @property
-    def channels(self) -> bool:
-        """Whether whole channels go."""
-        return self.pattern.name == CHANNEL
 
     def to_json(self, images: ImageSet, seed: int) -> str:
         """What the file's metadata says under PROVENANCE."""
@@ -99,24 +92,9 @@ def make_goal(pattern: str, sparsity: float | None, macs: float | None = None) -
 def output_path(model: Path, goal: Goal, bits: int | None = None) -> Path:
     """`model.s50.onnx`, `model.2of4.onnx` or `model.c50.onnx`, beside the input; `model.s50.w4.onnx` with bits."""
     pattern = goal.pattern
-    letter = "c" if goal.channels else "s"
+    letter = "c" if isinstance(pattern, WholeChannels) else "s"
     suffix = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NofM) else f"{letter}{round(100 * goal.sparsity, 6):g}"
     return model.with_suffix(f".{suffix}{'' if bits is None else f'.w{bits}'}.onnx")
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned model that is not written yet."""
-
-    classifier: Classifier
-    """What `prepare_for_pruning` made, with the pruned weights put in."""
-    sample: Tensor
-    logits: Tensor
-    """Of the pruned model in torch on `sample`."""
-    sparsity: float
-    blocks: list[tuple[str, Reconstruction]]
-    layers: list[LayerAccount]
-    seconds: float
 
 
 def prune(
@@ -137,30 +115,11 @@ def prune(
     Raises MixMixError for a goal, images or an output that cannot be used, before any long work starts.
     """
     started = time.perf_counter()
-    writeback.ensure_writable(output, overwrite=overwrite)
-    pruned = prune_in_memory(
+    result = prune_in_memory(
         classifier, images, output, settings, goal, seed=seed, device=device, overwrite=overwrite, progress=progress
     )
-    metadata = classifier.spec.to_metadata() | {
-        PROVENANCE: goal.to_json(images, seed),
-        **(provenance or {}),
-    }
-    proved = proof(pruned.classifier, pruned.sample, pruned.logits)
-    size, difference = writeback.save_proved(pruned.classifier.original, output, metadata, proved, overwrite=overwrite)
-    return Compression(
-        input=classifier.path,
-        output=output,
-        spec=classifier.spec,
-        bits=None,
-        act_bits=None,
-        sparsity=pruned.sparsity,
-        blocks=pruned.blocks,
-        layers=pruned.layers,
-        size_before=classifier.size_bytes,
-        size_after=size,
-        seconds=time.perf_counter() - started,
-        written_difference=difference,
-    )
+    facts = {PROVENANCE: goal.to_json(images, seed), **(provenance or {})}
+    return result.write(classifier, output, facts, started, overwrite=overwrite)
 
 
 def prune_in_memory(
@@ -174,63 +133,56 @@ def prune_in_memory(
     device: torch.device | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Pruned:
+) -> Result:
     """Prune `classifier` and write nothing; `output`, where it will go, is only checked."""
-    started, progress = time.perf_counter(), progress or Silent()
+    progress = progress or Silent()
     prepared = writeback.prepare_for_pruning(classifier)
     module = begin(prepared, output, device, overwrite=overwrite)
     inputs = model_inputs(module, images)
-    cut = None
-    if goal.channels:  # which go is not trained, so all steps are the second stage's
+    if isinstance(goal.pattern, WholeChannels):  # which go is not trained, so all steps are the second stage's
         settings = settings.model_copy(update={"steps": settings.mask_steps + settings.steps, "mask_steps": 0})
-        cut = _choose_channels(module, inputs, settings, goal)
-    choices, reasons = choose_weights(module, inputs, settings, goal, progress) if cut is None else cut.choices()
-    run = _Run(module, inputs, settings, choices, torch.Generator().manual_seed(seed))
+        removal = _choose_channels(module, inputs, settings, goal)
+    else:
+        removal = choose_weights(module, inputs, settings, goal.pattern, goal.sparsity, progress)
+    run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed))
     run.reconstruct_all(progress)
     sample = sample_for_proof(prepared, inputs)
-    layers = run.layer_accounts(reasons)
-    edits = run.edits() if cut is None else cut.edits(run.tensors())
-    removed = sum(account.sparsity * layer.parameters for account, layer in zip(layers, module.layers(), strict=True))
-    return Pruned(
-        classifier=writeback.edited_classifier(prepared, edits),
+    return Result(
+        prepared=prepared,
+        edits=_edits(module, run.tensors(), removal.cut),
         sample=sample,
         logits=run.logits(sample),
-        sparsity=removed / sum(layer.parameters for layer in module.layers()),
         blocks=run.account,
-        layers=layers,
-        seconds=time.perf_counter() - started,
+        layers=run.layer_accounts(removal.reasons),
     )
 
 
+Cut = Callable[[Mapping[str, Tensor]], Sequence[writeback.Edit]]
+"""Edits that make operands smaller, from the tensors that have changed by initializer name."""
+
+
 @dataclass(frozen=True)
-class _Cut:
-    """Channels that go, of a module whose full size the reconstruction works on."""
+class Removal:
+    """What is to go: how weights are chosen in each layer that is pruned, by its output, and why others are not."""
 
-    module: TorchClassifier
-    channels: Channels
-    removed: NDArray[np.int64]
-
-    def choices(self) -> tuple[dict[str, Choose], dict[str, str]]:
-        """As `choose_weights`."""
-        found = dict(masks(self.channels, self.removed))
-        return found, {
-            entry.layer.output: "its channels cannot be told apart"
-            for entry in self.channels.layers
-            if entry.layer.output not in found
-        }
-
-    def edits(self, tensors: Mapping[str, Tensor]) -> Sequence[writeback.Edit]:
-        """What to write: every operand that the channels run through, without them, and the trained tensors."""
-        found = list(self.channels.edits(self.removed, tensors, self.module.constant))
-        cut = {(edit.output, edit.index) for edit in found if isinstance(edit, writeback.TensorEdit)}
-        for layer in self.module.layers():
-            for name, index in ((layer.weight, layer.operand), (layer.bias, writeback.BIAS)):
-                if name is not None and name in tensors and (layer.output, index) not in cut:
-                    found.append(writeback.TensorEdit(layer.output, index, tensors[name].cpu().numpy()))
-        return found
+    choices: Mapping[str, Choose]
+    reasons: Mapping[str, str]
+    cut: Cut = lambda _: ()
+    """What is cut out of the file; nothing where weights only become zero."""
 
 
-def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> _Cut:
+def _edits(module: TorchClassifier, tensors: Mapping[str, Tensor], cut: Cut) -> list[writeback.Edit]:
+    """What to write: the cuts, and the changed tensors of the layers that they leave whole."""
+    found = list(cut(tensors))
+    done = {(edit.output, edit.index) for edit in found if isinstance(edit, writeback.TensorEdit)}
+    for layer in module.layers():
+        for name, index in ((layer.weight, layer.operand), (layer.bias, writeback.BIAS)):
+            if name is not None and name in tensors and (layer.output, index) not in done:
+                found.append(writeback.TensorEdit(layer.output, index, tensors[name].cpu().numpy()))
+    return found
+
+
+def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> Removal:
     channels = find_channels(module)
     if not len(channels.numbers()):
         raise MixMixError(
@@ -238,35 +190,46 @@ def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSet
         )
     harm = channel_harm(module, channels, inputs, settings.batch)
     budget = ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels)
-    return _Cut(module, channels, choose_channels(module, channels, harm, budget))
+    removed = choose_channels(module, channels, harm, budget)
+    choices = masks(channels, removed)
+    whole = [entry.layer.output for entry in channels.layers if entry.layer.output not in choices]
+    return Removal(
+        choices,
+        dict.fromkeys(whole, "its channels cannot be told apart"),
+        lambda tensors: channels.edits(removed, tensors, module.constant),
+    )
 
 
 def choose_weights(
-    module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal, progress: Progress
-) -> tuple[dict[str, Choose], dict[str, str]]:
-    """How weights are chosen in each layer that is pruned, and why others are not, by layer output.
+    module: TorchClassifier,
+    inputs: Tensor,
+    settings: PruneSettings,
+    pattern: Pattern,
+    sparsity: float,
+    progress: Progress,
+) -> Removal:
+    """The smallest weights of each layer that the pattern fits.
 
     Raises MixMixError where the model has no layer that can be pruned so.
     """
     layers = module.layers()
-    pattern = goal.pattern
     fitting = [layer for layer in layers if pattern.fits(layer)]
     if not fitting:
         raise MixMixError(
             f"{module.classifier.path} has no layer with constant weights that pattern {pattern.name} fits:"
             " choose another pattern"
         )
-    reasons = {layer.output: f"{pattern.name} does not divide its input channels" for layer in layers}
     if isinstance(pattern, NofM):
         found = {layer.output: pattern.share for layer in fitting}
+        reason = f"{pattern.name} does not divide its input channels"
     else:
-        found = _shares(module, fitting, inputs, settings, goal, progress)
-        reasons = {layer.output: "first layer" for layer in layers}
+        found = _shares(module, fitting, inputs, settings, sparsity, progress)
+        reason = "first layer"
     by_output = {layer.output: layer for layer in layers}
     choices: dict[str, Choose] = {
         name: partial(pattern.choose, layer=by_output[name], share=share) for name, share in found.items() if share > 0
     }
-    return choices, {name: reason for name, reason in reasons.items() if name not in found}
+    return Removal(choices, {layer.output: reason for layer in layers if layer.output not in found})
 
 
 def _shares(
@@ -274,17 +237,17 @@ def _shares(
     layers: Sequence[Layer],
     inputs: Tensor,
     settings: PruneSettings,
-    goal: Goal,
+    sparsity: float,
     progress: Progress,
 ) -> shares.Shares:
     match settings.allocation:
         case "uniform":
-            return shares.uniform(layers, goal.sparsity, settings)
+            return shares.uniform(layers, sparsity, settings)
         case "global":
-            return shares.by_threshold(module, layers, goal.sparsity, settings)
+            return shares.by_threshold(module, layers, sparsity, settings)
         case "sensitivity":
             with progress.task("measuring what each layer can give up", len(layers)) as task:
-                return shares.by_sensitivity(module, layers, inputs, goal.sparsity, settings, lambda: task.advance())
+                return shares.by_sensitivity(module, layers, inputs, sparsity, settings, lambda: task.advance())
 
 
 class _Run:
@@ -371,34 +334,10 @@ class _Run:
         """Logits of the pruned model in torch."""
         return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
 
-    def edits(self) -> list[writeback.Edit]:
-        """What to write into the graph."""
-        found: list[writeback.Edit] = []
-        for layer in self.module.layers():
-            if layer.weight in self.weights:
-                values = self.weights[layer.weight].tensor().cpu().numpy()
-                found.append(writeback.TensorEdit(layer.output, layer.operand, values))
-            if layer.bias in self.biases and self.settings.bias_rate:
-                found.append(
-                    writeback.TensorEdit(layer.output, writeback.BIAS, self.biases[layer.bias].value.cpu().numpy())
-                )
-        return found
-
     def layer_accounts(self, reasons: Mapping[str, str]) -> list[LayerAccount]:
-        accounts = []
-        for layer in self.module.layers():
-            original = self.module.constant(layer.weight)
-            written = self.weights[layer.weight].tensor() if layer.weight in self.weights else original
-            error = (written - original).square().sum() / original.square().sum()
-            accounts.append(
-                LayerAccount(
-                    name=layer.name,
-                    bits=None,
-                    act_bits=None,
-                    sparsity=float((written == 0).float().mean()),
-                    error=float(error),
-                    undecided=0.0,
-                    reason=reasons.get(layer.output),
-                )
-            )
-        return accounts
+        tensors = self.tensors()
+        return [
+            account_layer(layer.name, original, tensors.get(layer.weight, original), reason=reasons.get(layer.output))
+            for layer in self.module.layers()
+            for original in [self.module.constant(layer.weight)]
+        ]

@@ -22,7 +22,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.targets import MAX_BITS, MIN_BITS
 from converters.torch_module import Layer, Segment, TorchClassifier
-from recipes.account import Compression, LayerAccount
+from recipes.account import Compression, LayerAccount, account_layer
 from recipes.blocks import Block
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent, Task
@@ -42,7 +42,7 @@ from recipes.reconstruct import (
     run_batched,
     walk_blocks,
 )
-from recipes.workpiece import WRITTEN_TOLERANCE, begin, model_inputs, proof, sample_for_proof
+from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
 FLIP_TOLERANCE = 0.05
@@ -89,30 +89,21 @@ def quantize(
     run = _Run(module, images, settings, bits, act_bits, seed)
     run.place(progress)
     run.reconstruct_all(progress)
-    edits = run.edits()
-    metadata = classifier.spec.to_metadata() | {
-        "mixmix.quantize": json.dumps({"bits": bits, "act_bits": act_bits, "images": len(images), "seed": seed}),
-        **(provenance or {}),
-    }
     sample = sample_for_proof(prepared, run.inputs)
-    tolerance = WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE
-    proved = proof(prepared, sample, run.fake_quantized(sample), tolerance)
-    written = writeback.apply(prepared.original, edits)
-    size_after, difference = writeback.save_proved(written, output, metadata, proved, overwrite=overwrite)
-    return Compression(
-        input=classifier.path,
-        output=output,
-        spec=classifier.spec,
-        bits=bits,
-        act_bits=act_bits,
-        sparsity=run.sparsity(),
+    result = Result(
+        prepared=prepared,
+        edits=run.edits(),
+        sample=sample,
+        logits=run.fake_quantized(sample),
         blocks=run.account,
         layers=run.layer_accounts(),
-        size_before=classifier.size_bytes,
-        size_after=size_after,
-        seconds=time.perf_counter() - started,
-        written_difference=difference,
+        bits=bits,
+        act_bits=act_bits,
+        tolerance=WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE,
     )
+    asked = {"bits": bits, "act_bits": act_bits, "images": len(images), "seed": seed}
+    facts = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
+    return result.write(classifier, output, facts, started, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -326,25 +317,15 @@ class _Run:
         return found
 
     def layer_accounts(self) -> list[LayerAccount]:
-        accounts = []
-        for plan in self.plans:
-            original = self.module.constant(plan.layer.weight)
-            written = self.weights[plan.layer.weight].tensor()
-            error = (written - original).square().sum() / original.square().sum()
-            accounts.append(
-                LayerAccount(
-                    name=plan.layer.name,
-                    bits=plan.bits,
-                    act_bits=plan.act_bits,
-                    sparsity=float((written == 0).float().mean()),
-                    error=float(error),
-                    undecided=self.undecided[plan.layer.weight],
-                    reason=plan.reason,
-                )
+        return [
+            account_layer(
+                plan.layer.name,
+                self.module.constant(plan.layer.weight),
+                self.weights[plan.layer.weight].tensor(),
+                bits=plan.bits,
+                act_bits=plan.act_bits,
+                undecided=self.undecided[plan.layer.weight],
+                reason=plan.reason,
             )
-        return accounts
-
-    def sparsity(self) -> float:
-        """Share of all weights that are zero."""
-        written = [self.weights[plan.layer.weight].tensor() for plan in self.plans]
-        return sum(int((weight == 0).sum()) for weight in written) / sum(weight.numel() for weight in written)
+            for plan in self.plans
+        ]

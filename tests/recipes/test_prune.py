@@ -202,7 +202,7 @@ def test_quantizing_keeps_the_zeros(
     result = prune_in_memory(classifier_of("plain"), calibration_images, tmp_path / "q.onnx", settings, goal)
     assert not list(tmp_path.iterdir())
     rounding = load_recipe(QuantizeSettings, "recipes.quantize", method, overrides=["steps=4"])
-    written = quantize(result.classifier, calibration_images, tmp_path / "q.onnx", rounding, 3)
+    written = quantize(result.classifier(), calibration_images, tmp_path / "q.onnx", rounding, 3)
     for before, after in zip(result.layers, written.layers, strict=True):
         assert after.sparsity >= before.sparsity
     assert written.sparsity >= result.sparsity > 0.69
