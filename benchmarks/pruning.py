@@ -12,22 +12,30 @@ over three seeds. What is done is kept in the folder, and a second call goes on 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import platform
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from synthesis_quality import ALL, TARGET, Results, Source, classifier, image_set, judging, made, spread
+from synthesis_quality import (
+    ALL,
+    TARGET,
+    Results,
+    Source,
+    classifier,
+    digest,
+    float_accuracy,
+    image_set,
+    judge,
+    made,
+    spread,
+)
 
-from converters.load import load_classifier
 from recipes.prune.engine import make_goal, prune
 from recipes.prune.settings import PACKAGE, PruneSettings
 from recipes.settings import load_recipe
-from recipes.validate import validate
 
 SEEDS = (10, 11, 12)
 TARGETS = ("inverted", "residual")
@@ -66,11 +74,8 @@ def measure(target: str, pattern: str, sparsity: float | None, row: Row, seed: i
     """Top-1 in per cent, and the logits' signal-to-noise ratio in dB."""
     settings = _settings(row)
     images = image_set(str(row.images.models or row.images.kind), row.images, target, seed, folder)
-    with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / "pruned.onnx"
-        prune(classifier(target), images, output, settings, make_goal(pattern, sparsity), seed=seed)
-        (judged,) = validate(classifier(target), [load_classifier(output)], judging(), threads=1).candidates
-    return [100 * (judged.top1 or 0.0), judged.snr]
+    goal = make_goal(pattern, sparsity)
+    return judge(target, lambda output: prune(classifier(target), images, output, settings, goal, seed=seed))
 
 
 def _settings(row: Row) -> PruneSettings:
@@ -79,8 +84,7 @@ def _settings(row: Row) -> PruneSettings:
 
 def _fingerprint(row: Row) -> str:
     """Of what decides a row's figures."""
-    parts = (repr(row.images), _settings(row).model_dump_json(), torch.__version__)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return digest(repr(row.images), _settings(row).model_dump_json(), torch.__version__)
 
 
 def main() -> None:
@@ -92,9 +96,8 @@ def main() -> None:
     results = Results(options.output / "pruning.jsonl")
     print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
     for target in TARGETS:
-        reference = validate(classifier(target), [classifier(target)], judging(), threads=1).reference
         heads = [pattern if sparsity is None else f"{100 * sparsity:g} %" for pattern, sparsity in GOALS]
-        print(f"\n| {target}, float {100 * (reference.top1 or 0.0):.2f} % | {' | '.join(heads)} |")
+        print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} |")
         print("| --- " * (1 + len(GOALS)) + "|")
         for title, row in ROWS.items():
             if options.only not in title:

@@ -102,7 +102,7 @@ TABLES = {
     "ablation": Table(
         {"dead leaves, where all begin": Source("leaves")}
         | {
-            f"{who}: {what}": made(*models, models_per_step=1, **EQUAL, **how)  # type: ignore[arg-type]
+            f"{who}: {what}": made(*models, models_per_step=1, **EQUAL, **how)  # type: ignore[arg-type]  # EQUAL and how hold values of many types
             for who, models in (("the target", (TARGET,)), ("six models", ALL))
             for what, how in (
                 ("statistics", {}),
@@ -190,7 +190,11 @@ def fingerprint(source: Source) -> str:
     """Of what decides a row's figures: another recipe, quantizer or torch is another row."""
     made = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": IMAGES})
     used = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
-    parts = (repr(source), made.model_dump_json(), used.model_dump_json(), torch.__version__)
+    return digest(repr(source), made.model_dump_json(), used.model_dump_json(), torch.__version__)
+
+
+def digest(*parts: str) -> str:
+    """A short name for what decides a figure."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -213,11 +217,23 @@ class Results:
 def quantized(target: str, bits: int, act_bits: int | None, images: ImageSet, seed: int) -> list[float]:
     """Top-1 in per cent, and logit signal-to-noise ratio in dB."""
     settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
+    return judge(
+        target, lambda output: quantize(classifier(target), images, output, settings, bits, act_bits, seed=seed)
+    )
+
+
+def judge(target: str, write: Callable[[Path], object]) -> list[float]:
+    """Top-1 in per cent, and logit signal-to-noise ratio in dB, of the file that `write` makes of the target."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "q.onnx"
-        quantize(classifier(target), images, output, settings, bits, act_bits, seed=seed)
+        output = Path(folder) / "smaller.onnx"
+        write(output)
         (judged,) = validate(classifier(target), [load_classifier(output)], judging(), threads=1).candidates
     return [100 * (judged.top1 or 0.0), judged.snr]
+
+
+def float_accuracy(target: str) -> float:
+    """Top-1 in per cent of the target as it is."""
+    return 100 * (validate(classifier(target), [classifier(target)], judging()).reference.top1 or 0.0)
 
 
 def alikeness(target: str, images: ImageSet) -> list[float]:
@@ -228,10 +244,7 @@ def alikeness(target: str, images: ImageSet) -> list[float]:
 
 def measure_table(name: str, table: Table, only: str, folder: Path, results: Results) -> None:
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in table.cells]
-    floats = {
-        target: 100 * (validate(classifier(target), [classifier(target)], judging()).reference.top1 or 0.0)
-        for target in dict.fromkeys(target for target, _, _ in table.cells)
-    }
+    floats = {target: float_accuracy(target) for target in dict.fromkeys(target for target, _, _ in table.cells)}
     print(f"float: {', '.join(f'{target} {value:.2f} %' for target, value in floats.items())}; {table.seeds} seeds\n")
     print(f"| images | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
     for title, source in table.rows.items():

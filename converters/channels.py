@@ -10,8 +10,9 @@ to leave channels apart (LayerNormalization, Softmax along them, grouped convolu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,6 +65,8 @@ class LayerChannels:
     layer: Layer
     outputs: Numbers
     inputs: Numbers | None
+    places: int
+    """Positions of one image that each output channel is computed at."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,7 @@ class _Trace:
         self.found: list[LayerChannels] = []
         self.layers = {layer.output: layer for layer in module.layers()}
         values = [name for step in module.whole.steps for name in step.outputs if name]
-        height, width = module.spec.size
-        pixels = torch.zeros(1, module.spec.channel_count, height, width)
-        x = module.spec.to_input(pixels).to(module.device)
+        x = module.black_image()
         with torch.no_grad():
             read = {name for step in module.whole.steps for name in step.inputs} | {module.logits_name}
             everything = module.segment([module.input_name], [name for name in values if name in read])
@@ -157,10 +158,12 @@ class _Trace:
             elif any(name in self.lanes for name in step.inputs):
                 self._follow(step)
         self._freeze(self.module.logits_name)
-        lanes = {name: Lane(lane.axis, self._roots(lane.numbers)) for name, lane in self.lanes.items()}
-        slots = [Slot(s.output, s.index, s.name, s.axis, self._roots(s.numbers)) for s in self.slots]
+        lanes = {name: replace(lane, numbers=self._roots(lane.numbers)) for name, lane in self.lanes.items()}
+        slots = [replace(slot, numbers=self._roots(slot.numbers)) for slot in self.slots]
         layers = [
-            LayerChannels(e.layer, self._roots(e.outputs), None if e.inputs is None else self._roots(e.inputs))
+            LayerChannels(
+                e.layer, self._roots(e.outputs), None if e.inputs is None else self._roots(e.inputs), e.places
+            )
             for e in self.found
         ]
         return Channels(slots, layers, lanes, self.steps)
@@ -210,7 +213,8 @@ class _Trace:
             width = layer.shape[1 - layer.axis]
             inputs = lane.numbers if lane is not None else np.zeros(width, np.int64)
             outputs = self._fresh(count) if straight else np.zeros(count, np.int64)
-        self.found.append(LayerChannels(layer, outputs, inputs))
+        places = math.prod(self.shapes[layer.output]) // count
+        self.found.append(LayerChannels(layer, outputs, inputs, places))
         if straight or (depthwise and lane is not None):
             self.lanes[layer.output] = Lane(channel_axis, outputs)
             self._slot(step, layer.operand, layer.axis, outputs)

@@ -128,7 +128,7 @@ def _fold_into(graph: ir.Graph, conv: ir.Node, norm: ir.Node, parameters: list[n
     weight = graphs.to_numpy(weight_value)
     folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
     bias = beta + ((graphs.to_numpy(bias_value) if bias_value is not None else 0.0) - mean) * factor
-    weight_name, bias_name = str(weight_value.name), str(norm.inputs[2].name)  # type: ignore[union-attr]
+    weight_name, bias_name = str(weight_value.name), str(norm.inputs[2].name)  # type: ignore[union-attr]  # found above
     new_weight = graphs.add_initializer(
         graph, graphs.unused_name(graph, weight_name + ".folded"), folded.astype(weight.dtype)
     )

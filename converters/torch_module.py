@@ -153,6 +153,11 @@ class TorchClassifier(nn.Module):
         """The stretch of the graph that computes `outputs` from `inputs`."""
         return Segment(self, list(inputs), list(outputs))
 
+    def black_image(self) -> Tensor:
+        """One black image as the model takes it, to learn shapes from."""
+        height, width = self.spec.size
+        return self.spec.to_input(torch.zeros(1, self.spec.channel_count, height, width)).to(self.device)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.whole({self.input_name: x})[self.logits_name]
 
@@ -289,7 +294,7 @@ class Segment:
                     env[name] = transforms[name](value) if name in transforms else value
             for name in done:
                 env.pop(name, None)
-        return {name: env[name] for name in self.outputs}  # type: ignore[misc]
+        return {name: env[name] for name in self.outputs}  # type: ignore[misc]  # "" alone is None
 
 
 def to_torch(classifier: Classifier, *, check: bool = True) -> TorchClassifier:

@@ -13,7 +13,7 @@ COMMANDS = {
     "inspect": "Say what a model is and what can be done with it.",
     "synth": "Make calibration images from models alone.",
     "quantize": "Write a smaller model with low-bit weights (and activations).",
-    "prune": "Write a model most of whose weights are zero.",
+    "prune": "Write a model with fewer weights: zeros, or whole channels gone.",
     "distill": "Teach one model what another knows.",
     "data": "Hand image sets to other tools, and compare them.",
     "zoo": "Show the paper's model zoos, and export them from an installed library.",

@@ -117,10 +117,7 @@ def _obstacle(classifier: Classifier) -> str | None:
 def layer_outputs(module: TorchClassifier) -> dict[str, Tensor]:
     """What the weighted layers, and the logits, are for one black image, by value name."""
     outputs = list(dict.fromkeys([layer.output for layer in module.layers()] + [module.logits_name]))
-    height, width = module.spec.size
-    pixels = torch.zeros(1, module.spec.channel_count, height, width)
-    x = module.spec.to_input(pixels).to(module.device)
-    return module.segment([module.input_name], outputs)({module.input_name: x})
+    return module.segment([module.input_name], outputs)({module.input_name: module.black_image()})
 
 
 def _count(module: TorchClassifier) -> tuple[int, int]:

@@ -186,7 +186,7 @@ def run_batched(segment: Segment, x: Tensor, batch: int, **how: object) -> Tenso
     """The segment's only output for all of `x` [N, ...], in batches, the last partial one included."""
     name, output = segment.inputs[0], segment.outputs[0]
     with torch.no_grad():
-        return torch.cat([segment({name: part}, **how)[output] for part in x.split(batch)])  # type: ignore[arg-type]
+        return torch.cat([segment({name: part}, **how)[output] for part in x.split(batch)])  # type: ignore[arg-type]  # as Changes.of gives
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -21,7 +21,6 @@ from torch import Tensor
 from converters.channels import FIXED, Channels, LayerChannels
 from converters.errors import MixMixError
 from converters.torch_module import TorchClassifier
-from recipes.inspect import layer_outputs
 
 Numbers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -77,30 +76,23 @@ def _variances(
 class _Costs:
     """What the layers cost with some channels gone."""
 
-    def __init__(self, module: TorchClassifier, channels: Channels, unit: str) -> None:
-        self.layers = channels.layers
-        places = {name: value.numel() for name, value in layer_outputs(module).items()}
-        self.each = []
-        for entry in self.layers:
-            layer = entry.layer
+    def __init__(self, channels: Channels, unit: str) -> None:
+        self.entries: list[tuple[LayerChannels, float]] = []
+        for entry in channels.layers:
             pairs = len(entry.outputs) * (1 if entry.inputs is None else len(entry.inputs))
-            repeats = places[layer.output] // len(entry.outputs) if unit == "macs" else 1
-            self.each.append(layer.parameters / pairs * repeats)
+            self.entries.append((entry, entry.layer.parameters / pairs * (entry.places if unit == "macs" else 1)))
 
     def total(self, kept: NDArray[np.bool_]) -> float:
-        return sum(each * _kept(entry.outputs, kept) * _inputs(entry, kept) for entry, each in self._entries())
+        return sum(each * _kept(entry.outputs, kept) * _inputs(entry, kept) for entry, each in self.entries)
 
     def savings(self, kept: NDArray[np.bool_]) -> Floats:
         """What removing each channel number alone would save."""
         saved = np.zeros(len(kept))
-        for entry, each in self._entries():
+        for entry, each in self.entries:
             np.add.at(saved, entry.outputs, each * _inputs(entry, kept) * kept[entry.outputs])
             if entry.inputs is not None:
                 np.add.at(saved, entry.inputs, each * _kept(entry.outputs, kept) * kept[entry.inputs])
         return saved
-
-    def _entries(self) -> list[tuple[LayerChannels, float]]:
-        return list(zip(self.layers, self.each, strict=True))
 
 
 def _kept(numbers: Numbers, kept: NDArray[np.bool_]) -> int:
@@ -113,28 +105,26 @@ def _inputs(entry: LayerChannels, kept: NDArray[np.bool_]) -> int:
 
 def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, budget: ChannelBudget) -> Numbers:
     """The channel numbers to remove. Raises MixMixError where what may be removed does not come to the budget."""
-    costs = _Costs(module, channels, budget.unit)
+    costs = _Costs(channels, budget.unit)
     kept = np.ones(len(harm), bool)
-    goal = budget.share * costs.total(kept)
-    candidates = channels.numbers()
+    whole = costs.total(kept)
+    free = channels.numbers()
+    at_once = max(1, len(free) // ROUNDS)
     least = [max(1, round(budget.least * len(entry.outputs))) for entry in channels.layers]
-    while costs.total(kept) > goal:
-        free = candidates[kept[candidates]]
-        for entry, count in zip(channels.layers, least, strict=True):
-            own, sizes = np.unique(entry.outputs[kept[entry.outputs]], return_counts=True)
-            if sizes.sum() - sizes.max(initial=0) < count:
-                free = free[~np.isin(free, own)]
+    left = whole
+    while left > budget.share * whole:
         if not len(free):
-            left = f"{costs.total(kept) / costs.total(np.ones_like(kept)):.1%} of its {UNITS[budget.unit]}"
             raise MixMixError(
-                f"{module.classifier.path}: {left} stay where {budget.least:.0%} of each layer is kept, and what cannot"
-                " be removed: ask for less"
+                f"{module.classifier.path}: {left / whole:.1%} of its {UNITS[budget.unit]} stay where"
+                f" {budget.least:.0%} of each layer is kept, and what cannot be removed: ask for less"
             )
         ratio = harm[free] / np.maximum(costs.savings(kept)[free], 1e-300)
-        for number in free[np.argsort(ratio, kind="stable")[: max(1, len(candidates) // ROUNDS)]]:
+        best, free = np.split(free[np.argsort(ratio, kind="stable")], [at_once])
+        for number in best:  # one that has to stay now has to stay for good
             if _leaves_enough(channels, kept, int(number), least):
                 kept[number] = False
-            if costs.total(kept) <= goal:
+                left = costs.total(kept)
+            if left <= budget.share * whole:
                 break
     return np.flatnonzero(~kept)
 
@@ -145,15 +135,6 @@ def _leaves_enough(channels: Channels, kept: NDArray[np.bool_], number: int, lea
         for entry, count in zip(channels.layers, least, strict=True)
         if number in entry.outputs
     )
-
-
-def share_left(module: TorchClassifier, channels: Channels, removed: Numbers, unit: str) -> float:
-    """The share of `macs` or `weights` that is left without the channels."""
-    costs = _Costs(module, channels, unit)
-    kept = np.ones(1 + max(int(entry.outputs.max()) for entry in channels.layers), bool)
-    whole = costs.total(kept)
-    kept[removed] = False
-    return costs.total(kept) / whole
 
 
 def masks(channels: Channels, removed: Numbers) -> Mapping[str, Callable[[Tensor], Tensor]]:
@@ -179,11 +160,3 @@ def _touched(entry: LayerChannels, removed: Numbers) -> bool:
     return bool(np.isin(entry.outputs, removed).any()) or (
         entry.inputs is not None and bool(np.isin(entry.inputs, removed).any())
     )
-
-
-def layer_share(entry: LayerChannels, removed: Numbers) -> float:
-    """The part of a layer's weights that goes with the channels."""
-    left = float((~np.isin(entry.outputs, removed)).mean())
-    if entry.inputs is not None:
-        left *= float((~np.isin(entry.inputs, removed)).mean())
-    return 1 - left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,7 @@ def by_threshold(module: TorchClassifier, layers: Sequence[Layer], sparsity: flo
     """What one threshold over |w| / rms(layer) says, with at most `most` of a layer removed."""
     weights = {layer.output: module.constant(layer.weight).flatten() for layer in layers}
     sizes = {name: w.abs() / w.square().mean().sqrt().clamp_min(1e-12) for name, w in weights.items()}
-    limits = {name: settings.most * len(size) for name, size in sizes.items()}
-    _check_reachable(sum(limits.values()), sparsity, layers, settings)
+    _check_reachable(sparsity, settings)
     protected = {name: torch.where(keep_largest(size, settings.most), torch.inf, size) for name, size in sizes.items()}
     together = torch.cat(list(protected.values())).sort().values
     threshold = together[min(round(sparsity * len(together)), len(together) - 1)]
@@ -58,7 +58,7 @@ def by_sensitivity(
 ) -> Shares:
     """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID."""
     grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
-    _check_reachable(sum(settings.most * layer.parameters for layer in layers), sparsity, layers, settings)
+    _check_reachable(sparsity, settings)
 
     def versions(layer: Layer) -> list[Tensor]:
         weight = module.constant(layer.weight)
@@ -69,15 +69,16 @@ def by_sensitivity(
     total = sum(layer.parameters for layer in layers)
     choices = []
     for layer in layers:
-        curve = _interpolate(fine, grid, [0.0, *noise[layer.output]])
+        rising = np.maximum.accumulate([0.0, *noise[layer.output]])  # removing more is never taken to do less harm
+        curve = np.interp(fine, grid, rising)
         left = layer.parameters / total
-        choices.append([Choice(left * (1 - share), harm) for share, harm in zip(fine, curve, strict=True)])
+        choices.append([Choice(left * (1 - share), float(harm)) for share, harm in zip(fine, curve, strict=True)])
     chosen = allocate(choices, 1 - sparsity)
     return _exactly({layer.output: fine[index] for layer, index in zip(layers, chosen, strict=True)}, layers, sparsity)
 
 
-def _check_reachable(most: float, sparsity: float, layers: Sequence[Layer], settings: PruneSettings) -> None:
-    if most < sparsity * sum(layer.parameters for layer in layers):
+def _check_reachable(sparsity: float, settings: PruneSettings) -> None:
+    if sparsity > settings.most:
         raise MixMixError(
             f"sparsity {sparsity:g} cannot be reached with at most {settings.most:g} of a layer removed: ask for less,"
             " or raise it with --set most=..."
@@ -88,20 +89,6 @@ def _between(grid: Sequence[float]) -> list[float]:
     """The grid with FINE - 1 more values between neighbours."""
     fine = [a + (b - a) * step / FINE for a, b in itertools.pairwise(grid) for step in range(FINE)]
     return [*fine, grid[-1]]
-
-
-def _interpolate(at: Sequence[float], grid: Sequence[float], values: Sequence[float]) -> list[float]:
-    """Values at shares between those of the grid, made to rise: removing more is never taken to do less harm."""
-    rising = torch.cummax(torch.tensor(values, dtype=torch.float64), 0).values
-    found = []
-    for share in at:
-        index = max(i for i, known in enumerate(grid) if known <= share)
-        if index == len(grid) - 1:
-            found.append(float(rising[-1]))
-            continue
-        part = (share - grid[index]) / (grid[index + 1] - grid[index])
-        found.append(float(rising[index] + part * (rising[index + 1] - rising[index])))
-    return found
 
 
 def _exactly(shares: Mapping[str, float], layers: Sequence[Layer], sparsity: float) -> Shares:

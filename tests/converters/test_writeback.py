@@ -222,7 +222,7 @@ def test_edit_of_no_node(load: Load, name: str) -> None:
 def test_the_original_is_left_as_it_was(embedded: Classifier) -> None:
     before = serialise(embedded.original)
     nodes = [node for node in embedded.original.graph if node.op_type == "Conv"][:2]
-    shapes = [tuple(node.inputs[1].shape.numpy()) for node in nodes]  # type: ignore[union-attr]
+    shapes = [tuple(node.inputs[1].shape.numpy()) for node in nodes]  # type: ignore[union-attr]  # or the test fails
     names = [str(node.outputs[0].name) for node in nodes]
     edits = [random_edit(name, shape, 0, 8) for name, shape in zip(names, shapes, strict=True)]
     edited = apply(embedded.original, [*edits, ActivationEdit(names[0], 0.1, 3, 8)])

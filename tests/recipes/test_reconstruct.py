@@ -88,6 +88,7 @@ class Recorder(Segment):
         super().__init__(segment.owner, segment.inputs, segment.outputs)
         self.seen: list[Tensor] = []
 
+    # whatever else a Segment is called with goes on as it is
     def __call__(self, values: dict[str, Tensor], *how: object, **more: object) -> dict[str, Tensor]:  # type: ignore[override]
         if torch.is_grad_enabled():
             self.seen.append(values[self.inputs[0]].clone())
