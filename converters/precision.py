@@ -153,7 +153,7 @@ def _dequantized(quantized: ir.Value, parameters: list[ir.Value], axis: int, blo
 
     def read() -> np.ndarray:
         integers = graphs.to_numpy(quantized).astype(np.float32)
-        length = integers.shape[axis] if rank else 1
+        length = integers.shape[axis % rank] if rank else 1  # the default axis is 1, also where there is only one
         scale, *zero = (spread(graphs.to_numpy(value).astype(np.float32), length) for value in parameters)
         return ((integers - zero[0] if zero else integers) * scale).astype(np.float32)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
@@ -56,33 +57,28 @@ class Session:
         name: str = "",
         first: str | None = None,
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads
-        options.log_severity_level = SILENT
         self.name = name or (str(model) if isinstance(model, Path) else "model")
         with tempfile.TemporaryDirectory() as folder:
             content = _for_runtime(model, Path(folder))
-            try:
-                self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime's exception classes are not part of its public API
-                raise ModelError(f"{self.name}: onnxruntime cannot load the model ({_first_line(error)})") from error
+            self._session = _load(content, _options(optimise=optimise, threads=threads), self.name)
         image = self._session.get_inputs()[0]
         self.input_name: str = image.name
         self._type = INPUT_TYPES.get(image.type)
         names = [output.name for output in self._session.get_outputs()]
         self.output_names: list[str] = sorted(names, key=lambda output: output != first) if first else names
 
-    def run(self, inputs: Array, outputs: Sequence[str] | None = None) -> list[Array]:
-        """Outputs (all, or those named) for one batch, which is brought to the input's type.
+    def run(
+        self, inputs: Array, outputs: Sequence[str] | None = None, more: Mapping[str, Array] | None = None
+    ) -> list[Array]:
+        """Outputs (all, or those named) for one batch, which is brought to the input's type; `more` are other inputs.
 
         Raises ModelError when onnxruntime refuses the batch.
         """
         try:
             quiet = onnxruntime.RunOptions()
             quiet.log_severity_level = SILENT
-            return self._session.run(list(outputs or self.output_names), {self.input_name: self._typed(inputs)}, quiet)
+            given = {self.input_name: self._typed(inputs), **(more or {})}
+            return self._session.run(list(outputs or self.output_names), given, quiet)
         except Exception as error:  # as above
             raise ModelError(f"{self.name}: onnxruntime cannot run the model ({_first_line(error)})") from error
 
@@ -112,6 +108,36 @@ class Session:
             self.run(inputs)
             times.append(time.perf_counter() - before)
         return float(np.median(times) * 1e3)
+
+
+def _options(*, optimise: bool, threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = SILENT
+    return options
+
+
+def _load(content: str | bytes, options: onnxruntime.SessionOptions, name: str) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exception classes are not part of its public API
+        raise ModelError(f"{name}: onnxruntime cannot load the model ({_first_line(error)})") from error
+
+
+def optimised_operators(path: Path) -> list[str]:
+    """The operator of every node that onnxruntime runs on this machine's CPU, after all optimisations.
+
+    Raises ModelError when it cannot load the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "optimised.onnx"
+        options = _options(optimise=True, threads=1)
+        options.optimized_model_filepath = str(written)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        _load(str(path), options, str(path))
+        return [node.op_type for node in onnx.load(written, load_external_data=False).graph.node]
 
 
 def fits_protobuf(model: ir.Model) -> bool:

@@ -25,7 +25,7 @@ from converters.endings import find_ending
 from converters.errors import ConversionError, ModelError, OutputError
 from converters.input_spec import METADATA_PREFIX
 from converters.runtime import Session, fits_protobuf, serialise
-from converters.targets import ACTIVATIONS, PLAIN_IR, PLAIN_OPSET, Container, weight_container
+from converters.targets import PLAIN_IR, PLAIN_OPSET, Container, Target
 from converters.torch_module import relative_difference
 
 BIAS = 2  # operand position
@@ -38,7 +38,7 @@ class WeightEdit:
     """Integers for the weight of the node that writes `output`.
 
     `values` has the weight's own shape; `scale` (float32, > 0) and `zero_point` have one entry a channel of `axis`.
-    The file holds `values` in the smallest container for `bits`; real = (value - zero_point) * scale.
+    The file holds `values`, which have `bits` bits, in `container`; real = (value - zero_point) * scale.
     """
 
     output: str
@@ -47,6 +47,7 @@ class WeightEdit:
     zero_point: NDArray[np.int32]
     axis: int
     bits: int
+    container: Container
     index: int = 1
     """The weight's operand position."""
 
@@ -58,6 +59,15 @@ class TensorEdit:
     output: str
     index: int
     values: NDArray[np.float32] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BiasEdit:
+    """A bias as integers: `values` (int32) times `scale` (float32), both [C], for the node that writes `output`."""
+
+    output: str
+    values: NDArray[np.int32]
+    scale: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class ActivationEdit:
     scale: float
     zero_point: int
     bits: int
+    container: Container
 
 
 @dataclass(frozen=True)
@@ -90,17 +101,18 @@ class Proof:
     """Largest relative difference."""
 
 
-Edit = WeightEdit | TensorEdit | AttributeEdit | ActivationEdit
+Edit = WeightEdit | TensorEdit | BiasEdit | AttributeEdit | ActivationEdit
 
 
-def prepare_for_quantization(classifier: Classifier, *, four_bit: bool) -> Classifier:
+def prepare_for_quantization(
+    classifier: Classifier, target: Target, bits: int, act_bits: int | None = None
+) -> Classifier:
     """The graph that quantization writes into: the original with BatchNorm folded, at the opset its types need.
 
     Per-channel weight quantization commutes with the fold, the file loses four vectors a layer, and Conv stands next
     to what follows it, which is what fusing runtimes look for.
     """
-    container = weight_container(4 if four_bit else 8)
-    return _prepare(classifier, container.opset, container.ir_version)
+    return _prepare(classifier, *target.needs(bits, act_bits))
 
 
 def prepare_for_pruning(classifier: Classifier) -> Classifier:
@@ -149,6 +161,8 @@ def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
                 _wire(values[edit.output], edit.index, _dequantized_weight(graph, values[edit.output], edit))
             case TensorEdit():
                 _replace_tensor(graph, values[edit.output], edit)
+            case BiasEdit():
+                _wire(values[edit.output], BIAS, _dequantized_bias(graph, values[edit.output], edit))
             case AttributeEdit():
                 _producer(values[edit.output]).attributes[edit.name] = ir.AttrInt64(edit.name, edit.value)
             case ActivationEdit():
@@ -190,8 +204,7 @@ def _wire(output: ir.Value, index: int, new: ir.Value) -> None:
 
 def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Container, bits: int) -> ir.Value:
     """An initializer of the container's type. Raises ValueError when a value does not fit in `bits` bits."""
-    low = -(2 ** (bits - 1)) if container.low < 0 else 0
-    high = low + 2**bits - 1
+    low, high = container.bounds(bits)
     if values.min(initial=0) < low or values.max(initial=0) > high:
         raise ValueError(f"{name}: integers outside [{low}, {high}]")
     tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=graphs.unused_name(graph, name))
@@ -201,16 +214,30 @@ def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Contain
 def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> ir.Value:
     node = _producer(output)
     name = _operand_name(node, edit.index) or f"{edit.output}.weight"
-    container = weight_container(edit.bits)
     operands = [
-        _integers(graph, f"{name}.q", edit.values, container, edit.bits),
+        _integers(graph, f"{name}.q", edit.values, edit.container, edit.bits),
         graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.scale"), edit.scale),
-        _integers(graph, f"{name}.zero", edit.zero_point, container, edit.bits),
+        _integers(graph, f"{name}.zero", edit.zero_point, edit.container, edit.bits),
     ]
-    dequantize = ir.node(
-        "DequantizeLinear", operands, attributes={"axis": edit.axis}, name=f"{node.name or edit.output}/weight/DQ"
-    )
-    dequantize.outputs[0].name = graphs.unused_name(graph, f"{name}.dequantized")
+    return _dequantize_before(graph, node, operands, edit.axis, name, f"{node.name or edit.output}/weight/DQ")
+
+
+def _dequantized_bias(graph: ir.Graph, output: ir.Value, edit: BiasEdit) -> ir.Value:
+    """Zero point 0, as integer kernels ask for, is what DequantizeLinear has without one."""
+    node = _producer(output)
+    name = _operand_name(node, BIAS) or f"{edit.output}.bias"
+    operands = [
+        graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.q"), edit.values),
+        graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.scale"), edit.scale),
+    ]
+    return _dequantize_before(graph, node, operands, 0, name, f"{node.name or edit.output}/bias/DQ")
+
+
+def _dequantize_before(
+    graph: ir.Graph, node: ir.Node, operands: list[ir.Value], axis: int, value: str, name: str
+) -> ir.Value:
+    dequantize = ir.node("DequantizeLinear", operands, attributes={"axis": axis}, name=name)
+    dequantize.outputs[0].name = graphs.unused_name(graph, f"{value}.dequantized")
     graph.insert_before(node, dequantize)
     return dequantize.outputs[0]
 
@@ -220,11 +247,11 @@ def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit)
     scale = np.array(edit.scale, np.float32)
     parameters = [
         graphs.add_initializer(graph, graphs.unused_name(graph, f"{edit.value}.scale"), scale),
-        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), ACTIVATIONS, edit.bits),
+        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), edit.container, edit.bits),
     ]
     first, inserted = value, []
-    if edit.bits < 8:  # the container is wider than the bits: saturate to them first
-        bounds = (0 - edit.zero_point, 2**edit.bits - 1 - edit.zero_point)
+    if edit.bits < edit.container.bits:  # saturate to the bits first
+        bounds = tuple(end - edit.zero_point for end in edit.container.bounds(edit.bits))
         names = (f"{edit.value}.low", f"{edit.value}.high")
         operands = [
             graphs.add_initializer(graph, graphs.unused_name(graph, name), np.array(bound * scale, np.float32))
@@ -298,6 +325,13 @@ def save_proved(
             )
 
     return save(model, path, metadata, overwrite=overwrite, check=check), difference
+
+
+def stored_size(model: ir.Model) -> int:
+    """Bytes that the model takes on disk, in one file or two."""
+    if fits_protobuf(model):
+        return len(serialise(model))
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def data_beside(path: Path) -> Path:

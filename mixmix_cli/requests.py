@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from mixmix_cli import __version__, options
 from mixmix_cli.console import Terminal, size
-from mixmix_cli.results import compression_json, validation_table
+from mixmix_cli.results import compression_json, fusion_line, validation_table
 
 if TYPE_CHECKING:
     from recipes.account import Compression
     from recipes.pipeline import Request
     from recipes.validate import Validation
+
+
+SLOWER = 1.05
+"""Times the float model's latency from which it is said; below is noise."""
 
 
 def request_from(
@@ -59,6 +63,11 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
             f" (1/{result.size_before / result.size_after:.1f}) in {result.seconds:.0f} s"
         )
         terminal.show(account)
+        if result.fusion is not None:
+            terminal.show(fusion_line(result.fusion))
         terminal.show(validation_table(validation))
         terminal.show(f"on the {validation.images} calibration images: hold it against others with mixmix validate")
+    latency = validation.candidates[0].latency_ms / validation.reference.latency_ms
+    if latency > SLOWER and result.slow_because is not None:
+        terminal.say(f"the file is {latency:.1f} times as slow as the float one here: {result.slow_because}")
     return 0 if validation.passed else 1

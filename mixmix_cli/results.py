@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from mixmix_cli.console import percent, pixels, size, table
 
 if TYPE_CHECKING:
     from converters.input_spec import Detection, InputSpec
+    from converters.kernels import Fusion
     from recipes.account import Compression
     from recipes.compare import Comparison
     from recipes.inspect import Inspection
+    from recipes.layer_noise import LayerNoise
     from recipes.synth.engine import Synthesis
     from recipes.validate import Candidate, Validation
     from recipes.zoo import Zoo, ZooFacts
@@ -60,8 +63,45 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
         "size_bytes": {"before": result.size_before, "after": result.size_after},
         "seconds": result.seconds,
         "written_difference": result.written_difference,
+        "fusion": None if result.fusion is None else fusion_json(result.fusion),
         "validation": validation_json(validation),
     }
+
+
+NAMED = 4
+"""Layers that are called by name where many share a reason."""
+
+
+def placement_line(result: Compression) -> str:
+    """Which layers have other bits than was asked for and why; where a budget was given, how many have how many."""
+    if result.bits is None:
+        widths = sorted({layer.bits for layer in result.layers if layer.bits is not None})
+        counts = [f"{sum(layer.bits == bits for layer in result.layers)} layers at {bits} bits" for bits in widths]
+        return ", ".join(counts)
+    groups: dict[tuple[int | None, str | None], list[str]] = {}
+    for layer in result.kept:
+        groups.setdefault((layer.bits, layer.reason), []).append(layer.name)
+    parts = [
+        f"{', '.join(names[:NAMED])}{f' and {len(names) - NAMED} more' * (len(names) > NAMED)} {bits} bits ({reason})"
+        for (bits, reason), names in groups.items()
+    ]
+    text = f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits"
+    return f"{text}: {'; '.join(parts)}" if parts else text
+
+
+def fusion_json(fusion: Fusion) -> dict[str, Any]:
+    return {
+        "layers": fusion.layers,
+        "forecast": fusion.forecast,
+        "counted": fusion.counted,
+        "operators": dict(fusion.operators),
+    }
+
+
+def fusion_line(fusion: Fusion) -> str:
+    """What runs in integers, in one sentence."""
+    text = f"{fusion.counted} of {fusion.layers} layers run in integers in onnxruntime on this machine"
+    return text + ("" if fusion.counted == fusion.forecast else f", where {fusion.forecast} were forecast")
 
 
 def spec_json(spec: InputSpec) -> dict[str, Any]:
@@ -104,6 +144,7 @@ def validation_json(result: Validation) -> dict[str, Any]:
                     {"gate": verdict.gate, "passed": verdict.passed, "reason": verdict.reason}
                     for verdict in candidate.verdicts
                 ],
+                "layers": None if candidate.layers is None else [_layer_json(layer) for layer in candidate.layers],
             }
             for candidate in result.candidates
         ],
@@ -143,6 +184,60 @@ def validation_table(result: Validation) -> Table:
     ]
     columns = ["model", "top-1", "top-5", "agreement", "KL", "SNR", "size", "latency", "gates"]
     return table(columns, rows)
+
+
+def _layer_json(layer: LayerNoise) -> dict[str, Any]:
+    return {
+        "value": layer.value,
+        "op": layer.op,
+        "snr_db": layer.snr,
+        "own_snr_db": layer.own_snr,
+        "bits": layer.bits,
+        "act_bits": layer.act_bits,
+        "sparsity": layer.sparsity,
+        "container": layer.container,
+        "compared_with": layer.compared,
+        "reason": layer.reason,
+    }
+
+
+def layers_table(candidate: Candidate, layers: list[LayerNoise]) -> Table:
+    """One row a layer, those that hurt most first."""
+    rows = [
+        [
+            escape(layer.value if layer.compared in (layer.value, None) else f"{layer.value} (as {layer.compared})"),
+            layer.op,
+            _decibels(layer.own_snr),
+            _decibels(layer.snr),
+            "float" if layer.bits is None else str(layer.bits),
+            layer.container,
+            "float" if layer.act_bits is None else str(layer.act_bits),
+            percent(layer.sparsity),
+        ]
+        for layer in layers
+    ]
+    columns = ["layer", "op", "own SNR", "SNR", "bits", "stored as", "input bits", "zeros"]
+    title = f"layers of {escape(str(candidate.path))}, those that hurt most first"
+    return table(columns, rows, title, ["op", "stored as"])
+
+
+def layers_note(layers: list[LayerNoise]) -> str:
+    """What the figures mean, and which layers have none."""
+    if not layers:
+        return "no Conv, ConvTranspose, Gemm or MatMul with a constant weight: no layers to compare"
+    note = "SNR of each layer's output as the file runs; own SNR: on the reference's input, its own noise alone"
+    missing = [layer for layer in layers if layer.snr is None]
+    if missing:
+        note += f"\n{len(missing)} of {len(layers)} layers cannot be compared:"
+        for reason in dict.fromkeys(layer.reason for layer in missing):
+            note += f"\n  {reason}: {', '.join(layer.value for layer in missing if layer.reason == reason)}"
+    return note
+
+
+def _decibels(snr: float | None) -> str:
+    if snr is None:
+        return "-"
+    return f"{snr:.1f} dB" if math.isfinite(snr) else "equal" if snr > 0 else "not finite"
 
 
 def _gates(candidate: Candidate) -> str:

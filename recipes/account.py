@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from converters.input_spec import InputSpec
+from converters.kernels import Fusion
 from recipes.reconstruct import Reconstruction
 
 LEAST_POWER = 1e-12  # a layer of zeros has no relative error
@@ -72,8 +73,25 @@ class Compression:
     seconds: float
     written_difference: float
     """Largest relative difference between the file's logits in onnxruntime and the computed ones."""
+    fusion: Fusion | None = None
+    """What runs in integers, where that was asked for."""
+
+    @property
+    def slow_because(self) -> str | None:
+        """Why the file may be slower than the float one; None where nothing is known that would make it so."""
+        if all(layer.bits is None for layer in self.layers):
+            return None
+        if self.fusion is None:
+            return (
+                "integers are turned back into float on every run; --act-bits 8 --target ort-cpu makes a file that"
+                " onnxruntime runs in integers"
+            )
+        if self.fusion.counted < self.fusion.layers:
+            missing = self.fusion.layers - self.fusion.counted
+            return f"{missing} of {self.fusion.layers} layers do not run in integers"
+        return "integer kernels of this machine do not make up for quantizing what lies between them"
 
     @property
     def kept(self) -> list[LayerAccount]:
-        """Layers whose weights have more bits than was asked for."""
-        return [layer for layer in self.layers if self.bits is not None and (layer.bits or 32) > self.bits]
+        """Layers whose weights have other bits than was asked for."""
+        return [layer for layer in self.layers if self.bits is not None and layer.bits != self.bits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError
+from converters.targets import MIN_BITS, PORTABLE
 from converters.torch_module import Layer, TorchClassifier, Unsupported, to_torch, unsupported_operators
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import Block, find_blocks
@@ -107,7 +109,7 @@ def _obstacle(classifier: Classifier) -> str | None:
     if classifier.quantized:
         return None
     try:
-        prepare_for_quantization(classifier, four_bit=True)
+        prepare_for_quantization(classifier, PORTABLE, MIN_BITS)
     except MixMixError as error:
         return str(error).removeprefix(f"{classifier.path}: ")
     return None
@@ -122,9 +124,17 @@ def layer_outputs(module: TorchClassifier) -> dict[str, Tensor]:
 
 def _count(module: TorchClassifier) -> tuple[int, int]:
     """Classes, and multiply-accumulates of the weighted layers for one image."""
-    values, macs = layer_outputs(module), 0
-    for layer in module.layers():
-        result = values[layer.output]
-        channels = layer.shape[layer.axis]
-        macs += layer.parameters * (result.numel() // channels)
-    return values[module.logits_name].shape[1], macs
+    values = layer_outputs(module)
+    return values[module.logits_name].shape[1], sum(_macs(module, values).values())
+
+
+def layer_macs(module: TorchClassifier) -> dict[str, int]:
+    """Multiply-accumulates of every weighted layer for one image, by layer output."""
+    return _macs(module, layer_outputs(module))
+
+
+def _macs(module: TorchClassifier, values: Mapping[str, Tensor]) -> dict[str, int]:
+    return {
+        layer.output: layer.parameters * (values[layer.output].numel() // layer.shape[layer.axis])
+        for layer in module.layers()
+    }

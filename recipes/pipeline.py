@@ -13,17 +13,19 @@ import torch
 from converters.classifier import Classifier
 from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
+from converters.targets import PORTABLE, Target
 from converters.torch_module import TorchClassifier, to_torch
-from converters.writeback import ensure_writable
+from converters.writeback import ensure_writable, prepare_for_quantization
 from recipes.account import Compression
-from recipes.distill.engine import distill
+from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.patterns import WholeChannels
 from recipes.progress import Progress
-from recipes.prune.engine import PROVENANCE, Goal, prune, prune_in_memory
+from recipes.prune.engine import PROVENANCE, Goal, check_goal, prune, prune_in_memory
 from recipes.prune.settings import PruneSettings
-from recipes.quantize.engine import check_bits, quantize
+from recipes.quantize.engine import check_bits, least_bits, quantize
+from recipes.quantize.mixed import Budget
 from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import Effort
 from recipes.synth.engine import synthesize
@@ -129,8 +131,14 @@ class Request:
         return {"seed": self.seed, "device": self.device, "overwrite": self.overwrite, "progress": progress}
 
 
-Write = Callable[[Request, ImageSet, Progress], Compression]
-"""Makes the smaller model from the images and writes it."""
+@dataclass(frozen=True)
+class Write:
+    """How a command makes its smaller model."""
+
+    check: Callable[[Request], None]
+    """Raises MixMixError for what cannot work on any images, before they are made."""
+    write: Callable[[Request, ImageSet, Progress], Compression]
+    """Makes the smaller model from the images and writes it."""
 
 
 def compress(request: Request, write: Write, progress: Progress) -> tuple[Compression, Validation]:
@@ -143,6 +151,7 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     ensure_writable(request.output, overwrite=request.overwrite)
     if request.data is None and gates.max_drop is not None:
         raise GateError("--max-drop needs real labels: give labelled images with --data")
+    write.check(request)
     images = calibration_images(request, progress)
     require_labels(images, gates)
     if images.label_kind == "real":
@@ -153,13 +162,25 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
                 raise
             progress.say(f"labels left aside: {error}")
             images = replace(images, labels=None, label_kind="none")
-    result = write(request, images, progress)
+    result = write.write(request, images, progress)
     return result, validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
 
 
-def quantizing(settings: QuantizeSettings, bits: int, act_bits: int | None) -> Write:
+def check_quantizable(
+    classifier: Classifier, bits: int | Budget, act_bits: int | None = None, target: Target = PORTABLE
+) -> None:
+    """Raise MixMixError for a model that cannot be quantized, whatever the images."""
+    to_torch(prepare_for_quantization(classifier, target, least_bits(bits), act_bits))
+
+
+def quantizing(
+    settings: QuantizeSettings, bits: int | Budget, act_bits: int | None = None, target: Target = PORTABLE
+) -> Write:
     """`mixmix quantize`. Raises MixMixError for widths that cannot be written."""
     check_bits(bits, act_bits)
+
+    def check(request: Request) -> None:
+        check_quantizable(request.classifier, bits, act_bits, target)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         return quantize(
@@ -169,15 +190,19 @@ def quantizing(settings: QuantizeSettings, bits: int, act_bits: int | None) -> W
             settings,
             bits,
             act_bits,
+            target,
             **request.how(progress),
             provenance=request.provenance,
         )
 
-    return write
+    return Write(check, write)
 
 
 def pruning(settings: PruneSettings, goal: Goal) -> Write:
     """`mixmix prune`."""
+
+    def check(request: Request) -> None:
+        check_goal(request.classifier, settings, goal)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         return prune(
@@ -190,11 +215,17 @@ def pruning(settings: PruneSettings, goal: Goal) -> Write:
             provenance=request.provenance,
         )
 
-    return write
+    return Write(check, write)
 
 
 def distilling(settings: DistillSettings) -> Write:
     """`mixmix distill`: the request's classifier is the teacher."""
+
+    def check(request: Request) -> None:
+        assert request.student is not None
+        check_pair(request.classifier, request.student)
+        if request.images is not None:
+            check_count(request.images, f"--images {request.images}")
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         assert request.student is not None
@@ -208,7 +239,7 @@ def distilling(settings: DistillSettings) -> Write:
             provenance=request.provenance,
         )
 
-    return write
+    return Write(check, write)
 
 
 def pruning_then_quantizing(
@@ -219,6 +250,10 @@ def pruning_then_quantizing(
     The second step reconstructs the blocks of the pruned model. Raises MixMixError for a width that cannot be written.
     """
     check_bits(bits, None)
+
+    def check(request: Request) -> None:
+        check_goal(request.classifier, settings, goal)
+        check_quantizable(request.classifier, bits)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         started = time.perf_counter()
@@ -242,7 +277,7 @@ def pruning_then_quantizing(
         gone = pruned.sparsity if isinstance(goal.pattern, WholeChannels) else result.sparsity
         return replace(result, sparsity=gone, seconds=time.perf_counter() - started)
 
-    return write
+    return Write(check, write)
 
 
 def calibration_images(request: Request, progress: Progress) -> ImageSet:

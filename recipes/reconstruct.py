@@ -99,6 +99,12 @@ class LearnedTensor:
     def tensor(self) -> Tensor:
         return self.value
 
+    def state(self) -> dict[str, Tensor]:
+        return {"value": self.value}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.value = state["value"].to(self.value.device)
+
 
 @dataclass(frozen=True)
 class Changes:

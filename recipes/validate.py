@@ -8,9 +8,8 @@ itself changes, that is a failure and not rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.runtime import Session
 from recipes.images import ImageSet, LabelKind
+from recipes.layer_noise import LayerNoise, measure_layers, ratio
 from recipes.progress import Progress, Silent
 
 BATCH = 50
@@ -86,6 +86,8 @@ class Candidate:
     latency_ms: float
     fusion_snr: float
     verdicts: list[Verdict] = field(default_factory=list)
+    layers: list[LayerNoise] | None = None
+    """Those that hurt most first; None where they were not asked for."""
 
     @property
     def failed(self) -> list[str]:
@@ -129,8 +131,7 @@ def divergence(reference: Logits, other: Logits) -> float:
 
 def decibels(reference: Logits, other: Logits) -> float:
     """Signal-to-noise ratio of `other` against `reference`: 10 log10(power / power of the difference)."""
-    noise = float(np.square(other - reference).sum())
-    return math.inf if noise == 0 else 10 * math.log10(max(float(np.square(reference).sum()), 1e-300) / noise)
+    return ratio(float(np.square(reference).sum()), float(np.square(other - reference).sum()))
 
 
 def top_k(logits: Logits, labels: NDArray[np.int64], k: int) -> float:
@@ -154,14 +155,18 @@ def validate(
     images: ImageSet,
     gates: Gates | None = None,
     *,
+    layers: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Validation:
-    """Run all models on all images. Raises GateError when a gate needs labels that are not there."""
+    """Run all models on all images, and with `layers` compare every layer's output on the first few.
+
+    Raises GateError when a gate needs labels that are not there.
+    """
     gates, progress = gates or Gates(), progress or Silent()
     require_labels(images, gates)
     labels = images.labels.numpy() if images.labels is not None and images.label_kind == "real" else None
-    with progress.task("validating", 1 + 2 * len(candidates)) as task:
+    with progress.task("validating", 1 + (3 if layers else 2) * len(candidates)) as task:
         logits = _logits(reference, reference, images, threads=threads)
         check_labels(images, logits.shape[1], reference)
         top1, top5 = _accuracy(logits, labels, reference)
@@ -181,6 +186,9 @@ def validate(
             latency = _latency(candidate, reference, images, threads)
             judged.append(_judge(candidate, held, logits, fused, plain, labels, latency, gates))
             task.advance()
+            if layers:
+                judged[-1] = replace(judged[-1], layers=_layers(candidate, reference, images, threads))
+                task.advance()
     return Validation(held, judged, len(images), images.label_kind)
 
 
@@ -245,6 +253,13 @@ def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: i
             taken.append("size")
         spec = spec.model_copy(update={key: getattr(reference.spec, key) for key in taken})
     return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
+
+
+def _layers(candidate: Classifier, reference: Classifier, images: ImageSet, threads: int) -> list[LayerNoise]:
+    def inputs(model: Classifier, start: int, stop: int) -> NDArray[np.float32]:
+        return _inputs(model, reference, images, start, stop)
+
+    return measure_layers(reference, candidate, inputs, len(images), threads=threads)
 
 
 def _logits(

@@ -15,6 +15,7 @@ from converters.classifier import Classifier
 from converters.runtime import fits_protobuf
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, share_of_zeros
+from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
 from recipes.memory import keep_freed_memory
 from recipes.reconstruct import Reconstruction
@@ -37,9 +38,17 @@ def begin(prepared: Classifier, output: Path, device: torch.device | None, *, ov
 
 def model_inputs(module: TorchClassifier, images: ImageSet) -> Tensor:
     """The images as the model takes them [N, ...], on its device, in the memory order that convolutions are fast in."""
-    as_stored = module.classifier.as_stored
-    inputs = torch.cat([as_stored(module.spec.to_input(part)) for part in images.pixels.split(64)])
+    inputs = torch.cat([_stored(module, part) for part in images.pixels.split(64)])
     return inputs.contiguous(memory_format=torch.channels_last).to(module.device)
+
+
+def to_inputs(module: TorchClassifier, pixels: Tensor) -> Tensor:
+    """A batch of pixels [n, C, H, W] as the model takes it, on its device."""
+    return _stored(module, pixels).contiguous(memory_format=torch.channels_last).to(module.device)
+
+
+def _stored(module: TorchClassifier, pixels: Tensor) -> Tensor:
+    return module.classifier.as_stored(module.spec.to_input(pixels))
 
 
 def sample_for_proof(prepared: Classifier, inputs: Tensor) -> Tensor:
@@ -62,6 +71,8 @@ class Result:
     bits: int | None = None
     act_bits: int | None = None
     tolerance: float = WRITTEN_TOLERANCE
+    checkpoint: Checkpoint | None = None
+    """Removed when the file is written."""
 
     @property
     def sparsity(self) -> float:
@@ -88,6 +99,8 @@ class Result:
         )
         metadata = {**source.spec.to_metadata(), **facts}
         size, difference = writeback.save_proved(model, output, metadata, proof, overwrite=overwrite)
+        if self.checkpoint is not None:
+            self.checkpoint.remove()
         return Compression(
             input=source.path,
             output=output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,18 @@ def embedded(embedded_path: Path) -> Classifier:
 def embedded_module(embedded: Classifier) -> TorchClassifier:
     """Each embedded model as a torch module, not yet compared with onnxruntime."""
     return to_torch(embedded, check=False)
+
+
+@pytest.fixture(scope="session")
+def classifier_of() -> Callable[[str], Classifier]:
+    """Embedded classifiers by name, each loaded once."""
+    return cache(lambda name: load_classifier(zoo.model_path(name)))
+
+
+@pytest.fixture(scope="session")
+def module_of(classifier_of: Callable[[str], Classifier]) -> Callable[[str], TorchClassifier]:
+    """Embedded classifiers by name as torch modules, each converted once."""
+    return cache(lambda name: to_torch(classifier_of(name)))
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ from mixmix_cli import options
 def command(**given: Any) -> int:
     """Train STUDENT, a float ONNX classifier of any family, to answer as TEACHER does. No data is needed.
 
+    What is said of the input (--mean, --std, --scale, --layout, --channels, --size) holds for both models: where they
+    differ, leave it out and say it of each in a TOML file beside it (TEACHER.toml, STUDENT.toml, table [input]).
+
     Example: mixmix distill large.onnx small.onnx
     """
     from mixmix_cli.console import Terminal, percent

@@ -10,13 +10,42 @@ import click
 from mixmix_cli import options
 
 BITS = click.IntRange(2, 8)
-METHODS = ("nearest", "adaround", "brecq", "qdrop")
+WIDE = 16
+METHODS = ("nearest", "adaround", "brecq", "qdrop", "qat")
+TARGETS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
+CONTAINERS = ("int2", "int4", "int8")
+
+
+class ActivationBits(click.IntRange):
+    """2 to 8, or 16."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return WIDE if str(value) == str(WIDE) else super().convert(value, param, ctx)
 
 
 @click.command("quantize", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
-@click.option("--bits", required=True, type=BITS, help="Bits of the weights.")
-@click.option("--act-bits", type=BITS, help="Bits of the activations; float when not given.")
+@click.option("--bits", type=BITS, help="Bits of the weights.")
+@click.option(
+    "--mixed",
+    metavar="BUDGET",
+    help="Instead of --bits: bits by layer within size=2MB (the file), bops=1.5G or bits=3 (on average).",
+)
+@click.option(
+    "--act-bits", type=ActivationBits(2, 8), help="Bits of the activations, 2 to 8 or 16; float when not given."
+)
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="portable",
+    show_default=True,
+    help="Runtime that the file is for: ort-cpu runs 8-bit activations in integers.",
+)
+@click.option(
+    "--weight-container",
+    type=click.Choice(CONTAINERS),
+    help="Narrowest type that weights are stored in (default: int4, or what the target runs).",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.w4.onnx beside the input.")
 @click.option("--method", type=click.Choice(METHODS), default="qdrop", show_default=True, help="How to round.")
 @options.smaller
@@ -30,18 +59,23 @@ def command(**given: Any) -> int:
 
     Example: mixmix quantize --bits 4 model.onnx
     """
+    if (given["bits"] is None) == (given["mixed"] is None):
+        raise click.UsageError("give either --bits or --mixed: how many bits the weights get")
+    from converters.targets import choose_target
     from mixmix_cli.console import Terminal
     from mixmix_cli.requests import request_from, show_result
+    from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, quantizing
     from recipes.quantize.engine import output_path
+    from recipes.quantize.mixed import Budget
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
     from recipes.settings import load_recipe
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    recipe, bits, act_bits = given["recipe"] or given["method"], given["bits"], given["act_bits"]
+    recipe, act_bits = given["recipe"] or given["method"], given["act_bits"]
+    bits = given["bits"] if given["mixed"] is None else Budget.parse(given["mixed"])
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
+    target = choose_target(given["target"], given["weight_container"], act_bits)
     request = request_from(given, output_path(given["model"], bits, act_bits), recipe, terminal)
-    result, validation = compress(request, quantizing(settings, bits, act_bits), terminal)
-    kept = "; ".join(f"{layer.name} {layer.bits} bits ({layer.reason})" for layer in result.kept)
-    account = f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits: {kept or 'none'}"
-    return show_result(terminal, result, validation, account)
+    result, validation = compress(request, quantizing(settings, bits, act_bits, target), terminal)
+    return show_result(terminal, result, validation, placement_line(result))

@@ -17,6 +17,7 @@ FRACTION = click.FloatRange(0, 1)
 @click.argument("candidates", nargs=-1, required=True, type=options.MODEL)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, synth output or .npz.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Use the first N images only.")
+@click.option("--layers", is_flag=True, help="Signal-to-noise ratio of every layer's output, what hurts most first.")
 @click.option("--max-drop", type=FRACTION, help="Gate: top-1 may fall by this fraction.")
 @click.option("--min-top1", type=FRACTION, help="Gate: least top-1, a fraction.")
 @click.option("--min-agreement", type=FRACTION, help="Gate: least share of images with the reference's answer.")
@@ -34,7 +35,7 @@ def command(**given: Any) -> int:
     """
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
-    from mixmix_cli.results import validation_json, validation_table
+    from mixmix_cli.results import layers_note, layers_table, validation_json, validation_table
     from recipes.images import load_images
     from recipes.validate import Gates, validate
 
@@ -47,7 +48,8 @@ def command(**given: Any) -> int:
     terminal.tell_choices(reference)
     images = load_images(given["data"], given["images"], size=reference.spec.size)
     gates = Gates(given["max_drop"], given["min_top1"], given["min_agreement"])
-    result = validate(reference, candidates, images, gates, threads=given["threads"], progress=terminal)
+    how = {"layers": given["layers"], "threads": given["threads"], "progress": terminal}
+    result = validate(reference, candidates, images, gates, **how)
     if terminal.as_json:
         terminal.document(validation_json(result))
     else:
@@ -62,6 +64,9 @@ def command(**given: Any) -> int:
             for verdict in candidate.verdicts:
                 if not verdict.passed:
                     terminal.show(f"{candidate.path} fails {verdict.gate}: {verdict.reason}")
+            if candidate.layers is not None:
+                terminal.show(layers_table(candidate, candidate.layers))
+                terminal.show(layers_note(candidate.layers))
     if given["junit"]:
         from mixmix_cli.report import write_junit
 

@@ -7,10 +7,10 @@ original graph -> onnxruntime. Zeros of a pruned student stay zero.
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,10 +22,13 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.torch_module import Step, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
-from recipes.distill.losses import divergence, likeness_loss, mix_images, move_images
+from recipes.checkpoint import Checkpoint
+from recipes.distill.losses import likeness_loss
 from recipes.distill.settings import DistillSettings
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent
+from recipes.reconstruct import Group
+from recipes.training import Training, divergence, train
 from recipes.workpiece import Result, begin, model_inputs, sample_for_proof
 
 PROVENANCE = "mixmix.distill"
@@ -33,7 +36,6 @@ PROVENANCE = "mixmix.distill"
 EPSILON = 1e-5  # BatchNormalization's default
 STATISTICS = (3, 4)
 """Operand positions of BatchNormalization's mean and variance."""
-LOOK_EVERY = 8
 SAMPLE = 64
 """Images that the written file is tried on, at most."""
 
@@ -41,6 +43,30 @@ SAMPLE = 64
 def output_path(student: Path) -> Path:
     """`student.distilled.onnx`, beside the student."""
     return student.with_suffix(".distilled.onnx")
+
+
+def check_pair(teacher: Classifier, student: Classifier) -> None:
+    """Raise MixMixError for two models of which one cannot learn from the other, whatever the images."""
+    module = to_torch(writeback.prepare_for_training(student))
+    trainable(module)
+    check_classes(to_torch(teacher), module, torch.zeros(2, teacher.spec.channel_count, *teacher.spec.size))
+
+
+def check_count(count: int, source: str) -> None:
+    """Raise MixMixError where `source` gives fewer images than can be learned from."""
+    if count < 2:
+        raise MixMixError(f"{source} comes to one image, and a student learns from batches of at least 2: give more")
+
+
+@torch.no_grad()
+def check_classes(teacher: TorchClassifier, student: TorchClassifier, pixels: Tensor) -> None:
+    """Raise MixMixError where the two tell different numbers of classes apart, or cannot take the same pixels."""
+    counts = [module(module.spec.to_input(pixels).to(module.device)).shape[1] for module in (teacher, student)]
+    if counts[0] != counts[1]:
+        raise MixMixError(
+            f"{teacher.classifier.path} has {counts[0]} classes and {student.classifier.path} has {counts[1]}:"
+            " a student needs its teacher's classes"
+        )
 
 
 def distill(
@@ -63,38 +89,44 @@ def distill(
     started, progress = time.perf_counter(), progress or Silent()
     prepared = writeback.prepare_for_training(student)
     module = begin(prepared, output, device, overwrite=overwrite)
-    if len(images) < 2:
-        raise MixMixError(f"{images.source} has one image, and a student learns from batches of at least 2: give more")
+    check_count(len(images), images.source)
     run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed)
-    run.train(progress)
+    facts = {"settings": settings.model_dump(), "seed": seed}
+    checkpoint = Checkpoint(output, "distill", (run.teacher, run.student), images, facts)
+    run.train(progress, checkpoint)
     sample = sample_for_proof(prepared, model_inputs(module, ImageSet(images.pixels[:SAMPLE])))
-    result = Result(prepared, run.edits(), sample, run.logits(sample), [], run.layer_accounts())
+    result = Result(prepared, run.edits(), sample, run.logits(sample), [], run.layer_accounts(), checkpoint=checkpoint)
     asked = {"teacher": teacher.sha256, "steps": settings.steps, "images": len(images), "seed": seed}
-    facts = {PROVENANCE: json.dumps(asked), **(provenance or {})}
-    return result.write(student, output, facts, started, overwrite=overwrite)
+    said = {PROVENANCE: json.dumps(asked), **(provenance or {})}
+    return result.write(student, output, said, started, overwrite=overwrite)
 
 
 def trainable(module: TorchClassifier) -> dict[str, list[tuple[str, int]]]:
     """Initializers that are trained, each with the nodes (by output) and operands that read it.
 
-    All float tensors of more than one number from the first weighted layer on, but for stored statistics and for
-    operands that are sizes or axes: what comes before is the normalisation of pixels.
+    All float tensors of more than one number, but for stored statistics, operands that are sizes or axes, and masks,
+    which hold infinities. Raises MixMixError where there is none.
     """
     found: dict[str, list[tuple[str, int]]] = {}
-    layers = {layer.output for layer in module.layers()}
-    begun = False
-    for step in module.whole.steps:
-        begun = begun or step.outputs[0] in layers
+    for step in _learning_steps(module):
         for index, name in enumerate(step.inputs):
-            if begun and name and module.is_constant(name) and _is_learned(step, index, module.constant(name)):
+            if name and module.is_constant(name) and _is_learned(step, index, module.constant(name)):
                 found.setdefault(name, []).append((step.outputs[0], index))
+    if not found:
+        raise MixMixError(f"{module.classifier.path} has nothing to train: it has no layer with constant weights")
     return found
+
+
+def _learning_steps(module: TorchClassifier) -> list[Step]:
+    """The nodes from the first weighted layer on: what comes before is the normalisation of pixels."""
+    layers = {layer.output for layer in module.layers()}
+    return list(itertools.dropwhile(lambda step: step.outputs[0] not in layers, module.whole.steps))
 
 
 def _is_learned(step: Step, index: int, tensor: Tensor) -> bool:
     if index in step.operator.static or (step.op == "BatchNormalization" and index in STATISTICS):
         return False
-    return tensor.is_floating_point() and tensor.numel() > 1
+    return tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.isfinite().all())
 
 
 class BatchStatistics:
@@ -136,8 +168,6 @@ class _Run:
         self.generator = torch.Generator().manual_seed(seed)
         self.places = trainable(student)
         self.values = {name: student.constant(name).clone() for name in self.places}
-        if not self.values:
-            raise MixMixError(f"{student.classifier.path} has nothing to train: it has no layer with constant weights")
         weights = {layer.weight for layer in student.layers()}
         self.kept = {
             name: value != 0
@@ -146,11 +176,11 @@ class _Run:
         }
         self.norms = {
             step.outputs[0]: BatchStatistics(float(str(step.attributes.get("epsilon", EPSILON))))
-            for step in student.whole.steps
+            for step in _learning_steps(student)
             if step.op == "BatchNormalization" and settings.statistics
         }
         self._taps = [self._tapped(module) for module in (teacher, student)]
-        self._check_classes()
+        check_classes(teacher, student, images.pixels[:2])
 
     def _tapped(self, module: TorchClassifier) -> tuple[str, ...]:
         """The logits, and the input of the last layer where it is computed."""
@@ -158,52 +188,35 @@ class _Run:
         feature = layers[-1].input if layers else module.input_name
         return (module.logits_name, feature) if feature != module.input_name else (module.logits_name,)
 
-    @torch.no_grad()
-    def _check_classes(self) -> None:
-        pixels = self.images.pixels[:2]
-        counts = [module(self._input(module, pixels)).shape[1] for module in (self.teacher, self.student)]
-        if counts[0] != counts[1]:
-            raise MixMixError(
-                f"{self.teacher.classifier.path} has {counts[0]} classes and {self.student.classifier.path} has"
-                f" {counts[1]}: a student needs its teacher's classes"
-            )
-
-    def train(self, progress: Progress) -> None:
+    def train(self, progress: Progress, checkpoint: Checkpoint | None = None) -> None:
         """All steps, and the statistics of BatchNorm after them."""
+        settings = self.settings
+        how = Training(settings.steps, settings.batch, settings.warmup, settings.mixing, settings.shift, settings.flip)
+        groups = [Group(list(self.values.values()), settings.rate)]
+        found = None if checkpoint is None else checkpoint.find()
+        if found is not None:
+            progress.say(f"going on after {found.numbers['step']} of {settings.steps} steps")
+        with progress.task("distilling", settings.steps) as task:
+            train(self.images, groups, self._loss(), how, self.generator, task, checkpoint, found)
+        self._gather_statistics()
+
+    def _loss(self) -> Callable[[Tensor], Tensor]:
+        """The loss of the student as it is, for pixels."""
         settings = self.settings
         teacher_taps, student_taps = self._taps
         teach = self.teacher.segment([self.teacher.input_name], teacher_taps)
         learn = self.student.segment([self.student.input_name], student_taps)
-        for value in self.values.values():
-            value.requires_grad_(True)
-        optimizer = torch.optim.Adam(self.values.values(), lr=settings.rate)
-        order = torch.empty(0, dtype=torch.long)
-        with progress.task("distilling", settings.steps) as task:
-            for step in range(settings.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.rate * _schedule(step / settings.steps, settings.warmup)
-                if len(order) < 2:
-                    order = torch.randperm(len(self.images), generator=self.generator)
-                chosen, order = order[: settings.batch], order[settings.batch :]
-                pixels = move_images(self.images.pixels[chosen], settings.shift, settings.flip, self.generator)
-                pixels = mix_images(pixels, settings.mixing, self.generator)
-                with torch.no_grad():
-                    taught = teach({teach.inputs[0]: self._input(self.teacher, pixels)})
-                learned = learn(
-                    {learn.inputs[0]: self._input(self.student, pixels)}, self._tensors(), bodies=self.norms
-                )
-                loss = divergence(learned[student_taps[0]], taught[teacher_taps[0]], settings.temperature)
-                if settings.features and len(student_taps) == len(teacher_taps) == 2:
-                    loss = loss + settings.features * likeness_loss(learned[student_taps[1]], taught[teacher_taps[1]])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                task.advance(1, f"loss {float(loss.detach()):.3f}" if step % LOOK_EVERY == 0 else None)
-        for value in self.values.values():
-            value.requires_grad_(False)
-        if not all(bool(torch.isfinite(value).all()) for value in self.values.values()):
-            raise MixMixError("the student's training diverged: lower its rate, such as --set rate=0.001")
-        self._gather_statistics()
+
+        def loss_of(pixels: Tensor) -> Tensor:
+            with torch.no_grad():
+                taught = teach({teach.inputs[0]: self._input(self.teacher, pixels)})
+            learned = learn({learn.inputs[0]: self._input(self.student, pixels)}, self._tensors(), bodies=self.norms)
+            loss = divergence(learned[student_taps[0]], taught[teacher_taps[0]], settings.temperature)
+            if settings.features and len(student_taps) == len(teacher_taps) == 2:
+                loss = loss + settings.features * likeness_loss(learned[student_taps[1]], taught[teacher_taps[1]])
+            return loss
+
+        return loss_of
 
     def _input(self, module: TorchClassifier, pixels: Tensor) -> Tensor:
         return module.spec.to_input(pixels).to(module.device)
@@ -252,10 +265,3 @@ class _Run:
             account_layer(layer.name, student.constant(layer.weight), tensors[layer.weight])
             for layer in student.layers()
         ]
-
-
-def _schedule(progress: float, warmup: float) -> float:
-    """A linear rise to 1 over `warmup`, then a half cosine to 0; never exactly 0."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

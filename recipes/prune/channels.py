@@ -40,13 +40,18 @@ class ChannelBudget:
     least: float = 0.1
 
 
+def no_harm(channels: Channels) -> Floats:
+    """0 by channel number: to try what may be removed at all."""
+    return np.zeros(1 + int(max((entry.outputs.max() for entry in channels.layers), default=0)))
+
+
 @torch.no_grad()
 def channel_harm(module: TorchClassifier, channels: Channels, inputs: Tensor, batch: int) -> Floats:
     """Harm by channel number (0 for numbers that nothing reads), from inputs [N, ...] of the model."""
     reading = [entry for entry in channels.layers if entry.inputs is not None and (entry.inputs != FIXED).any()]
     values = sorted({entry.layer.input for entry in reading})
     spread = _variances(module, channels, values, inputs, batch)
-    harm = np.zeros(1 + int(max((entry.outputs.max() for entry in channels.layers), default=0)))
+    harm = no_harm(channels)
     for entry in reading:
         assert entry.inputs is not None
         layer = entry.layer

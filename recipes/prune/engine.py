@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from converters import writeback
-from converters.channels import find_channels
+from converters.channels import Channels, find_channels
 from converters.classifier import Classifier
 from converters.errors import MixMixError
-from converters.torch_module import Layer, TorchClassifier
+from converters.torch_module import Layer, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
+from recipes.checkpoint import Checkpoint, State, gather, scatter
 from recipes.images import ImageSet
 from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
 from recipes.prune import shares
-from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels, masks
+from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels, masks, no_harm
 from recipes.prune.masks import Choose, PrunedWeight
 from recipes.prune.settings import PruneSettings
 from recipes.reconstruct import (
@@ -97,6 +98,18 @@ def output_path(model: Path, goal: Goal, bits: int | None = None) -> Path:
     return model.with_suffix(f".{suffix}{'' if bits is None else f'.w{bits}'}.onnx")
 
 
+def check_goal(classifier: Classifier, settings: PruneSettings, goal: Goal) -> None:
+    """Raise MixMixError where the model cannot come to the goal, whatever the images."""
+    module = to_torch(writeback.prepare_for_pruning(classifier))
+    if isinstance(goal.pattern, WholeChannels):
+        channels = _free_channels(module)
+        choose_channels(module, channels, no_harm(channels), _budget(settings, goal))
+    else:
+        layers = fitting_layers(module, goal.pattern)
+        if not isinstance(goal.pattern, NofM):
+            shares.check_reachable(layers, goal.sparsity, settings)
+
+
 def prune(
     classifier: Classifier,
     images: ImageSet,
@@ -145,7 +158,9 @@ def prune_in_memory(
     else:
         removal = choose_weights(module, inputs, settings, goal.pattern, goal.sparsity, progress)
     run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed))
-    run.reconstruct_all(progress)
+    facts = {"settings": settings.model_dump(), "goal": goal.to_json(images, seed)}
+    checkpoint = Checkpoint(output, "prune", (module,), images, facts)
+    run.reconstruct_all(progress, checkpoint)
     sample = sample_for_proof(prepared, inputs)
     return Result(
         prepared=prepared,
@@ -154,6 +169,7 @@ def prune_in_memory(
         logits=run.logits(sample),
         blocks=run.account,
         layers=run.layer_accounts(removal.reasons),
+        checkpoint=checkpoint,
     )
 
 
@@ -182,15 +198,24 @@ def _edits(module: TorchClassifier, tensors: Mapping[str, Tensor], cut: Cut) -> 
     return found
 
 
-def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> Removal:
+def _free_channels(module: TorchClassifier) -> Channels:
+    """The model's channels. Raises MixMixError where none can be removed."""
     channels = find_channels(module)
     if not len(channels.numbers()):
         raise MixMixError(
             f"{module.classifier.path} has no channels that can be removed: choose the pattern unstructured"
         )
+    return channels
+
+
+def _budget(settings: PruneSettings, goal: Goal) -> ChannelBudget:
+    return ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels)
+
+
+def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> Removal:
+    channels = _free_channels(module)
     harm = channel_harm(module, channels, inputs, settings.batch)
-    budget = ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels)
-    removed = choose_channels(module, channels, harm, budget)
+    removed = choose_channels(module, channels, harm, _budget(settings, goal))
     choices = masks(channels, removed)
     whole = [entry.layer.output for entry in channels.layers if entry.layer.output not in choices]
     return Removal(
@@ -198,6 +223,17 @@ def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSet
         dict.fromkeys(whole, "its channels cannot be told apart"),
         lambda tensors: channels.edits(removed, tensors, module.constant),
     )
+
+
+def fitting_layers(module: TorchClassifier, pattern: Pattern) -> list[Layer]:
+    """The layers that the pattern fits. Raises MixMixError where there is none."""
+    fitting = [layer for layer in module.layers() if pattern.fits(layer)]
+    if not fitting:
+        raise MixMixError(
+            f"{module.classifier.path} has no layer with constant weights that pattern {pattern.name} fits:"
+            " choose another pattern"
+        )
+    return fitting
 
 
 def choose_weights(
@@ -212,13 +248,7 @@ def choose_weights(
 
     Raises MixMixError where the model has no layer that can be pruned so.
     """
-    layers = module.layers()
-    fitting = [layer for layer in layers if pattern.fits(layer)]
-    if not fitting:
-        raise MixMixError(
-            f"{module.classifier.path} has no layer with constant weights that pattern {pattern.name} fits:"
-            " choose another pattern"
-        )
+    layers, fitting = module.layers(), fitting_layers(module, pattern)
     if isinstance(pattern, NofM):
         found = {layer.output: pattern.share for layer in fitting}
         reason = f"{pattern.name} does not divide its input channels"
@@ -267,23 +297,43 @@ class _Run:
             for layer in module.layers()
             if layer.output in choices
         }
-        self.biases: dict[str, LearnedTensor] = {}
+        self.biases = {
+            layer.bias: LearnedTensor.bias(module.constant(layer.bias), settings.bias_rate)
+            for layer in module.layers()
+            if layer.bias is not None
+        }
         self.changes = Changes((self.weights, self.biases), {})
         self.account: list[tuple[str, Reconstruction]] = []
 
-    def reconstruct_all(self, progress: Progress) -> None:
-        """Go through the blocks; afterwards every change is hard."""
-        steps = self.settings.mask_steps + self.settings.steps
+    def reconstruct_all(self, progress: Progress, checkpoint: Checkpoint) -> None:
+        """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
+        steps, done = self.settings.mask_steps + self.settings.steps, self._restore(checkpoint.find(), progress)
         with progress.task("reconstructing", len(self.module.layers()) * max(steps, 1)) as task:
-            for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
+            for index, stretch in enumerate(walk_blocks(self.module, self.inputs, self.changes, self.settings)):
+                if index < done:
+                    task.advance(len(stretch.block.layers) * max(steps, 1))
+                    continue
                 self._reconstruct(stretch, task)
+                checkpoint.offer(partial(self._state, index + 1))
+
+    def _state(self, blocks: int) -> State:
+        account = [(name, error.before, error.after) for name, error in self.account]
+        tensors = gather({"weights": self.weights, "biases": self.biases}) | {"generator": self.generator.get_state()}
+        return State(tensors, {"blocks": blocks, "account": account})
+
+    def _restore(self, found: State | None, progress: Progress) -> int:
+        """Take up what an interrupted run has done: how many blocks."""
+        if found is None:
+            return 0
+        scatter(found, {"weights": self.weights, "biases": self.biases})
+        self.generator.set_state(found.tensors["generator"])
+        self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
+        progress.say(f"going on after {found.numbers['blocks']} blocks that were done before")
+        return int(found.numbers["blocks"])
 
     def _reconstruct(self, stretch: Stretch, task: Task) -> None:
         settings, layers = self.settings, stretch.block.layers
         weights = {layer.weight: self.weights[layer.weight] for layer in layers if layer.weight in self.weights}
-        for layer in layers:
-            if layer.bias is not None:
-                self.biases[layer.bias] = LearnedTensor.bias(self.module.constant(layer.bias), settings.bias_rate)
         changed = weights | {layer.bias: self.biases[layer.bias] for layer in layers if layer.bias is not None}
 
         def error() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ class PrunedWeight:
     """W with a mask M: M * W.
 
     At first M is what `choose` makes of |W|. `soften` lets M take any value and trains it with W, so that a weight that
-    was removed can come back; `absorb` multiplies both and chooses again; `freeze` trains W under the mask.
+    was removed can come back; `absorb` multiplies both and chooses again; `freeze` trains W under the mask. What is
+    exactly zero in the given W stays so: a model that is sparse already gets no denser.
     """
 
     def __init__(self, weight: Tensor, choose: Choose, settings: PruneSettings) -> None:
-        self.choose, self.settings = choose, settings
-        self.kept = choose(weight.abs())
+        self.settings = settings
+        nonzero = weight != 0
+        self.choose: Choose = lambda size: choose(size) & nonzero
+        self.kept = self.choose(weight.abs())
         self.weight = weight.clone()
         self.mask: Tensor | None = None
         self.trained = False
@@ -62,9 +65,16 @@ class PrunedWeight:
 
     def tensor(self) -> Tensor:
         """The real weight, in the file's layout."""
-        if self.mask is not None:
+        if self.mask is not None:  # where both begin at 0, neither has a gradient: zeros of the given model stay
             return self.weight * self.mask
         return torch.where(self.kept, self.weight, 0.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a hard weight is restored from."""
+        return {"weight": self.weight, "kept": self.kept}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.weight, self.kept = (state[name].to(self.weight.device) for name in ("weight", "kept"))
 
     @property
     def sparsity(self) -> float:

@@ -27,12 +27,14 @@ FINE = 4
 
 def uniform(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> Shares:
     """The same for all, but for a first layer that stays dense. Raises MixMixError where that cannot be reached."""
-    pruned = [layer for layer in layers if layer is not layers[0] or len(layers) == 1 or not settings.dense_first]
+    dense = 1 if settings.dense_first and len(layers) > 1 else 0
+    pruned, most = layers[dense:], settings.most
     share = sparsity * sum(layer.parameters for layer in layers) / sum(layer.parameters for layer in pruned)
-    if share > settings.most:
+    if share > most:
+        helps = ["--set most=..."] * (sparsity > most) + ["--set dense_first=false"] * (sparsity <= most or share >= 1)
         raise MixMixError(
-            f"sparsity {sparsity:g} would remove {share:.1%} of each layer, and no more than {settings.most:g} of one"
-            " may go: ask for less, or raise it with --set most=..."
+            f"sparsity {sparsity:g} would remove {share:.1%} of each layer{' but the first' * dense}, and no more than"
+            f" {most:g} of one may go: ask for less, or allow it with {' '.join(helps)}"
         )
     return {layer.output: share for layer in pruned}
 
@@ -41,7 +43,7 @@ def by_threshold(module: TorchClassifier, layers: Sequence[Layer], sparsity: flo
     """What one threshold over |w| / rms(layer) says, with at most `most` of a layer removed."""
     weights = {layer.output: module.constant(layer.weight).flatten() for layer in layers}
     sizes = {name: w.abs() / w.square().mean().sqrt().clamp_min(1e-12) for name, w in weights.items()}
-    _check_reachable(sparsity, settings)
+    _check_most(sparsity, settings)
     protected = {name: torch.where(keep_largest(size, settings.most), torch.inf, size) for name, size in sizes.items()}
     together = torch.cat(list(protected.values())).sort().values
     threshold = together[min(round(sparsity * len(together)), len(together) - 1)]
@@ -58,7 +60,7 @@ def by_sensitivity(
 ) -> Shares:
     """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID."""
     grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
-    _check_reachable(sparsity, settings)
+    _check_most(sparsity, settings)
 
     def versions(layer: Layer) -> list[Tensor]:
         weight = module.constant(layer.weight)
@@ -77,7 +79,15 @@ def by_sensitivity(
     return _exactly({layer.output: fine[index] for layer, index in zip(layers, chosen, strict=True)}, layers, sparsity)
 
 
-def _check_reachable(sparsity: float, settings: PruneSettings) -> None:
+def check_reachable(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> None:
+    """Raise MixMixError where the layers cannot give up so much, however it is allocated."""
+    if settings.allocation == "uniform":
+        uniform(layers, sparsity, settings)
+    else:
+        _check_most(sparsity, settings)
+
+
+def _check_most(sparsity: float, settings: PruneSettings) -> None:
     if sparsity > settings.most:
         raise MixMixError(
             f"sparsity {sparsity:g} cannot be reached with at most {settings.most:g} of a layer removed: ask for less,"

@@ -10,26 +10,32 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
-from converters.targets import MAX_BITS, MIN_BITS
+from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
+from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import Layer, Segment, TorchClassifier
 from recipes.account import Compression, LayerAccount, account_layer
-from recipes.blocks import Block
+from recipes.checkpoint import Checkpoint, State, Table, gather, scatter
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.compensate import moments
-from recipes.quantize.plan import LayerPlan, plan_bits
+from recipes.quantize.mixed import Budget, plan_mixed
+from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.quantize.train import train_quantized
 from recipes.reconstruct import (
     Changes,
     DropMasks,
@@ -45,22 +51,32 @@ from recipes.reconstruct import (
 from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
+METADATA_ROOM = 2000
+"""Bytes of a file for its input spec and provenance."""
 FLIP_TOLERANCE = 0.05
 """Largest relative difference of the written file where activations are quantized: float noise may move a value over a
 rounding boundary by a whole step."""
 
 
-def check_bits(bits: int, act_bits: int | None) -> None:
+def least_bits(bits: int | Budget) -> int:
+    """The fewest bits that a weight may get."""
+    return MIN_BITS if isinstance(bits, Budget) else bits
+
+
+def check_bits(bits: int | Budget, act_bits: int | None) -> None:
     """Raise MixMixError for widths that cannot be written."""
-    if not MIN_BITS <= bits <= MAX_BITS:
+    if not MIN_BITS <= least_bits(bits) <= MAX_BITS:
         raise MixMixError(f"--bits {bits} cannot be used: choose {MIN_BITS} to {MAX_BITS} bits for weights")
-    if act_bits is not None and not 2 <= act_bits <= MAX_BITS:
-        raise MixMixError(f"--act-bits {act_bits} cannot be used: choose 2 to {MAX_BITS} bits for activations")
+    if act_bits is not None and not (2 <= act_bits <= MAX_BITS or act_bits == WIDE):
+        raise MixMixError(
+            f"--act-bits {act_bits} cannot be used: choose 2 to {MAX_BITS} bits for activations, or {WIDE}"
+        )
 
 
-def output_path(model: Path, bits: int, act_bits: int | None) -> Path:
-    """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input."""
-    return model.with_suffix(f".w{bits}{'' if act_bits is None else f'a{act_bits}'}.onnx")
+def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
+    """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input; `model.mixed.onnx` by budget."""
+    weights = "mixed" if isinstance(bits, Budget) else f"w{bits}"
+    return model.with_suffix(f".{weights}{'' if act_bits is None else f'a{act_bits}'}.onnx")
 
 
 def quantize(
@@ -68,8 +84,9 @@ def quantize(
     images: ImageSet,
     output: Path,
     settings: QuantizeSettings,
-    bits: int,
+    bits: int | Budget,
     act_bits: int | None = None,
+    target: Target = PORTABLE,
     *,
     seed: int = 0,
     device: torch.device | None = None,
@@ -84,11 +101,14 @@ def quantize(
     started = time.perf_counter()
     progress = progress or Silent()
     check_bits(bits, act_bits)
-    prepared = writeback.prepare_for_quantization(classifier, four_bit=bits <= 4)
+    prepared = writeback.prepare_for_quantization(classifier, target, least_bits(bits), act_bits)
     module = begin(prepared, output, device, overwrite=overwrite)
-    run = _Run(module, images, settings, bits, act_bits, seed)
+    run = _Run(module, images, settings, bits, act_bits, target, seed)
+    facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
+    checkpoint = Checkpoint(output, "quantize", (module,), images, facts)
     run.place(progress)
-    run.reconstruct_all(progress)
+    run.reconstruct_all(progress, checkpoint)
+    run.train(progress, checkpoint)
     sample = sample_for_proof(prepared, run.inputs)
     result = Result(
         prepared=prepared,
@@ -97,13 +117,21 @@ def quantize(
         logits=run.fake_quantized(sample),
         blocks=run.account,
         layers=run.layer_accounts(),
-        bits=bits,
+        bits=None if isinstance(bits, Budget) else bits,
         act_bits=act_bits,
         tolerance=WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE,
+        checkpoint=checkpoint,
     )
-    asked = {"bits": bits, "act_bits": act_bits, "images": len(images), "seed": seed}
-    facts = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
-    return result.write(classifier, output, facts, started, overwrite=overwrite)
+    asked = {
+        "bits": str(bits) if isinstance(bits, Budget) else bits,
+        "act_bits": act_bits,
+        "target": target.name,
+        "images": len(images),
+        "seed": seed,
+    }
+    said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
+    written = result.write(classifier, output, said, started, overwrite=overwrite)
+    return replace(written, fusion=run.fusion(output))
 
 
 @dataclass(frozen=True)
@@ -125,55 +153,143 @@ class _Run:
         module: TorchClassifier,
         images: ImageSet,
         settings: QuantizeSettings,
-        bits: int,
+        bits: int | Budget,
         act_bits: int | None,
+        target: Target,
         seed: int,
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
+        self.target = target
         self.generator = torch.Generator().manual_seed(seed)
-        self.inputs = model_inputs(module, images)
+        self.images, self.inputs = images, model_inputs(module, images)
         self.weights: dict[str, QuantizedWeight] = {}
-        self.biases: dict[str, LearnedTensor] = {}
+        self.biases = {
+            layer.bias: LearnedTensor.bias(module.constant(layer.bias), settings.bias_rate)
+            for layer in module.layers()
+            if layer.bias is not None
+        }
         self.values: dict[str, QuantizedActivation] = {}
         self.changes = Changes((self.weights, self.biases), self.values)
+        self.bounds = clipped_to(module) if target.integer_kernels else {}
         self.plans: list[LayerPlan] = []
+        self.widths: dict[str, int] = {}
+        """Bits of every value that is quantized, in order."""
         self.account: list[tuple[str, Reconstruction]] = []
         self.undecided: dict[str, float] = {}
+        self._done = 0
 
     def place(self, progress: Progress) -> None:
         with progress.task("finding the layers that hurt most", len(self.module.layers())) as task:
-            self.plans = plan_bits(
-                self.module, self.inputs, self.bits, self.act_bits, self.settings, lambda: task.advance()
-            )
+            self.plans = self._plan(lambda: task.advance())
+        self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
         for plan in self.plans:
             layer = plan.layer
             self.weights[layer.weight] = QuantizedWeight(
-                self.module.constant(layer.weight), layer.axis, plan.bits, self.settings
+                self.module.constant(layer.weight), layer.axis, plan.bits, self.settings, self.target.symmetric_weights
             )
-        hurting = sorted(
-            (plan.snr, plan.layer.name) for plan in self.plans if plan.snr is not None and plan.kept(self.bits)
-        )
+        bits = self.bits
+        if isinstance(bits, Budget):
+            counts = Counter(plan.bits for plan in self.plans)
+            progress.say(f"layers by bits: {', '.join(f'{counts[b]} at {b}' for b in sorted(counts))}")
+            return
+        hurting = sorted((plan.snr, plan.layer.name) for plan in self.plans if plan.snr is not None and plan.kept(bits))
         if hurting:
             worst = ", ".join(f"{name} ({snr:.1f} dB)" for snr, name in hurting[:3])
             progress.say(
                 f"{len(hurting)} layers that hurt most are kept at {self.settings.sensitive_bits} bits, first {worst}"
             )
 
-    def reconstruct_all(self, progress: Progress) -> None:
-        """Go through the blocks; afterwards every change is hard."""
+    def _plan(self, advance: Callable[[], None]) -> list[LayerPlan]:
+        common = (self.act_bits, self.target, self.settings)
+        if isinstance(self.bits, Budget):
+            return plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, advance)
+        return plan_bits(self.module, self.inputs, self.bits, *common, advance)
+
+    def _file_size(self, plans: Sequence[LayerPlan]) -> int:
+        """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""
+        edits: list[writeback.Edit] = []
+        for plan in plans:
+            layer, container = plan.layer, self.target.weight_container(plan.bits)
+            zeros = np.zeros(layer.shape[layer.axis], np.int32)
+            empty, scale = np.zeros(layer.shape, np.int32), np.ones(len(zeros), np.float32)
+            edits.append(
+                writeback.WeightEdit(layer.output, empty, scale, zeros, layer.axis, plan.bits, container, layer.operand)
+            )
+            if layer.bias is not None and self.target.integer_kernels and plan.act_bits is not None:
+                edits.append(writeback.BiasEdit(layer.output, zeros, scale))
+        for name, bits in plan_values(self.module, plans, self.act_bits, self.target).items():
+            edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, self.target.activation_container(bits)))
+        return writeback.stored_size(writeback.apply(self.module.classifier.original, edits)) + METADATA_ROOM
+
+    def reconstruct_all(self, progress: Progress, checkpoint: Checkpoint) -> None:
+        """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
         steps = self.settings.steps if self.settings.unit != "none" else 0
+        done = self._restore(checkpoint.find(), progress)
         with progress.task("reconstructing", len(self.plans) * max(steps, 1)) as task:
-            for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
-                self._calibrate(stretch.block, stretch.changed_input)
+            for index, stretch in enumerate(walk_blocks(self.module, self.inputs, self.changes, self.settings)):
+                if index < done:
+                    task.advance(len(stretch.block.layers) * max(steps, 1))
+                    continue
+                self._calibrate(stretch)
                 units = self._units(stretch)
                 share = len(stretch.block.layers) / len(units)
                 for unit in units:
                     self._reconstruct(unit, stretch, steps, share, task)
+                checkpoint.offer(partial(self._state, index + 1))
+        self._done = index + 1
+
+    @property
+    def _tables(self) -> dict[str, Table]:
+        return {"weights": self.weights, "biases": self.biases, "values": self.values}
+
+    def _state(self, blocks: int) -> State:
+        """Everything that the blocks done so far have come to."""
+        account = [(name, error.before, error.after) for name, error in self.account]
+        tensors = gather(self._tables) | {"generator": self.generator.get_state()}
+        return State(tensors, {"blocks": blocks, "account": account, "undecided": self.undecided})
+
+    def _restore(self, found: State | None, progress: Progress) -> int:
+        """Take up what an interrupted run has done: how many blocks."""
+        if found is None:
+            return 0
+        for name, bits in self.widths.items():
+            if f"values|scale|{name}" in found.tensors:
+                self.values[name] = self._activation(name, torch.zeros(1), bits)
+        scatter(found, self._tables)
+        self.generator.set_state(found.tensors["generator"])
+        self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
+        self.undecided = dict(found.numbers["undecided"])
+        progress.say(f"going on after {found.numbers['blocks']} blocks that were done before")
+        return int(found.numbers["blocks"])
+
+    def train(self, progress: Progress, checkpoint: Checkpoint) -> None:
+        """Train all changes together, where the settings ask for it."""
+        steps = self.settings.train_steps
+        if not steps:
+            return
+        found = checkpoint.find()
+        if found is not None and "step" not in found.numbers:
+            found = None
+        with progress.task("training the whole network", steps) as task:
+            train_quantized(
+                self.module,
+                self.images,
+                self.weights,
+                self.biases,
+                self.values,
+                self.settings,
+                self.generator,
+                task,
+                checkpoint,
+                found,
+                self._state(self._done),
+            )
+        self._snap_biases(self.module.layers())
 
     def _units(self, stretch: Stretch) -> list[_Unit]:
         """The block itself, or one unit a layer."""
         block = stretch.block
-        quantized = self._quantized_values(block)
+        quantized = self._quantized_values(stretch)
         if self.settings.unit == "layer":
             return [
                 _Unit(
@@ -186,27 +302,30 @@ class _Run:
             ]
         return [_Unit(block.name, stretch.segment, block.layers, tuple(quantized))]
 
-    def _quantized_values(self, block: Block) -> dict[str, int]:
-        """Values to quantize in the block and their bits: the inputs of its layers, the widest where layers share."""
-        inside = {layer.output for layer in block.layers}
-        found: dict[str, int] = {}
-        for plan in self.plans:
-            if plan.layer.output in inside and plan.act_bits is not None:
-                found[plan.layer.input] = max(found.get(plan.layer.input, 0), plan.act_bits)
-        return found
+    def _quantized_values(self, stretch: Stretch) -> dict[str, int]:
+        """Values to quantize in the block and their bits, in order; its output is the next block's."""
+        inside = {stretch.block.input} | {name for step in stretch.segment.steps for name in step.outputs}
+        inside.discard(stretch.block.output)
+        return {name: bits for name, bits in self.widths.items() if name in inside}
 
-    def _calibrate(self, block: Block, changed_stream: Tensor) -> None:
+    def _calibrate(self, stretch: Stretch) -> None:
         """Search the ranges of the block's activations, in order, on its input as the blocks before leave it."""
-        for name, bits in self._quantized_values(block).items():
+        block = stretch.block
+        for name, bits in self._quantized_values(stretch).items():
             if name == block.input:
-                sample = changed_stream
+                sample = stretch.changed_input
             else:
                 before = self.module.segment([block.input], [name])
-                sample = run_batched(before, changed_stream, self.settings.batch, **self.changes.of(before))
+                sample = run_batched(before, stretch.changed_input, self.settings.batch, **self.changes.of(before))
             stride = max(1, sample.numel() // ACTIVATION_SAMPLE)
             if stride > 1:
                 stride |= 1  # odd, so that it does not run along one column of an image
-            self.values[name] = QuantizedActivation(sample.flatten()[::stride], bits, self.settings)
+            self.values[name] = self._activation(name, sample.flatten()[::stride], bits)
+
+    def _activation(self, name: str, sample: Tensor, bits: int) -> QuantizedActivation:
+        """A quantizer for a value, its range searched on `sample`."""
+        bounds = self.bounds.get(name, (-math.inf, math.inf))
+        return QuantizedActivation(sample, bits, self.settings, self.target.symmetric_activations, bounds)
 
     def _reconstruct(self, unit: _Unit, stretch: Stretch, steps: int, share: float, task: Task) -> None:
         """Settle one unit, which counts as `share` layers of progress."""
@@ -225,7 +344,6 @@ class _Run:
         for layer in unit.layers:
             weights[layer.weight] = self.weights[layer.weight]
             if layer.bias is not None:
-                self.biases[layer.bias] = LearnedTensor.bias(self.module.constant(layer.bias), settings.bias_rate)
                 weights[layer.bias] = self.biases[layer.bias]
         values = {name: self.values[name] for name in unit.values}
         nearest = error = block_error(unit.segment, changed_input, target, weights, values, batch)
@@ -284,9 +402,13 @@ class _Run:
         """
         for layer in layers:
             if layer.bias is not None and layer.input in self.values:
-                grid = self.values[layer.input].scale * self.weights[layer.weight].scale.flatten()
+                grid = self._bias_grid(layer)
                 bias = self.biases[layer.bias]
                 bias.value = torch.round(bias.value / grid) * grid
+
+    def _bias_grid(self, layer: Layer) -> Tensor:
+        """[C]: input scale times weight scale."""
+        return self.values[layer.input].scale * self.weights[layer.weight].scale.flatten()
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
@@ -305,16 +427,36 @@ class _Run:
                     zero_point=weight.zero.flatten().cpu().numpy().astype("int32"),
                     axis=layer.axis,
                     bits=weight.bits,
+                    container=self.target.weight_container(weight.bits),
                     index=layer.operand,
                 )
             )
-            if layer.bias in self.biases:
-                bias = self.biases[layer.bias].tensor().cpu()
-                if not torch.equal(bias, self.module.constant(layer.bias).cpu()):
-                    found.append(writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy()))
+            found += self._bias_edits(layer)
         for name, value in self.values.items():
-            found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits))
+            container = self.target.activation_container(value.bits)
+            found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits, container))
         return found
+
+    def _bias_edits(self, layer: Layer) -> list[writeback.Edit]:
+        """What to write for a layer's bias: integers for integer kernels, nothing where it is as it was."""
+        if layer.bias not in self.biases:
+            return []
+        bias = self.biases[layer.bias].tensor().cpu()
+        if self.target.integer_kernels and layer.input in self.values:
+            grid = self._bias_grid(layer).cpu()
+            integers = torch.round(bias.double() / grid.double())
+            if bool((integers.abs() <= INT32_LIMIT).all()):
+                return [writeback.BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
+        if torch.equal(bias, self.module.constant(str(layer.bias)).cpu()):
+            return []
+        return [writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy())]
+
+    def fusion(self, path: Path) -> Fusion | None:
+        """What the written file runs in integers, where its target is onnxruntime's integer kernels."""
+        if not self.target.integer_kernels:
+            return None
+        forecast = layers_in_integers(self.module, self.widths)
+        return count_fusion(path, len(self.plans), len(forecast))
 
     def layer_accounts(self) -> list[LayerAccount]:
         return [

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from converters.errors import MixMixError
+from converters.kernels import values_between
+from converters.targets import MAX_BITS, SAFE_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -49,6 +51,7 @@ def plan_bits(
     inputs: Tensor,
     bits: int,
     act_bits: int | None,
+    target: Target,
     settings: QuantizeSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> list[LayerPlan]:
@@ -64,19 +67,53 @@ def plan_bits(
     if len(layers) > 1 and layers[-1].parameters <= settings.end_share * total:
         ends[layers[-1].output] = "last layer"
     measured = bits < settings.sensitive_bits and settings.sensitive_share > 0
-    ratios = _ratios(module, inputs[: settings.sensitive_images], bits, ends, settings, advance) if measured else {}
+    sample = inputs[: settings.sensitive_images]
+    ratios = _ratios(module, sample, bits, ends, target, settings, advance) if measured else {}
     if not measured:
         for _ in layers:
             advance()
     plans = []
-    for layer in layers:
+    for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True):
         wide = settings.end_bits if layer.output in ends else 0
-        at_an_end = layer in (layers[0], layers[-1])
-        act = None if act_bits is None else max(act_bits, settings.end_bits if at_an_end else 0)
         changed = max(bits, wide) != bits or act != act_bits
         reason = ends.get(layer.output, "last layer's input") if changed else None
         plans.append(LayerPlan(layer, max(bits, wide), act, reason, ratios.get(layer.output)))
-    return _keep_worst(plans, settings)
+    return within_reach(_keep_worst(plans, settings), target, settings)
+
+
+def activation_bits(layers: Sequence[Layer], act_bits: int | None, settings: QuantizeSettings) -> list[int | None]:
+    """Bits of each layer's input: what was asked for, and at least `end_bits` for the first and the last."""
+    if act_bits is None:
+        return [None] * len(layers)
+    return [max(act_bits, settings.end_bits) if layer in (layers[0], layers[-1]) else act_bits for layer in layers]
+
+
+def plan_values(
+    module: TorchClassifier, plans: Sequence[LayerPlan], act_bits: int | None, target: Target
+) -> dict[str, int]:
+    """Bits of every value to quantize, in order: inputs of layers, the widest where layers share, and at 8 bits what
+    keeps integer kernels apart."""
+    found: dict[str, int] = {}
+    for plan in plans:
+        if plan.act_bits is not None:
+            found[plan.layer.input] = max(found.get(plan.layer.input, 0), plan.act_bits)
+    if act_bits is not None and target.integer_kernels:
+        found = dict.fromkeys(values_between(module), MAX_BITS) | found
+    order = [module.input_name] + [name for step in module.whole.steps for name in step.outputs]
+    return {name: found[name] for name in order if name in found}
+
+
+def within_reach(plans: Sequence[LayerPlan], target: Target, settings: QuantizeSettings) -> list[LayerPlan]:
+    """At most 7 bits where products with the quantized input could saturate."""
+    if not (target.saturates and settings.reduce_range):
+        return list(plans)
+    reason = "8 bits saturate on processors without VNNI"
+    return [
+        replace(plan, bits=SAFE_BITS, reason=f"{plan.reason}; {reason}" if plan.reason else reason)
+        if plan.bits > SAFE_BITS and plan.act_bits is not None
+        else plan
+        for plan in plans
+    ]
 
 
 def _ratios(
@@ -84,6 +121,7 @@ def _ratios(
     inputs: Tensor,
     bits: int,
     ends: Mapping[str, str],
+    target: Target,
     settings: QuantizeSettings,
     advance: Callable[[], None],
 ) -> dict[str, float]:
@@ -92,7 +130,8 @@ def _ratios(
     def rounded(layer: Layer) -> list[Tensor]:
         if layer.output in ends:
             return []
-        return [QuantizedWeight(module.constant(layer.weight), layer.axis, bits, settings).tensor()]
+        weight = module.constant(layer.weight)
+        return [QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric_weights).tensor()]
 
     noise = logit_noise(module, inputs, rounded, settings.max_chain, advance)
     return {name: decibels(found[0]) for name, found in noise.items() if found}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -28,6 +30,10 @@ class Rounding(Protocol):
         """Whole numbers."""
         ...
 
+    def latent(self) -> Tensor:
+        """What is rounded."""
+        ...
+
     def penalty(self, progress: float) -> Tensor | None:
         """What pulls the soft values to whole numbers at `progress` in [0, 1]."""
         ...
@@ -46,6 +52,9 @@ class SigmoidRounding:
         self.trained = q.inverse_rectified_sigmoid((steps - self.floor).clamp(INITIAL_MARGIN, 1 - INITIAL_MARGIN))
 
     def soft(self) -> Tensor:
+        return self.floor + q.rectified_sigmoid(self.trained)
+
+    def latent(self) -> Tensor:
         return self.floor + q.rectified_sigmoid(self.trained)
 
     def hard(self) -> Tensor:
@@ -77,8 +86,33 @@ class OffsetRounding:
     def soft(self) -> Tensor:
         return q.round_straight_through(self.steps + self.trained.clamp(-0.5, 0.5))
 
+    def latent(self) -> Tensor:
+        return self.steps + self.trained.clamp(-0.5, 0.5)
+
     def hard(self) -> Tensor:
         return torch.round(self.steps + self.trained.clamp(-0.5, 0.5))
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+    def undecided(self) -> float:
+        return 0.0
+
+
+class FreeRounding:
+    """round(V), V of any size, trained straight through the rounding: quantization-aware training."""
+
+    def __init__(self, steps: Tensor) -> None:
+        self.trained = steps.clone()
+
+    def soft(self) -> Tensor:
+        return q.round_straight_through(self.trained)
+
+    def latent(self) -> Tensor:
+        return self.trained
+
+    def hard(self) -> Tensor:
+        return torch.round(self.trained)
 
     def penalty(self, progress: float) -> Tensor | None:
         return None
@@ -90,19 +124,27 @@ class OffsetRounding:
 class QuantizedWeight:
     """A weight at `bits` bits per channel of `axis`: nearest rounding, until `learn` lets the rounding be trained.
 
+    `symmetric` fixes the zero points at 0.
     Real value: s * (clip(rounded(W / s0) + z, low, high) - z), where s0 is the searched scale and the trained s starts
     there (GENIE-M, Jeon et al. 2023). What is exactly zero stays so: a pruned model keeps its sparsity.
     """
 
-    def __init__(self, weight: Tensor, axis: int, bits: int, settings: QuantizeSettings) -> None:
+    def __init__(
+        self, weight: Tensor, axis: int, bits: int, settings: QuantizeSettings, symmetric: bool = False
+    ) -> None:
         self.weight, self.axis, self.bits, self.settings = weight, axis, bits, settings
         self.low, self.high = q.signed_range(bits)
         rows = weight.movedim(axis, 0).flatten(1)
-        scale, zero = q.search_range(rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps)
+        scale, zero = q.search_range(
+            rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps, symmetric=symmetric
+        )
         self.scale = q.broadcast(scale, weight.dim(), axis)
         self.zero = q.broadcast(zero, weight.dim(), axis)
         self.zeros = weight == 0 if bool((weight == 0).any()) else None
         self.rounding: Rounding | None = None
+        self.rounding_rate = settings.rounding_rate
+        self.latent = weight / self.scale
+        """W in units of the scale before it was rounded: where free training goes on from."""
         self.log_growth = torch.zeros_like(self.scale)
 
     def learn(self) -> None:
@@ -110,6 +152,10 @@ class QuantizedWeight:
         steps = self.weight / self.scale
         sigmoid = self.settings.rounding == "sigmoid"
         self.rounding = SigmoidRounding(steps, self.settings) if sigmoid else OffsetRounding(steps)
+
+    def learn_freely(self) -> None:
+        """Start training without a bound on how far a weight moves."""
+        self.rounding, self.rounding_rate = FreeRounding(self.latent), self.settings.train_rounding_rate
 
     def compensate(self, found: Moments, groups: int) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
@@ -124,7 +170,7 @@ class QuantizedWeight:
     def groups(self) -> list[Group]:
         if self.rounding is None:
             return []
-        groups = [Group([self.rounding.trained], self.settings.rounding_rate, self.settings.rounding == "offset")]
+        groups = [Group([self.rounding.trained], self.rounding_rate, self.settings.rounding == "offset")]
         if self.settings.scale_rate:
             groups.append(Group([self.log_growth], self.settings.scale_rate, decay=True))
         return groups
@@ -156,21 +202,49 @@ class QuantizedWeight:
     def harden(self) -> None:
         """End of training: from here on `tensor` is what the file will say, to the last bit."""
         integers = self.integers()
+        self.latent = self.weight / self.scale if self.rounding is None else self.rounding.latent()
         self.scale, self.log_growth = self.current_scale(), torch.zeros_like(self.scale)
         self.weight, self.rounding = q.dequantize(integers, self.scale, self.zero), None
 
+    def state(self) -> dict[str, Tensor]:
+        """What a hard weight is restored from."""
+        return {"weight": self.weight, "scale": self.scale, "latent": self.latent}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.weight, self.scale, self.latent = (
+            state[name].to(self.weight.device) for name in ("weight", "scale", "latent")
+        )
+
 
 class QuantizedActivation:
-    """A value at `bits` bits per tensor, unsigned: zero point fixed, step learned (LSQ, Esser et al. 2020).
+    """A value at `bits` bits per tensor: zero point fixed, step learned (LSQ, Esser et al. 2020).
 
-    `drop` leaves a share of the elements unquantized while training (QDrop).
+    Integers are unsigned, or signed around zero point 0 (`symmetric`). `drop` leaves a share of the elements
+    unquantized while training (QDrop). What is represented stays `within` two bounds of different signs or 0.
     """
 
-    def __init__(self, sample: Tensor, bits: int, settings: QuantizeSettings) -> None:
+    def __init__(
+        self,
+        sample: Tensor,
+        bits: int,
+        settings: QuantizeSettings,
+        symmetric: bool = False,
+        within: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
         self.bits, self.rate = bits, settings.activation_rate
-        self.low, self.high = q.unsigned_range(bits)
-        scale, zero = q.search_range(sample.flatten()[None], self.low, self.high, norm=2.0, steps=settings.range_steps)
-        self.scale, self.zero = scale[0], zero[0]
+        self.low, self.high = q.signed_range(bits) if symmetric else q.unsigned_range(bits)
+        scale, zero = q.search_range(
+            sample.flatten()[None],
+            self.low,
+            self.high,
+            norm=2.0,
+            steps=settings.range_steps,
+            symmetric=symmetric,
+        )
+        self.zero = zero[0]
+        ends = ((self.low - self.zero, within[0]), (self.high - self.zero, within[1]))
+        self.largest = min((bound / float(end) for end, bound in ends if float(end) * bound > 0), default=math.inf)
+        self.scale = scale[0].clamp(max=self.largest)
         self.log_growth = torch.zeros_like(self.scale)
         self.drop: DropMasks | None = None
 
@@ -180,13 +254,23 @@ class QuantizedActivation:
     def penalty(self, progress: float) -> Tensor | None:
         return None
 
+    def current_scale(self) -> Tensor:
+        return (self.scale * torch.exp(self.log_growth)).clamp(max=self.largest)
+
     def __call__(self, x: Tensor) -> Tensor:
-        scale = self.scale * torch.exp(self.log_growth)
+        scale = self.current_scale()
         steps = q.round_straight_through(x / scale) + self.zero
         rounded = (torch.clamp(steps, self.low, self.high) - self.zero) * scale
         return rounded if self.drop is None else torch.where(self.drop.like(x), x, rounded)
 
     @torch.no_grad()
     def harden(self) -> None:
-        self.scale = self.scale * torch.exp(self.log_growth)
+        self.scale = self.current_scale()
         self.log_growth, self.drop = torch.zeros_like(self.scale), None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a hard quantizer is restored from."""
+        return {"scale": self.scale, "zero": self.zero}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.scale, self.zero = (state[name].to(self.scale.device) for name in ("scale", "zero"))

@@ -53,5 +53,21 @@ class QuantizeSettings(LoopSettings):
     """How much of the model's weights may be kept at `sensitive_bits`, as a share of all weights."""
     sensitive_snr: float = Field(default=25.0)
     """Only layers whose rounding alone brings the logits below this signal-to-noise ratio (dB) are kept."""
+    train_steps: int = Field(default=0, ge=0)
+    """Steps of training the whole network after reconstruction (QAT); 0 leaves it at that."""
+    train_batch: int = Field(default=64, ge=2)
+    train_warmup: float = Field(default=0.05, ge=0, lt=1)
+    train_rounding_rate: float = Field(default=0.01, ge=0)
+    """Rate of the weights, in units of their scale."""
+    train_temperature: float = Field(default=4.0, gt=0)
+    train_features: float = Field(default=1.0, ge=0)
+    """Weight of the blocks' outputs against the divergence of logits."""
+    train_mixing: float = Field(default=0.7, ge=0, le=1)
+    """Share of the images that are blended with another of the batch."""
+    train_shift: float = Field(default=0.1, ge=0, le=0.5)
+    train_flip: bool = True
+    reduce_range: bool = True
+    """At most 7 bits for weights of `--target ort-cpu` with quantized activations: full 8 bits saturate there on
+    processors without VNNI."""
     sensitive_images: int = Field(default=16, ge=1)
     """Images that the ratio is measured on."""

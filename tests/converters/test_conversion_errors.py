@@ -17,6 +17,7 @@ from converters.errors import ConversionError, ModelError, UnsupportedOperatorEr
 from converters.load import load_classifier
 from converters.ops import registry
 from converters.runtime import Session
+from converters.targets import PORTABLE
 from converters.torch_module import Unsupported, relative_difference, to_torch, unsupported_operators
 from tests import models
 from tests.converters import oracle
@@ -138,16 +139,18 @@ def test_output_that_turns_out_to_be_a_map(load: Load) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_file_is_read_and_not_quantized_again(load: Load, tmp_path: Path, bits: int) -> None:
-    ready = writeback.prepare_for_quantization(load(models.conv()), four_bit=bits == 4)
+    ready = writeback.prepare_for_quantization(load(models.conv()), PORTABLE, bits)
     values = np.random.default_rng(0).integers(-8, 8, (4, 3, 3, 3))
-    edit = writeback.WeightEdit("features", values, np.full(4, 0.1, np.float32), np.arange(4) - 2, axis=0, bits=bits)
+    edit = writeback.WeightEdit(
+        "features", values, np.full(4, 0.1, np.float32), np.arange(4) - 2, 0, bits, PORTABLE.weight_container(bits)
+    )
     path, x = tmp_path / "quantized.onnx", models.images()
     writeback.save(writeback.apply(ready.original, [edit]), path, {})
     classifier = load_classifier(path)
     expected = Session(path, optimise=False).run(x)[0]
     oracle.assert_close(to_torch(classifier)(torch.from_numpy(x)).numpy(), expected, 1e-5)
     with pytest.raises(ModelError, match=r"quantized\.onnx is quantized already: give the float model"):
-        writeback.prepare_for_quantization(classifier, four_bit=True)
+        writeback.prepare_for_quantization(classifier, PORTABLE, 4)
 
 
 def test_relative_difference() -> None:

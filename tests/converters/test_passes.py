@@ -10,6 +10,7 @@ import pytest
 from converters import batch, graphs, passes
 from converters.classifier import Classifier
 from converters.errors import ModelError
+from converters.targets import choose_target
 from converters.writeback import prepare_for_quantization
 from tests import models
 from tests.converters import oracle
@@ -175,10 +176,22 @@ def test_raise_opset_that_cannot() -> None:
         passes.raise_opset(ir.from_proto(models.conv()), 99, "model.onnx")
 
 
-@pytest.mark.parametrize(("four_bit", "opset", "ir_version"), [(True, 21, 10), (False, 17, 8)])
-def test_prepare_for_quantization(embedded: Classifier, four_bit: bool, opset: int, ir_version: int) -> None:
+@pytest.mark.parametrize(
+    ("container", "bits", "act_bits", "opset", "ir_version"),
+    [
+        ("int4", 4, None, 21, 10),
+        ("int4", 8, 8, 17, 8),
+        ("int4", 8, 16, 21, 10),
+        ("int2", 2, None, 25, 13),
+        ("int2", 3, None, 21, 10),
+        ("int8", 2, 8, 17, 8),
+    ],
+)
+def test_prepare_for_quantization(
+    embedded: Classifier, container: str, bits: int, act_bits: int | None, opset: int, ir_version: int
+) -> None:
     """BatchNorm is folded, the opset is as high as it needs to be, and the rest is as it was."""
-    ready = prepare_for_quantization(embedded, four_bit=four_bit)
+    ready = prepare_for_quantization(embedded, choose_target("portable", container), bits, act_bits)
     assert ready.original.opset_imports[""] == max(opset, embedded.opset)
     assert (ready.original.ir_version or 0) >= ir_version
     assert (ready.spec, ready.sha256, ready.path) == (embedded.spec, embedded.sha256, embedded.path)

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
 from converters.runtime import Session, serialise
+from converters.targets import PORTABLE
 from converters.torch_module import to_torch
 from converters.writeback import prepare_for_quantization
 from tests import models
@@ -45,7 +46,7 @@ def test_another_float_type(load: Load, kind: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_keeps_the_types_outside(load: Load, kind: int) -> None:
     """Computed in float32 inside; names and types of the image and the logits are the file's own."""
-    ready = prepare_for_quantization(load(in_type(kind)), four_bit=True)
+    ready = prepare_for_quantization(load(in_type(kind)), PORTABLE, 4)
     proto = onnx.load_from_string(serialise(ready.original))
     for before, after in zip(
         (*in_type(kind).graph.input, *in_type(kind).graph.output),

@@ -16,6 +16,7 @@ from converters import runtime
 from converters.classifier import Classifier
 from converters.errors import ModelError, OutputError
 from converters.load import load_classifier
+from converters.targets import PORTABLE
 from converters.writeback import WeightEdit, apply, prepare_for_quantization, save
 from tests import models
 from tests.converters import oracle
@@ -139,14 +140,16 @@ def test_model_that_onnxruntime_refuses_is_not_written(model: ir.Model, tmp_path
 @pytest.mark.parametrize("bits", [4, 8])
 def test_names_metadata_and_axes_survive(embedded: Classifier, tmp_path: Path, bits: int) -> None:
     """One Conv is edited and saved; everything else is named, and shaped, as in the file that came in."""
-    ready = prepare_for_quantization(embedded, four_bit=bits <= 4)
+    ready = prepare_for_quantization(embedded, PORTABLE, bits)
     layer = next(node for node in ready.original.graph if node.op_type == "Conv")
     weight = layer.inputs[1]
     assert weight is not None
     assert weight.shape is not None
     shape = tuple(weight.shape.numpy())
     ones, zeros = np.ones(shape, np.int32), np.zeros(shape[0], np.int32)
-    edit = WeightEdit(str(layer.outputs[0].name), ones, np.ones(shape[0], np.float32), zeros, 0, bits)
+    edit = WeightEdit(
+        str(layer.outputs[0].name), ones, np.ones(shape[0], np.float32), zeros, 0, bits, PORTABLE.weight_container(bits)
+    )
     path = tmp_path / "out.onnx"
     save(apply(ready.original, [edit]), path, {"mixmix.quantize": "{}"})
 

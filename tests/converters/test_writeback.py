@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from onnx import TensorProto, numpy_helper
 from converters.classifier import Classifier
 from converters.errors import ModelError
 from converters.runtime import Session, serialise
+from converters.targets import INT8, PORTABLE, UINT8, UINT16, Container, choose_target
 from converters.torch_module import to_torch
 from converters.writeback import (
     BIAS,
     ActivationEdit,
+    BiasEdit,
     TensorEdit,
     WeightEdit,
     apply,
@@ -63,7 +66,7 @@ def random_edit(output: str, shape: tuple[int, ...], axis: int, bits: int) -> We
     values.flat[:2] = low, high
     scale = generator.uniform(0.01, 0.1, shape[axis]).astype(np.float32)
     zeros = generator.integers(low, high, shape[axis], dtype=np.int32, endpoint=True)
-    return WeightEdit(output, values, scale, zeros, axis, bits)
+    return WeightEdit(output, values, scale, zeros, axis, bits, PORTABLE.weight_container(bits))
 
 
 def dequantized(edit: WeightEdit) -> NDArray[np.float32]:
@@ -76,7 +79,7 @@ def dequantized(edit: WeightEdit) -> NDArray[np.float32]:
 def test_weight_edit(load: Load, case: str, bits: int) -> None:
     model, output, weight, axis = CASES[case]
     edit = random_edit(output, tuple(tensor_of(model, weight).dims), axis, bits)
-    ready = prepare_for_quantization(load(model), four_bit=bits <= 4)
+    ready = prepare_for_quantization(load(model), PORTABLE, bits)
     edited = apply(ready.original, [edit])
     onnx.checker.check_model(oracle.proto(edited), full_check=True)
     x = models.images()
@@ -90,7 +93,7 @@ def test_integers_lie_packed_in_the_file(load: Load, bits: int) -> None:
     """Up to 4 bits as INT4, two to a byte; 27 weights a channel make an odd count for the last channel."""
     model = models.conv()
     edit = random_edit("features", (4, 3, 3, 3), 0, bits)
-    ready = prepare_for_quantization(load(model), four_bit=bits <= 4)
+    ready = prepare_for_quantization(load(model), PORTABLE, bits)
     tensors = {t.name: t for t in onnx.load_from_string(serialise(apply(ready.original, [edit]))).graph.initializer}
     weight, zeros = tensors["conv.weight.q"], tensors["conv.weight.zero"]
     kind = TensorProto.INT4 if bits <= 4 else TensorProto.INT8
@@ -163,21 +166,21 @@ def fake_quantized(x: NDArray[np.float32], edit: ActivationEdit) -> NDArray[np.f
 def test_every_reader_sees_the_quantized_value(load: Load, bits: int) -> None:
     """BatchNormalization and Add read `features`; the oracle is the rest of the model on numpy's quantized value."""
     proto, x = models.batchnorm(shared=True), models.images()
-    edit = ActivationEdit("features", scale=2.0 / 2**bits, zero_point=2 ** (bits - 1), bits=bits)
+    edit = ActivationEdit("features", scale=2.0 / 2**bits, zero_point=2 ** (bits - 1), bits=bits, container=UINT8)
     rest = models.assemble(
         proto.graph.node[1:],
         {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer},
         inputs={"features": ("batch", 4, 8, 8)},
     )
     features = oracle.values(proto, x, ["features"])["features"]
-    ready = prepare_for_quantization(load(proto), four_bit=bits <= 4)
+    ready = prepare_for_quantization(load(proto), PORTABLE, bits)
     model = apply(ready.original, [edit])
     oracle.assert_close(oracle.run(model, x), oracle.run(rest, fake_quantized(features, edit)), ROUNDING)
 
 
 @pytest.mark.parametrize("value", ["image", "active"])
 def test_activation_edit_of_input_and_last_map(load: Load, value: str) -> None:
-    x, edit = models.images(), ActivationEdit(value, scale=0.02, zero_point=100, bits=8)
+    x, edit = models.images(), ActivationEdit(value, scale=0.02, zero_point=100, bits=8, container=UINT8)
     model = apply(load(models.conv()).original, [edit])
     if value == "image":
         expected = oracle.run(models.conv(), fake_quantized(x, edit))
@@ -191,7 +194,7 @@ def test_activation_edit_of_input_and_last_map(load: Load, value: str) -> None:
 def test_activation_edit_of_the_output_changes_no_reader(load: Load) -> None:
     """Nobody reads the logits, so the file stays as it is."""
     x = models.images()
-    model = apply(load(models.conv()).original, [ActivationEdit("logits", 0.1, 0, 8)])
+    model = apply(load(models.conv()).original, [ActivationEdit("logits", 0.1, 0, 8, UINT8)])
     assert [node.op_type for node in model.graph] == [node.op_type for node in models.conv().graph.node]
     oracle.assert_close(oracle.run(model, x), oracle.run(models.conv(), x), 0)
 
@@ -199,18 +202,22 @@ def test_activation_edit_of_the_output_changes_no_reader(load: Load) -> None:
 @pytest.mark.parametrize(("bits", "bad"), [(2, 8), (4, 8), (4, -9), (5, 128), (8, 128), (8, -129)])
 def test_values_out_of_range(load: Load, bits: int, bad: int) -> None:
     original = load(models.conv()).original
-    good = WeightEdit("features", np.zeros((4, 3, 3, 3), np.int32), np.ones(4, np.float32), np.zeros(4, np.int32), 0, 8)
+    good = WeightEdit(
+        "features", np.zeros((4, 3, 3, 3), np.int32), np.ones(4, np.float32), np.zeros(4, np.int32), 0, 8, INT8
+    )
     weight, zero = good.values.copy(), good.zero_point.copy()
     weight[1, 2, 0, 1] = zero[3] = bad
     for values, zeros in ((weight, good.zero_point), (good.values, zero)):
         with pytest.raises(ValueError, match=r"conv\.weight\.\w+: integers outside \[-"):
-            apply(original, [WeightEdit("features", values, good.scale, zeros, 0, bits)])
+            apply(
+                original, [WeightEdit("features", values, good.scale, zeros, 0, bits, PORTABLE.weight_container(bits))]
+            )
 
 
 @pytest.mark.parametrize(("bits", "zero"), [(4, 16), (4, -1), (8, 256), (8, -1)])
 def test_activation_zero_point_out_of_range(load: Load, bits: int, zero: int) -> None:
     with pytest.raises(ValueError, match=r"active\.zero: integers outside \[0, "):
-        apply(load(models.conv()).original, [ActivationEdit("active", 0.1, zero, bits)])
+        apply(load(models.conv()).original, [ActivationEdit("active", 0.1, zero, bits, UINT8)])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "image"])
@@ -225,7 +232,7 @@ def test_the_original_is_left_as_it_was(embedded: Classifier) -> None:
     shapes = [tuple(node.inputs[1].shape.numpy()) for node in nodes]  # type: ignore[union-attr]  # or the test fails
     names = [str(node.outputs[0].name) for node in nodes]
     edits = [random_edit(name, shape, 0, 8) for name, shape in zip(names, shapes, strict=True)]
-    edited = apply(embedded.original, [*edits, ActivationEdit(names[0], 0.1, 3, 8)])
+    edited = apply(embedded.original, [*edits, ActivationEdit(names[0], 0.1, 3, 8, UINT8)])
     assert serialise(edited) != before
     assert serialise(embedded.original) == before
 
@@ -235,7 +242,7 @@ def test_four_bit_file_means_the_same_when_optimised(load: Load, optimise: bool)
     """What onnxruntime fuses must not change the result beyond rounding."""
     model, output, weight, axis = CASES["Conv"]
     edit, x = random_edit(output, (4, 3, 3, 3), axis, 4), models.images()
-    ready = prepare_for_quantization(load(model), four_bit=True)
+    ready = prepare_for_quantization(load(model), PORTABLE, 4)
     actual = Session(serialise(apply(ready.original, [edit])), optimise=optimise).run(x)[0]
     oracle.assert_close(actual, oracle.run(replaced(model, weight, dequantized(edit)), x), 2e-6)
 
@@ -255,3 +262,45 @@ def test_difference_is_that_of_the_logits(load: Load, op: str) -> None:
     classifier, x = load(models.softmax(op)), models.images()
     logits = to_torch(classifier)(torch.from_numpy(x)).numpy()
     assert difference_from(classifier.original, x, logits, Path("m"), 1) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("container", "kind", "size"), [("int2", TensorProto.INT2, 27), ("int8", TensorProto.INT8, 108)]
+)
+def test_two_bits_in_the_container_that_was_asked_for(load: Load, container: str, kind: int, size: int) -> None:
+    model, target = models.conv(), choose_target("portable", container)
+    edit = replace(random_edit("features", (4, 3, 3, 3), 0, 2), container=target.weight_container(2))
+    edited = apply(prepare_for_quantization(load(model), target, 2).original, [edit])
+    weight = next(t for t in onnx.load_from_string(serialise(edited)).graph.initializer if t.name == "conv.weight.q")
+    assert (weight.data_type, len(weight.raw_data)) == (kind, size)
+    for optimise in (True, False):
+        actual = Session(edited, optimise=optimise).run(models.images())[0]
+        expected = oracle.run(replaced(model, "conv.weight", dequantized(edit)), models.images())
+        oracle.assert_close(np.asarray(actual, np.float32), expected, ROUNDING)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_edit(load: Load, bias: bool) -> None:
+    model, x = models.conv(bias=bias), models.images()
+    generator = np.random.default_rng(0)
+    integers = generator.integers(-1000, 1000, 4, dtype=np.int32)
+    scale = generator.uniform(1e-4, 1e-3, 4).astype(np.float32)
+    edited = apply(load(model).original, [BiasEdit("features", integers, scale)])
+    onnx.checker.check_model(oracle.proto(edited), full_check=True)
+    plain = apply(load(model).original, [TensorEdit("features", 2, integers.astype(np.float32) * scale)])
+    oracle.assert_close(oracle.run(edited, x), oracle.run(plain, x), ROUNDING)
+
+
+@pytest.mark.parametrize(("bits", "container"), [(4, INT8), (8, INT8), (16, UINT16)])
+def test_other_activation_containers(load: Load, bits: int, container: Container) -> None:
+    """Signed ones around zero, and 16 bits."""
+    low, high = container.bounds(bits)
+    edit = ActivationEdit(
+        "active", scale=4.0 / 2**bits, zero_point=(low + high + 1) // 2, bits=bits, container=container
+    )
+    before = oracle.values(models.conv(), models.images(), ["active"])["active"]
+    levels = np.clip(np.rint(before / np.float32(edit.scale)) + edit.zero_point, low, high) - edit.zero_point
+    tail = models.assemble(models.head("active"), models.head_tensors(4), inputs={"active": ("batch", 4, 6, 6)})
+    expected = oracle.run(tail, (levels * np.float32(edit.scale)).astype(np.float32))
+    ready = prepare_for_quantization(load(models.conv()), PORTABLE, 8, bits)
+    oracle.assert_close(oracle.run(apply(ready.original, [edit]), models.images()), expected, ROUNDING)

@@ -264,6 +264,12 @@ def test_distill_makes_its_own_images(capsys: pytest.CaptureFixture[str], model:
     assert (model.parent / "plain.images" / "manifest.json").is_file()
 
 
+def test_distill_says_whom_input_options_are_for() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["distill", "--help"]).output.split())
+    assert "holds for both models" in text
+    assert "STUDENT.toml" in text
+
+
 def test_inspect_checks_a_pattern(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
     few = ("--data", images, "--set", "mask_steps=2", "--set", "steps=2", "-q")
     assert run(capsys, "prune", model, "--pattern", "2:4", *few)[0] == 0

@@ -19,13 +19,14 @@ from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.account import Compression
 from recipes.distill.engine import BatchStatistics, distill, output_path, trainable
-from recipes.distill.losses import divergence, likeness, likeness_loss, mix_images, move_images
+from recipes.distill.losses import likeness, likeness_loss
 from recipes.distill.settings import PACKAGE, DistillSettings
 from recipes.images import ImageSet
 from recipes.prune.engine import make_goal, prune
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.settings import load_recipe
+from recipes.training import divergence, mix_images, move_images
 from recipes.validate import validate
 from tests import models
 
@@ -187,6 +188,68 @@ def test_tensors_that_an_exporter_merged_are_trained_apart(calibration_images: I
     assert result.written_difference < 1e-4
     first, second = to_torch(load_classifier(tmp_path / "o.onnx")).batchnorms()
     assert not torch.equal(first.mean, second.mean)
+
+
+@pytest.fixture
+def small_images(calibration_images: ImageSet) -> ImageSet:
+    """Images for the models built by hand."""
+    return ImageSet(calibration_images.pixels[:, :, : models.SIDE, : models.SIDE].expand(-1, models.CHANNELS, -1, -1))
+
+
+def test_a_mask_of_infinities_stays_and_is_no_divergence(small_images: ImageSet, tmp_path: Path) -> None:
+    """A mask on scores, -inf where nothing may be looked at."""
+    mask = np.zeros((4, 4), np.float32)
+    mask[np.triu_indices(4, 1)] = -np.inf
+    nodes = [
+        models.node("Conv", "image conv.weight", "features"),
+        models.node("Reshape", "features rows", "queries"),
+        models.node("Transpose", "queries", "keys", perm=[0, 2, 1]),
+        models.node("MatMul", "queries keys", "scores"),
+        models.node("Add", "scores mask", "masked"),
+        models.node("Softmax", "masked", "attention", axis=-1),
+        models.node("MatMul", "attention queries", "mixed"),
+        models.node("Flatten", "mixed", "flat"),
+        models.node("Gemm", "flat head.weight", "logits", transB=1),
+    ]
+    tensors = {
+        "conv.weight": models.weights(4, models.CHANNELS, 3, 3),
+        "rows": np.array([0, 4, 36]),
+        "mask": mask,
+        "head.weight": models.weights(models.CLASSES, 144),
+    }
+    student = load_classifier(models.write(models.assemble(nodes, tensors), tmp_path / "student.onnx"))
+    teacher = load_classifier(models.write(models.conv(), tmp_path / "teacher.onnx"))
+    result = distill(teacher, student, small_images, tmp_path / "o.onnx", recipe())
+    after = [numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "o.onnx").graph.initializer]
+    assert any(np.array_equal(array, mask) for array in after)
+    assert all(layer.error > 0 for layer in result.layers)
+
+
+def test_a_batchnorm_on_pixels_stays_as_it_was(small_images: ImageSet, tmp_path: Path) -> None:
+    """The first BatchNormalization normalises the image, the second is the first layer's."""
+    first = {
+        key.replace("bn", "image", 1): np.exp(0.1 * models.random(models.CHANNELS, seed=index))
+        for index, key in enumerate(models.statistics(1))
+    }
+    nodes = [
+        models.node("BatchNormalization", f"image {' '.join(first)}", "pixels"),
+        models.node("Conv", "pixels conv.weight", "features"),
+        models.batchnorm_node("features", "normed"),
+        *models.head("normed"),
+    ]
+    tensors = {"conv.weight": models.weights(4, models.CHANNELS, 3, 3), **models.statistics(4), **first}
+    model = models.assemble(nodes, tensors | models.head_tensors(4))
+    student = load_classifier(models.write(model, tmp_path / "student.onnx"))
+    teacher = load_classifier(models.write(models.conv(), tmp_path / "teacher.onnx"))
+    result = distill(teacher, student, small_images, tmp_path / "o.onnx", recipe())
+    assert result.written_difference < 1e-4
+    after = onnx.load(tmp_path / "o.onnx").graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in after.initializer}
+    of_pixels, of_layer = (n for n in after.node if n.op_type == "BatchNormalization")
+    for name, value in zip(of_pixels.input[1:], first.values(), strict=True):
+        np.testing.assert_array_equal(arrays[name], value)
+    for name, value in zip(of_layer.input[1:], models.statistics(4).values(), strict=True):
+        assert not np.array_equal(arrays[name], value)
 
 
 def test_one_image_is_refused(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:

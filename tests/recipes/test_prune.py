@@ -250,6 +250,36 @@ class TestPrunedWeight:
         assert pruned.tensor().tolist() == [[5, -2, 0, 0]]
         assert pruned.sparsity == 0.5
 
+    @pytest.mark.parametrize("stages", [("soften", "absorb"), ()], ids=["two", "one"])
+    def test_what_was_zero_before_stays_zero(self, stages: tuple[str, ...]) -> None:
+        """Three zeros, and a choice of two to remove: one of them would be trained."""
+        w = torch.tensor([[4.0, 0.0, 0.0, 0.0]])
+        pruned = PrunedWeight(w, lambda size: keep_largest(size, 0.5), recipe("two-stage", 4))
+        for stage in stages:
+            getattr(pruned, stage)()
+        pruned.freeze()
+        (group,) = pruned.groups()
+        with torch.no_grad():
+            group.tensors[0].add_(1.0)
+        pruned.harden()
+        assert pruned.tensor().tolist() == [[5, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", None)])
+@pytest.mark.parametrize("method", ["one-stage", "two-stage"])
+def test_pruning_a_sparse_model_fills_no_zero(
+    method: str, pattern: str, sparsity: float | None, pruned: Pruner, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """Seven in ten weights are zero, in some layers more: less is asked of those, and more of others."""
+    given = pruned("inverted", "one-stage", sparsity=0.7).output
+    goal, settings = make_goal(pattern, sparsity), recipe(method, 8, allocation="uniform")
+    prune(load_classifier(given), calibration_images, tmp_path / "o.onnx", settings, goal)
+    before, after = layer_weights(given), layer_weights(tmp_path / "o.onnx")
+    assert sum(int((weight == 0).sum()) for weight in before) > 10_000
+    for old, new in zip(before, after, strict=True):
+        assert not new[old == 0].any()
+    assert any(not np.array_equal(old, new) for old, new in zip(before, after, strict=True))
+
 
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "name"),
@@ -269,6 +299,27 @@ def test_a_sparsity_that_no_layer_can_take_is_refused(
                 recipe("one-shot", 0, allocation=allocation, most=0.5), make_goal("unstructured", 0.6),
             )  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "changes"),
+    [
+        (0.5, {"dense_first": False}),  # 320 % of the only other layer
+        (0.99, {"most": 0.995, "dense_first": False}),
+        (0.15, {}),
+    ],
+)
+def test_uniform_advice_helps(sparsity: float, changes: dict[str, object], tmp_path: Path) -> None:
+    """A model of two layers, whose first is five times the second: what the message names, all of it and only that."""
+    layers = to_torch(load_classifier(models.write(models.conv(), tmp_path / "model.onnx"))).layers()
+    settings = recipe("one-shot", 0)
+    if changes:
+        with pytest.raises(MixMixError) as refused:
+            shares.uniform(layers, sparsity, settings)
+        for key in ("most", "dense_first"):
+            assert (f"--set {key}=" in str(refused.value)) == (key in changes)
+    found = shares.uniform(layers, sparsity, settings.model_copy(update=changes))
+    assert sum(layer.parameters * found.get(layer.output, 0) for layer in layers) == pytest.approx(sparsity * 128)
 
 
 @pytest.mark.parametrize("unit", ["macs", "weights"])

@@ -18,6 +18,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
+from converters.targets import PORTABLE
 from converters.torch_module import to_torch
 from recipes.account import Compression
 from recipes.images import ImageSet
@@ -104,7 +105,7 @@ class Written:
 
 def simulate(written: Written, classifier: Classifier, pixels: torch.Tensor) -> NDArray[np.float32]:
     """Logits of the float model in torch with the file's weights, biases and activation grids put in."""
-    module = to_torch(writeback.prepare_for_quantization(classifier, four_bit=True))
+    module = to_torch(writeback.prepare_for_quantization(classifier, PORTABLE, 4))
     parameters, transforms = {}, {}
     for layer in module.layers():
         parameters[layer.weight] = written.weight(layer.output)
@@ -208,7 +209,7 @@ def test_types_and_ranges_in_the_file_are_those_of_the_account(
     method: str, bits: int, act_bits: int | None, quantized: Quantizer, classifier_of: Classifiers
 ) -> None:
     result = quantized("inverted", method, bits, act_bits)
-    module = to_torch(writeback.prepare_for_quantization(classifier_of("inverted"), four_bit=True), check=False)
+    module = to_torch(writeback.prepare_for_quantization(classifier_of("inverted"), PORTABLE, 4), check=False)
     written, layers = Written(result.output), module.layers()
     assert [account.name for account in result.layers] == [layer.name for layer in layers]
     assert result.layers[0].bits == result.layers[-1].bits == 8

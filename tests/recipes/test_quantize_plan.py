@@ -13,6 +13,7 @@ import torch
 from converters.classifier import Classifier
 from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
+from converters.targets import PORTABLE
 from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 from recipes.progress import Silent
@@ -31,7 +32,7 @@ def plans(
     module: TorchClassifier, images: ImageSet, bits: int = 2, act_bits: int | None = None, **settings: float
 ) -> list[LayerPlan]:
     inputs = module.spec.to_input(images.pixels[:8])
-    return plan_bits(module, inputs, bits, act_bits, NEAREST.model_copy(update=settings))
+    return plan_bits(module, inputs, bits, act_bits, PORTABLE, NEAREST.model_copy(update=settings))
 
 
 @pytest.mark.parametrize("share", [0.015, 0.05, 0.3, 1.0])
@@ -126,7 +127,9 @@ def test_the_ratio_of_a_layer_is_measured_with_it_alone_rounded(
         assert coarse.snr < fine.snr
 
 
-@pytest.mark.parametrize(("bits", "act_bits"), [(1, None), (9, None), (0, None), (-4, None), (4, 1), (4, 9), (16, 16)])
+@pytest.mark.parametrize(
+    ("bits", "act_bits"), [(1, None), (9, None), (0, None), (-4, None), (4, 1), (4, 9), (4, 15), (4, 17), (16, 16)]
+)
 def test_widths_that_cannot_be_written_are_refused(
     bits: int, act_bits: int | None, tmp_path: Path, classifier_of: Classifiers, calibration_images: ImageSet
 ) -> None:

@@ -245,3 +245,19 @@ def test_dropping_leaves_about_that_share_alone(activation: QuantizedActivation)
     left = out == x
     torch.testing.assert_close(out[~left], q.fake_quantize(x[~left], activation.scale, activation.zero, 0, 15))
     assert float(left.float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize(("within", "largest"), [((0.0, 6.0), 6 / 255), ((-6.0, 6.0), 6 / 255), ((0.0, 100.0), None)])
+def test_a_step_stays_within_what_a_clip_leaves(within: tuple[float, float], largest: float | None) -> None:
+    """However much training wants it to grow."""
+    sample = torch.rand(1000) * 6
+    free = QuantizedActivation(sample, 8, SIGMOID)
+    bound = QuantizedActivation(sample, 8, SIGMOID, within=within)
+    for value in (free, bound):
+        value.log_growth.fill_(0.5)
+        value.harden()
+    assert float(free.scale) > 6 / 255
+    assert float(bound.scale) == pytest.approx(largest or float(free.scale))
+    represented = bound(torch.linspace(-10, 200, 5000))
+    assert within[0] - 1e-5 <= float(represented.min())
+    assert float(represented.max()) <= max(within[1], 6.0) * (1 + 1e-6)

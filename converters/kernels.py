@@ -1,0 +1,102 @@
+"""Which layers run in integers: what has to be quantized for it, what that promises, and what onnxruntime makes of it.
+
+onnxruntime's CPU provider turns DequantizeLinear -> operator -> QuantizeLinear into one integer kernel. A convolution
+needs its input and its output quantized, where the output may lie behind a Relu, or behind a Clip to what the quantizer
+can hold; Gemm and MatMul need their input alone, as their kernels also write float. Add, Mul and Concat of what
+convolutions write join in when all their inputs are quantized. Pooling, Reshape and Transpose are passed through.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.runtime import optimised_operators
+from converters.torch_module import Layer, Step, TorchClassifier
+
+JOINING = ("Add", "Mul", "Concat")
+ABSORBED = ("Relu", "Clip")
+"""What a quantizer does anyway, so that it disappears between an integer kernel and a QuantizeLinear."""
+WRITES_FLOAT = ("Gemm", "MatMul")
+"""Layers whose integer kernel needs no quantized output."""
+
+INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits")
+
+
+class _Readers:
+    """Who reads each value on the way to the logits."""
+
+    def __init__(self, module: TorchClassifier) -> None:
+        self.of: dict[str, list[Step]] = {}
+        for step in module.whole.steps:
+            for name in step.inputs:
+                self.of.setdefault(name, []).append(step)
+
+    def settled(self, name: str) -> str:
+        """The value to quantize in place of `name`: behind the Relu or Clip that alone reads it."""
+        readers = self.of.get(name, [])
+        if len(readers) == 1 and readers[0].op in ABSORBED:
+            return self.settled(readers[0].outputs[0])
+        return name
+
+
+def values_between(module: TorchClassifier) -> list[str]:
+    """Values to quantize, besides the inputs of the layers, so that integer kernels follow one another; in order."""
+    readers = _Readers(module)
+    convolutions = {layer.output for layer in module.layers() if layer.op not in WRITES_FLOAT}
+    integer: dict[str, None] = {}
+    wanted: dict[str, None] = {}
+    for step in module.whole.steps:
+        joins = step.op in JOINING and not any(module.is_constant(name) for name in step.inputs)
+        if step.outputs[0] in convolutions or (joins and integer.keys() & set(step.inputs)):
+            wanted.update(dict.fromkeys(step.inputs if joins else ()))
+            settled = readers.settled(step.outputs[0])
+            integer[settled] = wanted[settled] = None
+    order = [module.input_name] + [name for step in module.whole.steps for name in step.outputs]
+    return [name for name in order if name in wanted and name != module.logits_name]
+
+
+def clipped_to(module: TorchClassifier) -> dict[str, tuple[float, float]]:
+    """Constant bounds of every value that a Clip writes: a quantizer that holds more does not absorb it."""
+    found = {}
+    for step in module.whole.steps:
+        low, high = step.fixed.get(1), step.fixed.get(2)
+        if step.op == "Clip" and isinstance(low, float) and isinstance(high, float):
+            found[step.outputs[0]] = (low, high)
+    return found
+
+
+def layers_in_integers(module: TorchClassifier, quantized: Mapping[str, int]) -> list[Layer]:
+    """The layers that integer kernels will take, given the bits of each quantized value."""
+    readers = _Readers(module)
+    byte = {name for name, bits in quantized.items() if bits == 8}
+    return [
+        layer
+        for layer in module.layers()
+        if layer.input in byte
+        and layer.operand == 1
+        and (layer.op in WRITES_FLOAT or readers.settled(layer.output) in byte)
+    ]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What runs in integers: `forecast` and `counted` of `layers` layers, and the operators that onnxruntime runs."""
+
+    layers: int
+    forecast: int
+    counted: int
+    operators: Mapping[str, int]
+
+
+def count_fusion(path: Path, layers: int, forecast: int) -> Fusion:
+    """Counted in the graph that onnxruntime runs after all its optimisations. Raises ModelError if it cannot load."""
+    operators = Counter(optimised_operators(path))
+    return Fusion(layers, forecast, _sum(operators, INTEGER_KERNELS), dict(operators.most_common()))
+
+
+def _sum(operators: Mapping[str, int], names: Collection[str]) -> int:
+    return sum(operators.get(name, 0) for name in names)

@@ -1,0 +1,116 @@
+"""What a long run has computed so far, on disk beside its output, so that one that was interrupted is gone on with.
+
+One safetensors file, `OUTPUT.KIND.partial`, is replaced as a whole every few seconds of work and removed at the end. It
+belongs to what was asked for: the same model, images, settings, seed and versions; another run leaves it aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from converters.torch_module import TorchClassifier
+from converters.writeback import write_atomically
+from recipes.images import ImageSet
+
+SECONDS = 20.0
+"""Work between two writes, of which at most this much is lost."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors and numbers (JSON) from which the rest of a run follows."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+
+class Stateful(Protocol):
+    """What a run changes, which can be put down and taken up again."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+Table = Mapping[str, Stateful]
+
+
+def gather(tables: Mapping[str, Table]) -> dict[str, Tensor]:
+    """The states of all entries of named tables, by `table|key|entry`."""
+    return {
+        f"{title}|{key}|{name}": tensor
+        for title, table in tables.items()
+        for name, entry in table.items()
+        for key, tensor in entry.state().items()
+    }
+
+
+def scatter(state: State, tables: Mapping[str, Table]) -> None:
+    """Put back what `gather` gave, into entries that are there already."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for path, tensor in state.tensors.items():
+        title, _, rest = path.partition("|")
+        key, _, name = rest.partition("|")
+        found.setdefault((title, name), {})[key] = tensor
+    for title, table in tables.items():
+        for name, entry in table.items():
+            if (title, name) in found:
+                entry.restore(found[title, name])
+
+
+class Checkpoint:
+    """The file beside `output`, for a run of a `kind` on `module` and `images` that `facts` tell from all others."""
+
+    def __init__(
+        self,
+        output: Path,
+        kind: str,
+        modules: Iterable[TorchClassifier],
+        images: ImageSet,
+        facts: Mapping[str, object],
+        seconds: float | None = None,
+    ) -> None:
+        self.path = output.with_name(f"{output.name}.{kind}.partial")
+        self.seconds, self._written = SECONDS if seconds is None else seconds, time.monotonic()
+        mark = hashlib.sha256(json.dumps([facts, torch.__version__], sort_keys=True, default=str).encode())
+        mark.update(images.pixels.contiguous().numpy().tobytes())
+        for module in modules:
+            for buffer in module.buffers():
+                mark.update(buffer.cpu().contiguous().numpy().tobytes())
+        self._mark = mark.hexdigest()
+
+    def find(self) -> State | None:
+        """What an interrupted run of just this kind has left; None where there is nothing of use."""
+        try:
+            with safetensors.safe_open(str(self.path), "pt") as file:
+                said = file.metadata() or {}
+                if said.get("run") != self._mark:
+                    return None
+                return State({name: file.get_tensor(name) for name in file.keys()}, json.loads(said["numbers"]))  # noqa: SIM118  # no mapping
+        except (OSError, safetensors.SafetensorError):
+            return None
+
+    def offer(self, state: Callable[[], State]) -> None:
+        """Write `state()` if it is time to."""
+        if time.monotonic() - self._written < self.seconds:
+            return
+        now = state()
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in now.tensors.items()}
+        said = {"run": self._mark, "numbers": json.dumps(dict(now.numbers))}
+        write_atomically(self.path, safetensors.torch.save(tensors, said))
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """The run is done."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""Quantization-aware training: the whole quantized network taught by the float one, from where reconstruction left it.
+
+    loss = T^2 KL(float || quantized) + features * mean over blocks of ||y~ - y||^2 / ||y||^2
+
+The second term is the intermediate-feature loss of the paper's appendix (B.3) on the outputs of blocks, relative to
+their power, so that one weight serves all of them. Weights are trained straight through their rounding, in units of
+their scale; scales, biases and activation steps are trained along. BatchNorm is folded into the weights before, so that
+its statistics are frozen from the first step (the appendix freezes them late, as updating them moves the activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from converters.torch_module import TorchClassifier
+from recipes.blocks import find_blocks
+from recipes.checkpoint import Checkpoint, State
+from recipes.images import ImageSet
+from recipes.progress import Task
+from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
+from recipes.quantize.settings import QuantizeSettings
+from recipes.reconstruct import Change, Changes, LearnedTensor
+from recipes.training import Training, divergence, train
+from recipes.workpiece import to_inputs
+
+
+def train_quantized(
+    module: TorchClassifier,
+    images: ImageSet,
+    weights: Mapping[str, QuantizedWeight],
+    biases: Mapping[str, LearnedTensor],
+    values: Mapping[str, QuantizedActivation],
+    settings: QuantizeSettings,
+    generator: torch.Generator,
+    task: Task,
+    checkpoint: Checkpoint,
+    found: State | None,
+    before: State,
+) -> None:
+    """Train all changes together on `images`, in place; afterwards they are hard again.
+
+    `found` is what an interrupted run has left in `checkpoint` while it trained, `before` the state that all began
+    from. Raises MixMixError when training diverges.
+    """
+    for weight in weights.values():
+        weight.learn_freely()
+    outputs = [block.output for block in find_blocks(module, settings.max_chain)]
+    taps = list(dict.fromkeys([*outputs, module.logits_name]))
+    segment = module.segment([module.input_name], taps)
+    changes = Changes((weights, biases), values)
+
+    def loss_of(pixels: Tensor) -> Tensor:
+        x = {module.input_name: to_inputs(module, pixels)}
+        with torch.no_grad():
+            expected = segment(x)
+        actual = segment(x, **changes.of(segment))  # type: ignore[arg-type]  # as Changes.of gives
+        loss = divergence(actual[module.logits_name], expected[module.logits_name], settings.train_temperature)
+        if settings.train_features:
+            errors = [_relative(actual[name], expected[name]) for name in outputs if name != module.logits_name]
+            loss = loss + settings.train_features * torch.stack(errors).mean() if errors else loss
+        return loss
+
+    everything: list[Change] = [*weights.values(), *biases.values(), *values.values()]
+    groups = [group for change in everything for group in change.groups()]
+    how = Training(
+        settings.train_steps,
+        settings.train_batch,
+        settings.train_warmup,
+        settings.train_mixing,
+        settings.train_shift,
+        settings.train_flip,
+    )
+    train(images, groups, loss_of, how, generator, task, checkpoint, found, before)
+    for weight in weights.values():
+        weight.harden()
+    for value in values.values():
+        value.harden()
+
+
+def _relative(actual: Tensor, expected: Tensor) -> Tensor:
+    return (actual - expected).square().mean() / expected.square().mean().clamp_min(1e-12)

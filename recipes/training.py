@@ -1,0 +1,167 @@
+"""The one loop that trains a whole network on another's answers: distillation, and quantization-aware training.
+
+Both networks see the same image, moved and, for a share of the images, blended with another (Beyer et al. 2022), so
+that a fixed set of images is never seen twice. Adam, with a linear rise of the rate and then a half cosine to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from converters.errors import MixMixError
+from recipes.checkpoint import Checkpoint, State
+from recipes.images import ImageSet
+from recipes.progress import Task
+from recipes.reconstruct import Group
+
+LOOK_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, and what is done to the images."""
+
+    steps: int
+    batch: int
+    """Images a step."""
+    warmup: float
+    """Share of the steps over which the rates rise."""
+    mixing: float
+    """Share of the images that are blended with another of the batch."""
+    shift: float
+    """Largest shift of an image, as a share of its side."""
+    flip: bool
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits [N, classes], mean over N (Hinton et al. 2015)."""
+    log_p = F.log_softmax(student / temperature, 1)
+    log_q = F.log_softmax(teacher / temperature, 1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def train(
+    images: ImageSet,
+    groups: Sequence[Group],
+    loss_of: Callable[[Tensor], Tensor],
+    how: Training,
+    generator: torch.Generator,
+    task: Task,
+    checkpoint: Checkpoint | None = None,
+    found: State | None = None,
+    before: State | None = None,
+) -> None:
+    """Train the tensors of `groups` in place. `loss_of` gives the loss for pixels [n, C, H, W].
+
+    `found` is the state that an interrupted run left in `checkpoint`; the result is that of a run that was not
+    interrupted. `before` is kept with every state: what the caller needs to come to this point again.
+
+    Raises MixMixError when training diverges.
+    """
+    tensors = [tensor for group in groups for tensor in group.tensors]
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    optimizer = torch.optim.Adam([{"params": list(group.tensors), "lr": group.rate} for group in groups])
+    order, begun = torch.empty(0, dtype=torch.long), 0
+    if found is not None:
+        begun = int(found.numbers["step"])
+        order = _restore(found, tensors, optimizer, generator)
+        task.advance(begun)
+    for step in range(begun, how.steps):
+        for entry, group in zip(optimizer.param_groups, groups, strict=True):
+            entry["lr"] = group.rate * schedule(step / how.steps, how.warmup)
+        if len(order) < 2:
+            order = torch.randperm(len(images), generator=generator)
+        chosen, order = order[: how.batch], order[how.batch :]
+        pixels = move_images(images.pixels[chosen], how.shift, how.flip, generator)
+        loss = loss_of(mix_images(pixels, how.mixing, generator))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        task.advance(1, f"loss {float(loss.detach()):.3f}" if step % LOOK_EVERY == 0 else None)
+        if checkpoint is not None:
+            done = step + 1
+            now = partial(_state, done, order, tensors, optimizer, generator, before)
+            checkpoint.offer(now)
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise MixMixError("training diverged: lower its rate with --set, or give images nearer to the model's")
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """A linear rise to 1 over `warmup`, then a half cosine to 0; never exactly 0."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def _moments(tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """What Adam remembers, by name."""
+    for index, tensor in enumerate(tensors):
+        for key, value in optimizer.state[tensor].items():
+            yield f"adam.{index}.{key}", value
+
+
+def _state(
+    step: int,
+    order: Tensor,
+    tensors: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    before: State | None,
+) -> State:
+    named = {f"trained.{index}": tensor for index, tensor in enumerate(tensors)}
+    chance = {"order": order, "generator": generator.get_state()}
+    mine = State(named | dict(_moments(tensors, optimizer)) | chance, {"step": step})
+    return mine if before is None else State({**before.tensors, **mine.tensors}, {**before.numbers, **mine.numbers})
+
+
+@torch.no_grad()
+def _restore(
+    found: State, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> Tensor:
+    """Put everything back as it was; the images of this round that are still to come."""
+    for index, tensor in enumerate(tensors):
+        tensor.copy_(found.tensors[f"trained.{index}"])
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = found.tensors[f"adam.{index}.{key}"]
+            optimizer.state[tensor][key] = value if key == "step" else value.to(tensor.device)
+    generator.set_state(found.tensors["generator"])
+    return found.tensors["order"]
+
+
+def mix_images(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Pixels [N, C, H, W], about `share` of them blended with another of the batch: p x + (1 - p) x', p ~ U(0, 1)."""
+    count = len(pixels)
+    weight = torch.rand(count, generator=generator)
+    weight = torch.where(torch.rand(count, generator=generator) < share, weight, 1.0)
+    weight = weight.to(pixels).view(-1, 1, 1, 1)
+    partner = torch.randperm(count, generator=generator).to(pixels.device)
+    return weight * pixels + (1 - weight) * pixels[partner]
+
+
+def move_images(pixels: Tensor, shift: float, flip: bool, generator: torch.Generator) -> Tensor:
+    """Pixels [N, C, H, W], half of them flipped, all shifted by up to `shift` of a side; edges are repeated."""
+    if flip:
+        flipped = (torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5).to(pixels.device)
+        pixels = torch.where(flipped, pixels.flip(3), pixels)
+    height, width = pixels.shape[2:]
+    limits = [int(shift * side) for side in (height, width)]
+    if not any(limits):
+        return pixels
+    padded = F.pad(pixels, (limits[1], limits[1], limits[0], limits[0]), mode="replicate")
+    rows, columns = (
+        torch.randint(0, 2 * limit + 1, (len(pixels), 1), generator=generator) + torch.arange(side)
+        for limit, side in zip(limits, (height, width), strict=True)
+    )
+    index = torch.arange(len(pixels))[:, None, None, None]
+    channel = torch.arange(pixels.shape[1])[None, :, None, None]
+    return padded[index, channel, rows[:, None, :, None], columns[:, None, None, :]]

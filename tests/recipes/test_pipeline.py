@@ -1,0 +1,161 @@
+"""What cannot work on any images is refused before images are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.load import load_classifier
+from recipes import pipeline
+from recipes.distill.settings import DistillSettings
+from recipes.pipeline import (
+    Request,
+    Write,
+    compress,
+    distilling,
+    pruning,
+    pruning_then_quantizing,
+    quantizing,
+)
+from recipes.progress import Silent
+from recipes.prune.engine import Goal, make_goal
+from recipes.prune.settings import PruneSettings
+from recipes.quantize.settings import QuantizeSettings
+from recipes.settings import load_recipe
+from recipes.validate import Gates
+from tests import models
+
+HALF = make_goal("unstructured", 0.5)
+QUANTIZE = load_recipe(QuantizeSettings, "recipes.quantize", "nearest")
+DISTILL = DistillSettings(steps=1)
+
+
+class ImagesMadeError(Exception):
+    """Raised where images would be made."""
+
+
+@pytest.fixture(autouse=True)
+def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(*_: object) -> None:
+        raise ImagesMadeError
+
+    monkeypatch.setattr(pipeline, "calibration_images", make)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Classifier:
+    """Two layers: a convolution of 108 weights and a head of 20."""
+    return load_classifier(models.write(models.conv(), tmp_path / "plain.onnx"))
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Classifier:
+    """A Conv whose weight is stored in 8 bits."""
+    tensors = {"stored": np.ones((4, models.CHANNELS, 3, 3), np.int8), "scale": np.float32(0.1)}
+    nodes = [
+        models.node("DequantizeLinear", "stored scale", "weight"),
+        models.node("Conv", "image weight", "features"),
+        *models.head("features"),
+    ]
+    model = models.assemble(nodes, tensors | models.head_tensors(4))
+    return load_classifier(models.write(model, tmp_path / "quantized.onnx"))
+
+
+def ask(write: Write, classifier: Classifier, student: Classifier | None = None, images: int | None = None) -> None:
+    request = Request(
+        classifier=classifier,
+        zoo=[],
+        data=None,
+        output=classifier.path.parent / "output.onnx",
+        recipe="default",
+        synth_recipe=None,
+        effort="fast",
+        images=images,
+        gates=Gates(),
+        seed=0,
+        device=torch.device("cpu"),
+        overwrite=False,
+        version="0",
+        student=student,
+    )
+    compress(request, write, Silent())
+
+
+def test_what_can_work_comes_to_the_images(plain: Classifier) -> None:
+    for write, student in (
+        (quantizing(QUANTIZE, 4, 8), None),
+        (pruning(PruneSettings(), HALF), None),
+        (pruning(PruneSettings(), make_goal("channel", 0.3)), None),
+        (pruning(PruneSettings(), make_goal("2:4", None)), None),
+        (pruning_then_quantizing(PruneSettings(), HALF, QUANTIZE, 4), None),
+        (distilling(DISTILL), plain),
+    ):
+        with pytest.raises(ImagesMadeError):
+            ask(write, plain, student)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        quantizing(QUANTIZE, 4, None),
+        pruning(PruneSettings(), HALF),
+        pruning_then_quantizing(PruneSettings(), HALF, QUANTIZE, 4),
+    ],
+    ids=["quantize", "prune", "both"],
+)
+def test_a_quantized_model(write: Write, quantized: Classifier) -> None:
+    with pytest.raises(MixMixError, match="quantized already"):
+        ask(write, quantized)
+
+
+def test_a_quantized_student(plain: Classifier, quantized: Classifier) -> None:
+    with pytest.raises(MixMixError, match=r"quantized\.onnx is quantized already"):
+        ask(distilling(DISTILL), plain, quantized)
+
+
+def test_a_student_of_other_classes(plain: Classifier, tmp_path: Path) -> None:
+    model = models.assemble(
+        [models.node("Flatten", "image", "flat"), models.node("Gemm", "flat w", "logits", transB=1)],
+        {"w": models.weights(7, models.PIXELS)},
+        outputs={"logits": ("batch", 7)},
+    )
+    student = load_classifier(models.write(model, tmp_path / "student.onnx"))
+    with pytest.raises(MixMixError, match=r"has 5 classes and .* has 7"):
+        ask(distilling(DISTILL), plain, student)
+
+
+def test_one_image_for_a_student(plain: Classifier) -> None:
+    with pytest.raises(MixMixError, match="--images 1 comes to one image"):
+        ask(distilling(DISTILL), plain, plain, images=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "goal", "said"),
+    [
+        ({}, make_goal("1:7", None), "pattern 1:7 fits"),
+        ({}, make_goal("unstructured", 0.99), "cannot be reached"),
+        ({"allocation": "global"}, make_goal("unstructured", 0.99), "cannot be reached"),
+        ({"allocation": "uniform"}, HALF, "dense_first=false"),
+        ({}, make_goal("channel", None, 0.01), "ask for less"),
+    ],
+    ids=["pattern", "most", "global", "uniform", "channels"],
+)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_goal_that_cannot_be_reached(
+    bits: int | None, settings: dict[str, object], goal: Goal, said: str, plain: Classifier
+) -> None:
+    prune = PruneSettings.model_validate(settings)
+    write = pruning(prune, goal) if bits is None else pruning_then_quantizing(prune, goal, QUANTIZE, bits)
+    with pytest.raises(MixMixError, match=said):
+        ask(write, plain)
+
+
+def test_a_model_without_channels_to_remove(tmp_path: Path) -> None:
+    model = load_classifier(models.write(models.gemm(trans_b=1), tmp_path / "gemm.onnx"))
+    with pytest.raises(MixMixError, match="no channels that can be removed"):
+        ask(pruning(PruneSettings(), make_goal("channel", 0.5)), model)

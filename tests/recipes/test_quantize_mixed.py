@@ -1,0 +1,124 @@
+"""Bits by layer within a budget: the budget is kept, and spent where it does most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.targets import PORTABLE, choose_target
+from converters.torch_module import TorchClassifier
+from recipes.images import ImageSet
+from recipes.inspect import layer_macs
+from recipes.quantize.engine import output_path, quantize
+from recipes.quantize.mixed import Budget, measure_noise, plan_mixed
+from recipes.quantize.settings import QuantizeSettings
+
+NEAREST = QuantizeSettings(unit="none", range_steps=10)
+Classifiers = Callable[[str], Classifier]
+Modules = Callable[[str], TorchClassifier]
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("size=2MB", Budget("size", 2e6)),
+        ("size=1.5MiB", Budget("size", 1.5 * 2**20)),
+        ("size=64kb", Budget("size", 64e3)),
+        ("size=100B", Budget("size", 100)),
+        ("bops=1.5G", Budget("bops", 1.5e9)),
+        ("bops=20000", Budget("bops", 20000)),
+        ("bits=3", Budget("bits", 3)),
+        ("bits=.5", Budget("bits", 0.5)),
+    ],
+)
+def test_budgets_are_read(text: str, budget: Budget) -> None:
+    assert Budget.parse(text) == budget
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "2MB", "size", "size=", "size=2", "size=2XB", "size=-2MB", "size=0MB", "bits=3MB", "speed=3", "bops=nan"],
+)
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(MixMixError, match=r"is not a budget: write size=2MB, bops=1\.5G or bits=3"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("amount", [2.5, 3.0, 4.0])
+def test_average_bits_are_within_the_budget_and_spent(
+    amount: float, module_of: Modules, calibration_images: ImageSet
+) -> None:
+    module = module_of("inverted")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    plans = plan_mixed(module, x, Budget("bits", amount), None, PORTABLE, NEAREST, lambda plans: 0)
+    weights = sum(plan.layer.parameters for plan in plans)
+    average = sum(plan.layer.parameters * plan.bits for plan in plans) / weights
+    assert amount - 0.2 < average <= amount + 1e-9
+    assert len({plan.bits for plan in plans}) > 1
+
+
+def test_the_allocation_does_less_harm_than_the_same_bits_everywhere(
+    module_of: Modules, calibration_images: ImageSet
+) -> None:
+    module = module_of("inverted")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    noise = measure_noise(module, x, (3,), PORTABLE, NEAREST)
+    plans = plan_mixed(module, x, Budget("bits", 3), None, PORTABLE, NEAREST, lambda plans: 0)
+    mixed = sum(10 ** (-(plan.snr or 0.0) / 10) for plan in plans)
+    assert mixed < 0.9 * sum(row[0] for row in noise.values())
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_bit_operations_are_within_the_budget(
+    act_bits: int | None, module_of: Modules, calibration_images: ImageSet
+) -> None:
+    module = module_of("residual")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    macs = layer_macs(module)
+    amount = 3.3 * (act_bits or 32) * sum(macs.values())
+    plans = plan_mixed(module, x, Budget("bops", amount), act_bits, PORTABLE, NEAREST, lambda plans: 0)
+    used = sum(macs[plan.layer.output] * plan.bits * (plan.act_bits or 32) for plan in plans)
+    assert 0.9 * amount < used <= amount * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("container", "act_bits"), [("int4", None), ("int2", None), ("int4", 8)])
+@pytest.mark.parametrize("model", ["inverted", "attention"])
+def test_the_written_file_has_the_size_that_was_asked_for(
+    model: str,
+    container: str,
+    act_bits: int | None,
+    classifier_of: Classifiers,
+    calibration_images: ImageSet,
+    tmp_path: Path,
+) -> None:
+    """No larger, and no smaller than by what the last layer that did not fit would have needed."""
+    target = choose_target("portable", container, act_bits)
+    ask = (classifier_of(model), calibration_images)
+    least = quantize(*ask, tmp_path / "a.onnx", NEAREST, Budget("bits", 2), act_bits, target).size_after
+    budget = least + 0.4 * classifier_of(model).parameter_count()
+    result = quantize(*ask, tmp_path / "b.onnx", NEAREST, Budget("size", budget), act_bits, target)
+    assert result.size_after == (tmp_path / "b.onnx").stat().st_size
+    assert 0.85 * budget < result.size_after <= budget
+    assert result.bits is None
+    assert result.kept == []
+    assert {layer.bits for layer in result.layers} <= ({2, 4, 8} if container == "int2" else {4, 8})
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    ask = (classifier_of("plain"), calibration_images, tmp_path / "o.onnx", NEAREST)
+    with pytest.raises(MixMixError, match=r"size=10000B cannot be reached: with 4 bits everywhere it is size=\d+B"):
+        quantize(*ask, Budget("size", 1e4))
+    with pytest.raises(MixMixError, match=r"bits=1 cannot be reached: with 2 bits everywhere it is bits=2: allow more"):
+        quantize(*ask, Budget("bits", 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_output_is_named_mixed() -> None:
+    assert output_path(Path("a/model.onnx"), Budget("bits", 3), None) == Path("a/model.mixed.onnx")
+    assert output_path(Path("a/model.onnx"), Budget("bits", 3), 8) == Path("a/model.mixeda8.onnx")

@@ -1,0 +1,142 @@
+"""Files for a runtime's integer kernels: what they hold, what runs, and that it is what was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from converters.classifier import Classifier
+from converters.targets import choose_target
+from recipes.account import Compression
+from recipes.images import ImageSet
+from recipes.quantize.engine import quantize
+from recipes.quantize.settings import QuantizeSettings
+from recipes.validate import decibels
+from tests.recipes.test_quantize import Written, recipe, run, top1
+
+Classifiers = Callable[[str], Classifier]
+Quantizer = Callable[..., Compression]
+MODELS = ("plain", "residual", "inverted", "inverted_folded", "dense", "excite", "shuffle", "attention")
+
+
+@pytest.fixture(scope="session")
+def made_for(
+    tmp_path_factory: pytest.TempPathFactory, classifier_of: Classifiers, calibration_images: ImageSet
+) -> Quantizer:
+    """Quantizations of embedded models for a target on 32 images, each made once."""
+    folder = tmp_path_factory.mktemp("targets")
+
+    @cache
+    def make(model: str, target: str, bits: int, act_bits: int | None, method: str) -> Compression:
+        output = folder / f"{model}.{target}.{bits}.{act_bits}.{method}.onnx"
+        chosen = choose_target(target, None, act_bits)
+        return quantize(classifier_of(model), calibration_images, output, recipe(method), bits, act_bits, chosen)
+
+    def ask(model: str, target: str, bits: int, act_bits: int | None = 8, method: str = "nearest") -> Compression:
+        return make(model, target, bits, act_bits, method)
+
+    return ask
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layer_runs_in_integers_as_forecast(
+    model: str, bits: int, made_for: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet
+) -> None:
+    """And optimised or not, the file gives the same logits but for values between two steps."""
+    result, classifier = made_for(model, "ort-cpu", bits), classifier_of(model)
+    fusion = result.fusion
+    assert fusion is not None
+    assert fusion.layers == len(result.layers)
+    assert fusion.counted == fusion.forecast == fusion.layers, fusion.operators
+    fused, plain = (run(result.output, classifier, calibration_images.pixels, optimise=how) for how in (True, False))
+    reference = run(classifier.path, classifier, calibration_images.pixels)
+    compression = float(np.square(plain.astype(np.float64) - reference).sum())
+    assert float(np.square(fused.astype(np.float64) - plain).sum()) < 0.1 * compression
+
+
+@pytest.mark.parametrize("model", ["residual", "inverted"])
+def test_learned_ranges_still_fuse(model: str, made_for: Quantizer) -> None:
+    """Training moves the steps, behind a Clip too."""
+    fusion = made_for(model, "ort-cpu", 4, 8, "qdrop").fusion
+    assert fusion is not None
+    assert fusion.counted == fusion.layers, fusion.operators
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda", "tensorrt"])
+def test_integers_are_what_the_runtime_wants(target: str, made_for: Quantizer) -> None:
+    result = made_for("residual", target, 8)
+    written = Written(result.output)
+    for node in written.dequantized:
+        integers, *zero = (written.arrays[name] for name in (node.input[0], *node.input[2:]))
+        assert all(not z.any() for z in zero)
+        if integers.dtype != np.int32:
+            assert written.kinds[node.input[0]] == TensorProto.INT8
+            limit = 64 if target == "ort-cpu" else 128
+            assert -limit <= integers.min() < -limit // 2  # products with 8-bit activations do not saturate
+            assert integers.max() < limit
+    biases = [node for node in written.dequantized if written.kinds[node.input[0]] == TensorProto.INT32]
+    assert len(biases) == (len(result.layers) if target == "ort-cpu" else 0)
+    kind = TensorProto.INT8 if target == "tensorrt" else TensorProto.UINT8
+    assert {written.kinds[node.input[2]] for node in written.quantized} == {kind}
+    if target == "tensorrt":
+        assert not any(written.arrays[node.input[2]].any() for node in written.quantized)
+
+
+def test_full_range_where_it_is_asked_for(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    settings = recipe("nearest", reduce_range=False)
+    target = choose_target("ort-cpu", None, 8)
+    result = quantize(classifier_of("plain"), calibration_images, tmp_path / "o.onnx", settings, 8, 8, target)
+    assert {layer.bits for layer in result.layers} == {8}
+    reduced = quantize(classifier_of("plain"), calibration_images, tmp_path / "r.onnx", recipe("nearest"), 8, 8, target)
+    assert {layer.bits for layer in reduced.layers} == {7}
+    assert all("VNNI" in str(layer.reason) for layer in reduced.layers)
+    assert sum(layer.error for layer in result.layers) < sum(layer.error for layer in reduced.layers)
+
+
+@pytest.mark.parametrize("target", ["ort-cuda", "tensorrt"])
+def test_other_targets_keep_the_accuracy(
+    target: str, made_for: Quantizer, classifier_of: Classifiers, judging_images: ImageSet
+) -> None:
+    result, classifier = made_for("inverted", target, 8), classifier_of("inverted")
+    assert result.fusion is None
+    assert top1(result.output, classifier, judging_images) > top1(classifier.path, classifier, judging_images) - 0.02
+
+
+def test_sixteen_bit_activations_are_nearer_than_eight(
+    made_for: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet
+) -> None:
+    reference = run(classifier_of("inverted").path, classifier_of("inverted"), calibration_images.pixels)
+    files = [made_for("inverted", "portable", 8, act_bits).output for act_bits in (8, 16, None)]
+    noise = [
+        decibels(reference.astype(np.float64), run(file, classifier_of("inverted"), calibration_images.pixels))
+        for file in files
+    ]
+    assert noise[0] + 3 < noise[1] < noise[2] + 0.5
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(files[1]).graph.initializer}
+    assert TensorProto.UINT16 in kinds.values()
+
+
+def test_two_bit_storage_is_smaller_and_the_same(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    settings: QuantizeSettings = recipe("nearest")
+    sizes, logits = [], []
+    for container in ("int2", "int4", "int8"):
+        output = tmp_path / f"{container}.onnx"
+        target = choose_target("portable", container)
+        result = quantize(classifier_of("plain"), calibration_images, output, settings, 2, target=target)
+        sizes.append(result.size_after)
+        logits.append(torch.from_numpy(run(output, classifier_of("plain"), calibration_images.pixels)))
+    assert sizes[0] < 0.75 * sizes[1] < 0.6 * sizes[2]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[0], logits[2], atol=1e-4, rtol=1e-4)
