@@ -134,7 +134,7 @@ def main() -> None:
             snr=decibels(expected[judged], actual[judged]),
             megabytes=result.size_after / 1e6,
             seconds=time.perf_counter() - started,
-            kept=[f"{plan.layer.name} ({plan.bits})" for plan in result.kept],
+            kept=[f"{layer.name} ({layer.bits})" for layer in result.kept],
         )
         rows.append(row)
         (options.output / "rows.json").write_text(json.dumps([vars(row) for row in rows], indent=1))

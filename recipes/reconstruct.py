@@ -14,15 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from converters.torch_module import Segment, TorchClassifier
+from converters.torch_module import Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
+from recipes.memory import rows_like
 from recipes.settings import Settings
+
+LEAST_POWER = 1e-12  # of a block's output, that errors are relative to
 
 
 class LoopSettings(Settings):
@@ -36,6 +39,8 @@ class LoopSettings(Settings):
     least_batch: int = Field(default=8, ge=1)
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
+    cache_limit: float = Field(default=2.0, gt=0)
+    """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
     bias_rate: float = Field(default=0.0, ge=0)
     """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
 
@@ -106,6 +111,13 @@ class LearnedTensor:
         self.value = state["value"].to(self.value.device)
 
 
+class Changed(TypedDict):
+    """Keyword arguments that make a segment compute otherwise."""
+
+    parameters: Mapping[str, Tensor]
+    transforms: Mapping[str, Transform]
+
+
 @dataclass(frozen=True)
 class Changes:
     """All changes made to a model so far: tensors by initializer name, in any number of tables; transforms by value."""
@@ -113,7 +125,7 @@ class Changes:
     tensors: Sequence[Mapping[str, ChangedWeight]]
     values: Mapping[str, ChangedValue]
 
-    def of(self, segment: Segment) -> dict[str, Mapping[str, object]]:
+    def of(self, segment: Segment) -> Changed:
         """What `segment` is run with to compute as the changed model does."""
         parameters = {
             name: table[name].tensor() for table in self.tensors for name in segment.constants if name in table
@@ -140,9 +152,10 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
     float_input = changed_input = inputs
     for block in find_blocks(module, settings.max_chain):
         segment = module.segment([block.input], [block.output])
-        target = run_batched(segment, float_input, settings.batch)
+        target = run_batched(segment, float_input, settings.batch, settings.cache_limit)
         yield Stretch(block, segment, float_input, changed_input, target)
-        changed_input = run_batched(segment, changed_input, settings.batch, **changes.of(segment))
+        how = changes.of(segment)
+        changed_input = run_batched(segment, changed_input, settings.batch, settings.cache_limit, **how)
         float_input = target
 
 
@@ -188,16 +201,43 @@ class Reconstruction:
     after: float
 
 
-def run_batched(segment: Segment, x: Tensor, batch: int, **how: object) -> Tensor:
-    """The segment's only output for all of `x` [N, ...], in batches, the last partial one included."""
+def batches(
+    segment: Segment,
+    x: Tensor,
+    batch: int,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+) -> Iterator[Tensor]:
+    """The segment's only output for `x` [N, ...], batch by batch, the last partial one included."""
     name, output = segment.inputs[0], segment.outputs[0]
     with torch.no_grad():
-        return torch.cat([segment({name: part}, **how)[output] for part in x.split(batch)])  # type: ignore[arg-type]  # as Changes.of gives
+        for part in x.split(batch):
+            yield segment({name: part.to(segment.owner.device)}, parameters, transforms)[output]
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """mean (actual - expected)^2 / mean expected^2."""
-    return float((actual - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
+def run_batched(
+    segment: Segment,
+    x: Tensor,
+    batch: int,
+    limit: float = math.inf,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+) -> Tensor:
+    """The segment's only output for all of `x` [N, ...]; on disk where it takes more than `limit` gigabytes."""
+    found, start = None, 0
+    for part in batches(segment, x, batch, parameters=parameters, transforms=transforms):
+        found = rows_like(part, len(x), limit) if found is None else found
+        found[start : start + len(part)] = part
+        start += len(part)
+    assert found is not None
+    return found
+
+
+def mean_square(x: Tensor, batch: int) -> float:
+    """mean x^2, read batch by batch."""
+    return sum(float(part.square().sum(dtype=torch.float64)) for part in x.split(batch)) / max(1, x.numel())
 
 
 def reconstruct(
@@ -226,8 +266,8 @@ def reconstruct(
         for tensor in group.tensors:
             tensor.requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": list(group.tensors), "lr": group.rate} for group in groups])
-    power = target.square().mean().clamp_min(1e-12)
-    scale = 1 / (power * max(error, 1e-6))
+    device = segment.owner.device
+    scale = 1 / (max(mean_square(target, loop.batch), LEAST_POWER) * max(error, 1e-6))
     order = torch.empty(0, dtype=torch.long)
     masks = DropMasks(loop.input_drop, generator)
     name, output = segment.inputs[0], segment.outputs[0]
@@ -238,12 +278,11 @@ def reconstruct(
         if not len(order):
             order = torch.randperm(len(target), generator=generator)
         chosen, order = order[: loop.batch], order[loop.batch :]
-        chosen = chosen.to(target.device)
-        x = changed_input[chosen]
+        x = changed_input[chosen].to(device)
         if loop.input_drop:
-            x = torch.where(masks.like(x), float_input[chosen], x)
+            x = torch.where(masks.like(x), float_input[chosen].to(device), x)
         y = segment({name: x}, {n: w.tensor() for n, w in weights.items()}, values)[output]
-        loss = (y - target[chosen]).square().mean() * scale
+        loss = (y - target[chosen].to(device)).square().mean() * scale
         for change in changes:
             penalty = change.penalty(progress)
             loss = loss if penalty is None else loss + penalty
@@ -267,4 +306,8 @@ def block_error(
     """Relative squared error of the block's output with its changes as they are."""
     with torch.no_grad():
         parameters = {name: weight.tensor() for name, weight in weights.items()}
-    return relative_error(run_batched(segment, x, batch, parameters=parameters, transforms=values), target)
+    noise = 0.0
+    outputs = batches(segment, x, batch, parameters=parameters, transforms=values)
+    for actual, expected in zip(outputs, target.split(batch), strict=True):
+        noise += float((actual - expected.to(actual.device)).square().sum(dtype=torch.float64))
+    return noise / target.numel() / max(mean_square(target, batch), LEAST_POWER)

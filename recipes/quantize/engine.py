@@ -37,12 +37,14 @@ from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.train import train_quantized
 from recipes.reconstruct import (
+    Changed,
     Changes,
     DropMasks,
     LearnedTensor,
     Loop,
     Reconstruction,
     Stretch,
+    batches,
     block_error,
     reconstruct,
     run_batched,
@@ -312,15 +314,12 @@ class _Run:
         """Search the ranges of the block's activations, in order, on its input as the blocks before leave it."""
         block = stretch.block
         for name, bits in self._quantized_values(stretch).items():
-            if name == block.input:
-                sample = stretch.changed_input
-            else:
-                before = self.module.segment([block.input], [name])
-                sample = run_batched(before, stretch.changed_input, self.settings.batch, **self.changes.of(before))
-            stride = max(1, sample.numel() // ACTIVATION_SAMPLE)
-            if stride > 1:
-                stride |= 1  # odd, so that it does not run along one column of an image
-            self.values[name] = self._activation(name, sample.flatten()[::stride], bits)
+            before = self.module.segment([block.input], [name])
+            parts, count = stretch.changed_input.split(self.settings.batch), len(stretch.changed_input)
+            if name != block.input:
+                parts = batches(before, stretch.changed_input, self.settings.batch, **self.changes.of(before))
+            sample = torch.cat([_spread(part, count) for part in parts])
+            self.values[name] = self._activation(name, sample.to(self.module.device), bits)
 
     def _activation(self, name: str, sample: Tensor, bits: int) -> QuantizedActivation:
         """A quantizer for a value, its range searched on `sample`."""
@@ -335,11 +334,14 @@ class _Run:
             float_input, changed_input, target = stretch.float_input, stretch.changed_input, stretch.target
         else:
             before = self.module.segment([stretch.block.input], [start])
-            float_input = run_batched(before, stretch.float_input, batch)
+            limit = settings.cache_limit
+            float_input = run_batched(before, stretch.float_input, batch, limit)
             transforms = {name: value for name, value in self.values.items() if name != start}
-            changes = self.changes.of(before) | {"transforms": transforms}
-            changed_input = run_batched(before, stretch.changed_input, batch, **changes)
-            target = run_batched(unit.segment, float_input, batch)
+            parameters = self.changes.of(before)["parameters"]
+            changed_input = run_batched(
+                before, stretch.changed_input, batch, limit, parameters=parameters, transforms=transforms
+            )
+            target = run_batched(unit.segment, float_input, batch, limit)
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
         for layer in unit.layers:
             weights[layer.weight] = self.weights[layer.weight]
@@ -385,11 +387,10 @@ class _Run:
     def _compensate(self, layer: Layer, stretch: Stretch) -> None:
         """Round one layer with compensation, behind the layers before it as they are now."""
         before = self.module.segment([stretch.block.input], [layer.input])
-        changes, parts = self.changes.of(before), []
-        for x, how in ((stretch.float_input, {}), (stretch.changed_input, changes)):
-            batches = [run_batched(before, part, self.settings.batch, **how) for part in x.split(self.settings.batch)]
-            places = self.settings.compensate_places
-            parts.append(torch.cat([self.module.operand_vectors(layer, part, places) for part in batches], 1))
+        parts, unchanged = [], Changed(parameters={}, transforms={})
+        for x, how in ((stretch.float_input, unchanged), (stretch.changed_input, self.changes.of(before))):
+            places, found = self.settings.compensate_places, batches(before, x, self.settings.batch, **how)
+            parts.append(torch.cat([self.module.operand_vectors(layer, part, places) for part in found], 1))
         shift = self.weights[layer.weight].compensate(moments(*parts), layer.groups)
         if layer.bias is not None:
             self.biases[layer.bias].value += shift
@@ -471,3 +472,11 @@ class _Run:
             )
             for plan in self.plans
         ]
+
+
+def _spread(part: Tensor, count: int) -> Tensor:
+    """Elements of a batch of `count` images, evenly spread, as many as make up its part of ACTIVATION_SAMPLE."""
+    stride = max(1, part[0].numel() * count // ACTIVATION_SAMPLE)
+    if stride > 1:
+        stride |= 1  # odd, so that it does not run along one column of an image
+    return part.flatten()[::stride]

@@ -56,7 +56,7 @@ def train_quantized(
         x = {module.input_name: to_inputs(module, pixels)}
         with torch.no_grad():
             expected = segment(x)
-        actual = segment(x, **changes.of(segment))  # type: ignore[arg-type]  # as Changes.of gives
+        actual = segment(x, **changes.of(segment))
         loss = divergence(actual[module.logits_name], expected[module.logits_name], settings.train_temperature)
         if settings.train_features:
             errors = [_relative(actual[name], expected[name]) for name in outputs if name != module.logits_name]

@@ -150,3 +150,16 @@ def test_nothing_is_written_before_it_is_time(fresh: Callable[..., Checkpoint]) 
 def test_a_damaged_file_is_left_aside(content: bytes, fresh: Callable[..., Checkpoint]) -> None:
     fresh().path.write_bytes(content)
     assert fresh().find() is None
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_what_lies_on_disk_changes_no_byte(
+    act_bits: int | None, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    contents = []
+    for limit in (2.0, 1e-9):
+        settings = QuantizeSettings.model_validate({**QDROP, "cache_limit": limit})
+        output = tmp_path / f"{limit}.onnx"
+        quantize(classifier_of("residual"), calibration_images.take(11), output, settings, 3, act_bits)
+        contents.append(output.read_bytes())
+    assert contents[0] == contents[1]

@@ -22,11 +22,17 @@ from recipes.reconstruct import (
     Loop,
     Reconstruction,
     block_error,
+    mean_square,
     reconstruct,
-    relative_error,
     run_batched,
 )
 from recipes.settings import load_recipe
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """mean (actual - expected)^2 / mean expected^2."""
+    return float((actual - expected).square().mean() / expected.square().mean())
+
 
 SETTINGS = QuantizeSettings(unit="block", rounding="sigmoid", rounding_rate=2e-2, range_steps=20)
 OFFSET = SETTINGS.model_copy(update={"rounding": "offset", "rounding_rate": 5e-3})
@@ -267,5 +273,31 @@ def test_batches_are_put_together_again(case: Case) -> None:
     whole = run_batched(case.segment, case.x, 10)
     for batch in (1, 3, 64):
         torch.testing.assert_close(run_batched(case.segment, case.x, batch), whole, rtol=1e-5, atol=1e-6)
-    assert relative_error(whole, whole) == 0
-    assert relative_error(1.1 * whole, whole) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_errors_are_those_of_the_whole_whatever_the_batch(case: Case, batch: int) -> None:
+    weights = case.weights(learn=False)
+    expected = case.error(weights)
+    assert expected > 0
+    assert block_error(case.segment, case.x, case.y, weights, {}, batch) == pytest.approx(expected, rel=1e-5)
+    assert block_error(case.segment, case.x, case.y, {}, {}, batch) < 1e-10
+    assert mean_square(case.y, batch) == pytest.approx(float(case.y.square().mean()), rel=1e-5)
+
+
+def test_values_beyond_the_limit_lie_on_disk_and_train_alike(case: Case) -> None:
+    """Bit for bit, in the memory order that they would have had."""
+    here = run_batched(case.segment, case.x, 4)
+    there = run_batched(case.segment, case.x, 4, 1e-9)
+    assert torch.equal(here, there)
+    assert there.is_contiguous(memory_format=torch.channels_last) == here.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert here.untyped_storage().filename is None
+    assert there.untyped_storage().filename is not None
+    learned = []
+    for y in (here, there):
+        weights, generator = case.weights(settings=OFFSET), torch.Generator().manual_seed(0)
+        reconstruct(case.segment, case.x, case.x, y, weights, {}, Loop(5, 4, 0.5), 1.0, generator)
+        learned.append([weight.tensor() for weight in weights.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))

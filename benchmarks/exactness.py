@@ -1,0 +1,122 @@
+"""Whether a written file computes what was computed: every quantized tensor, in steps of its own quantizer.
+
+    python benchmarks/exactness.py -o exact/          # about 20 minutes on one core
+
+torchvision architectures with random weights at 64x64, rounded to nearest. The written file is read back as a torch
+module; its quantized activations are compared with onnxruntime's (optimisations off), in steps: 0 is equal, and one is
+what float rounding at a boundary between two steps may do. With optimisations on, the logits are compared: noise as a
+share of the noise of quantization itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+import torchvision
+from exporting import export_folded
+
+from converters import graphs
+from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.load import load_classifier
+from converters.runtime import Session
+from converters.targets import choose_target
+from converters.torch_module import to_torch
+from recipes.images import gaussian_noise
+from recipes.quantize.engine import quantize
+from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.settings import load_recipe
+
+MODELS = """
+    alexnet resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 shufflenet_v2_x0_5 squeezenet1_1 densenet121
+    googlenet regnet_x_400mf regnet_y_400mf mnasnet0_5 convnext_tiny swin_t resnext50_32x4d vgg11_bn
+""".split()  # noqa: SIM905  (words in rows are easier to read and to add to)
+FILES = (("portable", 4, None), ("portable", 4, 4), ("ort-cpu", 8, 8), ("ort-cpu", 4, 8), ("tensorrt", 8, 8))
+SIZE, IMAGES = 64, 6
+
+
+def export(name: str, path: Path) -> Path:
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, SIZE, SIZE))
+    export_folded(model.eval(), torch.zeros(1, 3, SIZE, SIZE), path)
+    return path
+
+
+def steps_apart(written: Classifier, x: torch.Tensor) -> tuple[float, float, int]:
+    """Largest difference of any quantized activation in steps, share of elements that differ, and tensors."""
+    scales = {
+        str(node.outputs[0].name): float(graphs.to_numpy(node.inputs[1]))
+        for node in written.original.graph
+        if node.op_type == "DequantizeLinear" and graphs.constant_behind(node.inputs[0]) is None
+    }
+    if not scales:
+        return 0.0, 0.0, 0
+    probe = written.original.clone()
+    values = {str(v.name): v for node in probe.graph for v in node.outputs}
+    probe.graph.outputs[:] = [values[name] for name in scales]
+    for name in scales:
+        values[name].type = ir.TensorType(ir.DataType.FLOAT)
+    session = Session(probe, optimise=False, threads=1)
+    there = dict(zip(session.output_names, session.run(x.numpy()), strict=True))
+    module = to_torch(written)
+    here = module.segment([module.input_name], list(scales))({module.input_name: x})
+    apart = [np.abs(here[name].numpy() - there[name]) / scale for name, scale in scales.items()]
+    differing = sum(float((a > 0.5).sum()) for a in apart) / sum(a.size for a in apart)
+    return max(float(a.max()) for a in apart), differing, len(scales)
+
+
+def fused_noise(source: Path, written: Path, x: np.ndarray) -> float:
+    """What optimisations change in the logits, as a share of what quantization changes."""
+    reference = Session(source, threads=1).run(x)[0].astype(np.float64)
+    plain, fused = (Session(written, optimise=how, threads=1).run(x)[0].astype(np.float64) for how in (False, True))
+    return float(np.square(fused - plain).sum() / max(np.square(plain - reference).sum(), 1e-30))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, onnxruntime", end=" ")
+    print(
+        f"{onnxruntime.__version__}; cells: most steps apart, share of elements, noise of optimisations, in integers\n"
+    )
+    heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in FILES]
+    print(f"| model | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
+    settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["sensitive_share=0", "range_steps=20"])
+    for name in options.models:
+        source = load_classifier(export(name, options.output / f"{name}.onnx"))
+        images = gaussian_noise(IMAGES, 3, (SIZE, SIZE), 0)
+        x = source.spec.to_input(gaussian_noise(3, 3, (SIZE, SIZE), 1).pixels)
+        cells = []
+        for target, bits, act_bits in FILES:
+            path = options.output / f"{name}.{target}.w{bits}{'' if act_bits is None else f'a{act_bits}'}.onnx"
+            try:
+                chosen = choose_target(target, None, act_bits)
+                result = quantize(source, images, path, settings, bits, act_bits, chosen, overwrite=True)
+                most, share, _ = steps_apart(load_classifier(path), x)
+                fused = fused_noise(source.path, path, x.numpy())
+            except MixMixError as error:
+                cells.append(f"**{str(error)[:90]}**")
+                continue
+            counted = "" if result.fusion is None else f", {result.fusion.counted}/{result.fusion.layers}"
+            cells.append(f"{most:.0f}, {share:.0e}, {fused:.0e}{counted}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

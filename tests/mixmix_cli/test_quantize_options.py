@@ -1,0 +1,105 @@
+"""`mixmix quantize`: targets, containers, budgets and widths as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from mixmix_cli.__main__ import main
+from recipes import zoo
+
+DATA = ("--data", str(zoo.calibration_images_path()), "-n", "8", "--method", "nearest")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one call."""
+    status = main(["quantize", *(str(argument) for argument in arguments), *DATA])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(zoo.model_path("residual").read_bytes())
+    return path
+
+
+def test_a_file_for_integer_kernels(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, out, _ = run(capsys, "--bits", 4, "--act-bits", 8, "--target", "ort-cpu", model, "--json")
+    document = json.loads(out)
+    fusion = document["fusion"]
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.w4a8.onnx"))
+    assert fusion["counted"] == fusion["forecast"] == fusion["layers"] == len(document["layers"])
+    assert fusion["operators"]["QLinearConv"] > 0
+    assert {layer["bits"] for layer in document["layers"]} == {4, 7}
+
+
+def test_what_runs_in_integers_is_said(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    _, out, _ = run(capsys, "--bits", 8, "--act-bits", 8, "--target", "ort-cpu", model)
+    words = " ".join(out.split())
+    assert "layers run in integers in onnxruntime on this machine" in words
+    assert "7 bits (8 bits saturate on processors without VNNI)" in words
+    assert words.count("7 bits") == 1  # one reason, once
+
+
+def test_without_a_target_nothing_is_said_of_integers(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, out, _ = run(capsys, "--bits", 4, model, "--json")
+    assert status == 0
+    assert json.loads(out)["fusion"] is None
+
+
+def test_a_budget(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, out, _ = run(capsys, "--mixed", "size=100kB", model, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.mixed.onnx"))
+    assert document["bits"] is None
+    assert document["size_bytes"]["after"] <= 100_000
+    assert len({layer["bits"] for layer in document["layers"]}) > 1
+    assert json.loads(metadata(Path(document["output"]))["mixmix.quantize"])["bits"] == "size=100000B"
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_a_budget_on_the_screen(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    _, out, _ = run(capsys, "--mixed", "bits=3", model)
+    assert "layers at 3 bits" in " ".join(out.split())
+
+
+def test_two_bits_in_two_bits(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, out, _ = run(capsys, "--bits", 2, "--weight-container", "int2", model, "--json")
+    document = json.loads(out)
+    assert status == 0
+    kinds = {tensor.data_type for tensor in onnx.load(document["output"]).graph.initializer}
+    assert onnx.TensorProto.INT2 in kinds
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "give either --bits or --mixed"),
+        (("--bits", 4, "--mixed", "bits=3"), "give either --bits or --mixed"),
+        (("--mixed", "small"), "--mixed 'small' is not a budget: write size=2MB, bops=1.5G or bits=3"),
+        (("--mixed", "size=1kB"), "--mixed size=1000B cannot be reached: with 4 bits everywhere it is size="),
+        (("--bits", 4, "--act-bits", 9), "--act-bits"),
+        (
+            ("--bits", 4, "--act-bits", 16, "--target", "tensorrt"),
+            "--act-bits 16 cannot be used with --target tensorrt",
+        ),
+        (("--bits", 2, "--act-bits", 8, "--weight-container", "int2"), "int2 cannot be used with --act-bits"),
+        (("--bits", 4, "--target", "coreml"), "coreml"),
+    ],
+)
+def test_bad_words(capsys: pytest.CaptureFixture[str], model: Path, words: tuple[object, ...], sentence: str) -> None:
+    status, out, err = run(capsys, *words, model)
+    assert status == 2
+    assert sentence in " ".join(err.split())
+    assert not out
+    assert list(model.parent.iterdir()) == [model]
