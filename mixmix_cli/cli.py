@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "Hand image sets to other tools, and compare them.",
     "zoo": "Show the paper's model zoos, and export them from an installed library.",
     "validate": "Hold candidates against a reference through onnxruntime, with gates for CI.",
+    "report": "Write one page of images, accuracy, gates and error by layer, for people.",
 }
 
 

@@ -1,0 +1,61 @@
+"""`mixmix report DIR|FILES... -o report.html`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mixmix_cli import options
+
+
+@click.command("report")
+@click.argument("inputs", nargs=-1, required=True, metavar="DIR|FILES...", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    default=Path("report.html"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The page to write.",
+)
+@options.force
+@options.common
+def command(**given: Any) -> int:
+    """Write one self-contained page of what other commands made: images, losses, accuracy, gates, error by layer.
+
+    Takes folders that synth or demo wrote, and files with what --json printed for quantize, prune, distill, validate,
+    synth, inspect, data compare or demo, in any mix.
+
+    Example: mixmix report data/ quantize.json validate.json -o report.html
+    """
+    from mixmix_cli.console import Terminal, size
+    from mixmix_cli.report.documents import ReportError, read_source
+    from recipes.records import write_text
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    output = given["output"]
+    if any(path.resolve() == output.resolve() for path in given["inputs"]):
+        raise ReportError(f"{output} is one of the inputs: choose another output with -o")
+    terminal.check_output(output, given["force"])
+    sources = [read_source(path) for path in given["inputs"]]
+
+    from mixmix_cli.report.models import summarise
+    from mixmix_cli.report.page import render
+    from mixmix_cli.report.sections import section_of, title_of
+
+    with terminal.task("drawing", len(sources)) as task:
+        sections = []
+        for source in sources:
+            sections.append(section_of(source))
+            task.advance(1, source.path.name)
+    page = render(title_of(sections), summarise(sources), sections)
+    write_text(output, page)
+    if terminal.as_json:
+        told = [{"kind": section.kind, "title": section.title, "source": section.source} for section in sections]
+        terminal.document({"output": output, "sections": told})
+    else:
+        count = f"{len(sections)} section{'s' * (len(sections) != 1)}"
+        terminal.show(f"{output}: {count}, {size(output.stat().st_size)}; open it in a browser")
+    return 0
