@@ -1,6 +1,6 @@
 """MixMix beside the living quantizers of ONNX files: the same models, images and machine, one table.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/peer_quantizers.py -o peers/     # an hour and a half on one core
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/peer_quantizers.py -o peers/     # AdaRound takes most of the time
 
 Peers are onnxruntime's `quantize_static`, NNCF and aimet-onnx. Each gets a virtual environment in the folder, and each
 row a process of its own (`run-peer`, which imports the one tool). The models are the embedded `inverted` and
@@ -22,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ AIMET_BATCH = 32
 
 @dataclass(frozen=True)
 class Tool:
-    """What is installed and imported for a tool, and the function that runs it: model, inputs, images, output, row."""
+    """What is installed and imported for a tool, and the function that runs it on model, images, output and row."""
 
     packages: tuple[str, ...]
     imports: tuple[str, ...]
@@ -165,8 +166,8 @@ def run_nncf(model: Path, images: Path, output: Path, row: Row) -> None:
         given.ir_version = 10
     if row.act_bits is None:
         mode = nncf.CompressWeightsMode.INT4_SYM
-        kept = nncf.BackupMode[backup] if backup else None
-        smaller = nncf.compress_weights(given, mode=mode, all_layers=True, ratio=1.0, group_size=-1, backup_mode=kept)
+        others = nncf.BackupMode[backup] if backup else None
+        smaller = nncf.compress_weights(given, mode=mode, all_layers=True, ratio=1.0, group_size=-1, backup_mode=others)
     else:
         name = given.graph.input[0].name
         inputs = inputs_of(images)
@@ -197,7 +198,7 @@ def run_aimet(model: Path, images: Path, output: Path, row: Row) -> None:
     elif method == "seqmse":
         aimet_onnx.apply_seq_mse(sim, batches)
     sim.compute_encodings(batches)
-    written = sim.to_onnx_qdq(prequantize_constants=True, export_int32_bias=row.act_bits is not None)
+    written = sim.to_onnx_qdq(prequantize_constants=True, export_int32_bias=row.bits == row.act_bits == 8)
     onnx.save(written, output)
 
 
@@ -332,7 +333,8 @@ def narrow_share(path: Path) -> float:
 
 def reason(text: str) -> str:
     """What onnxruntime says of a file, without the place in its source."""
-    return text.splitlines()[0].split("failed:")[-1].split("was false.")[-1].replace("|", "/").strip()[:120]
+    said = text.splitlines()[0].split("failed:")[-1].split("was false.")[-1].split("invalid model.")[-1]
+    return textwrap.shorten(said.replace("|", "/"), 120)
 
 
 def judged(path: Path, model: str) -> dict[str, Any]:

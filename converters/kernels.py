@@ -69,14 +69,19 @@ def clipped_to(module: TorchClassifier) -> dict[str, tuple[float, float]]:
     return found
 
 
-def layers_in_integers(module: TorchClassifier, quantized: Mapping[str, int]) -> list[Layer]:
-    """The layers that integer kernels will take, given the bits of each quantized value."""
+def layers_in_integers(module: TorchClassifier, quantized: Mapping[str, int], stored: Mapping[str, int]) -> list[Layer]:
+    """The layers that integer kernels will take.
+
+    `quantized` are the bits of each quantized value by name, `stored` those of the type that each layer's weight is
+    stored in, by layer output.
+    """
     readers = _Readers(module)
     byte = {name for name, bits in quantized.items() if bits == 8}
     return [
         layer
         for layer in module.layers()
         if layer.input in byte
+        and stored[layer.output] == 8
         and layer.operand == 1
         and (layer.op in WRITES_FLOAT or readers.settled(layer.output) in byte)
     ]

@@ -1,13 +1,15 @@
 """What a long run has computed so far, on disk beside its output, so that one that was interrupted is gone on with.
 
-One safetensors file, `OUTPUT.KIND.partial`, is replaced as a whole every few seconds of work and removed at the end. It
-belongs to what was asked for: the same model, images, settings, seed and versions; another run leaves it aside.
+One safetensors file, `OUTPUT.KIND-MARK.partial`, is replaced as a whole every few seconds of work and removed at the
+end. The mark is of what was asked for: models, images, settings, seed and versions; another run has another file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,12 +21,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from converters.errors import OutputError
 from converters.torch_module import TorchClassifier
 from converters.writeback import write_atomically
 from recipes.images import ImageSet
 
 SECONDS = 20.0
-"""Work between two writes, of which at most this much is lost."""
+"""Work between two writes; a run that goes by blocks writes at the end of one."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,21 @@ class Checkpoint:
         modules: Iterable[TorchClassifier],
         images: ImageSet,
         facts: Mapping[str, object],
+        say: Callable[[str], None] = lambda message: None,
         seconds: float | None = None,
     ) -> None:
-        self.path = output.with_name(f"{output.name}.{kind}.partial")
-        self.seconds, self._written = SECONDS if seconds is None else seconds, time.monotonic()
-        mark = hashlib.sha256(json.dumps([facts, torch.__version__], sort_keys=True, default=str).encode())
+        self._say, self._written = say, time.monotonic()
+        self.seconds = SECONDS if seconds is None else seconds
+        modules = list(modules)
+        sources = [(module.classifier.sha256, module.spec.model_dump(mode="json")) for module in modules]
+        mark = hashlib.sha256(json.dumps([facts, sources, _versions()], sort_keys=True, default=str).encode())
         mark.update(images.pixels.contiguous().numpy().tobytes())
         for module in modules:
+            for step in module.whole.steps:
+                mark.update(repr((step.op, step.inputs, step.outputs)).encode())
             for buffer in module.buffers():
                 mark.update(buffer.cpu().contiguous().numpy().tobytes())
+        self.path = output.with_name(f"{output.name}.{kind}-{mark.hexdigest()[:8]}.partial")
         self._mark = mark.hexdigest()
 
     def find(self) -> State | None:
@@ -97,20 +106,33 @@ class Checkpoint:
                 said = file.metadata() or {}
                 if said.get("run") != self._mark:
                     return None
-                return State({name: file.get_tensor(name) for name in file.keys()}, json.loads(said["numbers"]))  # noqa: SIM118  # no mapping
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no mapping
+                return State(tensors, json.loads(said["numbers"]))
         except (OSError, safetensors.SafetensorError):
             return None
 
     def offer(self, state: Callable[[], State]) -> None:
-        """Write `state()` if it is time to."""
+        """Write `state()` if it is time to; where it cannot be written, the run goes on without."""
         if time.monotonic() - self._written < self.seconds:
             return
         now = state()
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in now.tensors.items()}
         said = {"run": self._mark, "numbers": json.dumps(dict(now.numbers))}
-        write_atomically(self.path, safetensors.torch.save(tensors, said))
+        try:
+            write_atomically(self.path, safetensors.torch.save(tensors, said))
+        except OutputError as error:
+            self.seconds = math.inf
+            self._say(f"an interruption would lose this run, as its state cannot be kept: {error}")
         self._written = time.monotonic()
 
     def remove(self) -> None:
         """The run is done."""
         self.path.unlink(missing_ok=True)
+
+
+def _versions() -> list[str]:
+    try:
+        own = importlib.metadata.version("mixmix")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        own = ""
+    return [own, torch.__version__]

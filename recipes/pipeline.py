@@ -24,8 +24,8 @@ from recipes.patterns import WholeChannels
 from recipes.progress import Progress
 from recipes.prune.engine import PROVENANCE, Goal, check_goal, prune, prune_in_memory
 from recipes.prune.settings import PruneSettings
+from recipes.quantize.budget import Budget
 from recipes.quantize.engine import check_bits, least_bits, quantize
-from recipes.quantize.mixed import Budget
 from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import Effort
 from recipes.synth.engine import synthesize
@@ -274,6 +274,8 @@ def pruning_then_quantizing(
             **request.how(progress),
             provenance=request.provenance | {PROVENANCE: goal.to_json(images, request.seed)},
         )
+        if pruned.checkpoint is not None:
+            pruned.checkpoint.remove()
         gone = pruned.sparsity if isinstance(goal.pattern, WholeChannels) else result.sparsity
         return replace(result, sparsity=gone, seconds=time.perf_counter() - started)
 

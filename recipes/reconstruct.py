@@ -12,7 +12,7 @@ Elementwise mixing of x into x~ is QDrop's (Wei et al. 2022).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -306,8 +306,12 @@ def block_error(
     """Relative squared error of the block's output with its changes as they are."""
     with torch.no_grad():
         parameters = {name: weight.tensor() for name, weight in weights.items()}
+    return error_of(batches(segment, x, batch, parameters=parameters, transforms=values), target, batch)
+
+
+def error_of(outputs: Iterable[Tensor], target: Tensor, batch: int) -> float:
+    """Squared error of outputs, `batch` at a time, against `target` [N, ...], relative to the target's power."""
     noise = 0.0
-    outputs = batches(segment, x, batch, parameters=parameters, transforms=values)
     for actual, expected in zip(outputs, target.split(batch), strict=True):
         noise += float((actual - expected.to(actual.device)).square().sum(dtype=torch.float64))
     return noise / target.numel() / max(mean_square(target, batch), LEAST_POWER)

@@ -38,6 +38,8 @@ class Training:
     shift: float
     """Largest shift of an image, as a share of its side."""
     flip: bool
+    rate_key: str
+    """The setting to lower where training diverges."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -85,7 +87,10 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        task.advance(1, f"loss {float(loss.detach()):.3f}" if step % LOOK_EVERY == 0 else None)
+        seen = float(loss.detach()) if step % LOOK_EVERY == 0 else 0.0
+        if not math.isfinite(seen):
+            raise _diverged(how)
+        task.advance(1, f"loss {seen:.3f}" if step % LOOK_EVERY == 0 else None)
         if checkpoint is not None:
             done = step + 1
             now = partial(_state, done, order, tensors, optimizer, generator, before)
@@ -93,7 +98,11 @@ def train(
     for tensor in tensors:
         tensor.requires_grad_(False)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise MixMixError("training diverged: lower its rate with --set, or give images nearer to the model's")
+        raise _diverged(how)
+
+
+def _diverged(how: Training) -> MixMixError:
+    return MixMixError(f"training diverged: lower its rate with --set {how.rate_key}=...")
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -132,8 +141,9 @@ def _restore(
     for index, tensor in enumerate(tensors):
         tensor.copy_(found.tensors[f"trained.{index}"])
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = found.tensors[f"adam.{index}.{key}"]
-            optimizer.state[tensor][key] = value if key == "step" else value.to(tensor.device)
+            value = found.tensors.get(f"adam.{index}.{key}")
+            if value is not None:  # a tensor that no gradient has reached has none
+                optimizer.state[tensor][key] = value if key == "step" else value.to(tensor.device)
     generator.set_state(found.tensors["generator"])
     return found.tensors["order"]
 

@@ -20,7 +20,10 @@ class ActivationBits(click.IntRange):
     """2 to 8, or 16."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return WIDE if str(value) == str(WIDE) else super().convert(value, param, ctx)
+        try:
+            return WIDE if str(value) == str(WIDE) else super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not 2 to 8, or {WIDE}", param, ctx)
 
 
 @click.command("quantize", cls=options.CommandWithLists)
@@ -61,21 +64,26 @@ def command(**given: Any) -> int:
     """
     if (given["bits"] is None) == (given["mixed"] is None):
         raise click.UsageError("give either --bits or --mixed: how many bits the weights get")
+    from recipes.quantize.budget import Budget
+
+    act_bits = given["act_bits"]
+    bits = given["bits"] if given["mixed"] is None else Budget.parse(given["mixed"])
+
     from converters.targets import choose_target
+
+    target = choose_target(given["target"], given["weight_container"], act_bits)
+
     from mixmix_cli.console import Terminal
     from mixmix_cli.requests import request_from, show_result
     from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, quantizing
     from recipes.quantize.engine import output_path
-    from recipes.quantize.mixed import Budget
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
     from recipes.settings import load_recipe
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    recipe, act_bits = given["recipe"] or given["method"], given["act_bits"]
-    bits = given["bits"] if given["mixed"] is None else Budget.parse(given["mixed"])
+    recipe = given["recipe"] or given["method"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
-    target = choose_target(given["target"], given["weight_container"], act_bits)
     request = request_from(given, output_path(given["model"], bits, act_bits), recipe, terminal)
     result, validation = compress(request, quantizing(settings, bits, act_bits, target), terminal)
     return show_result(terminal, result, validation, placement_line(result))

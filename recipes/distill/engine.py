@@ -92,7 +92,7 @@ def distill(
     check_count(len(images), images.source)
     run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed)
     facts = {"settings": settings.model_dump(), "seed": seed}
-    checkpoint = Checkpoint(output, "distill", (run.teacher, run.student), images, facts)
+    checkpoint = Checkpoint(output, "distill", (run.teacher, run.student), images, facts, progress.say)
     run.train(progress, checkpoint)
     sample = sample_for_proof(prepared, model_inputs(module, ImageSet(images.pixels[:SAMPLE])))
     result = Result(prepared, run.edits(), sample, run.logits(sample), [], run.layer_accounts(), checkpoint=checkpoint)
@@ -191,7 +191,9 @@ class _Run:
     def train(self, progress: Progress, checkpoint: Checkpoint | None = None) -> None:
         """All steps, and the statistics of BatchNorm after them."""
         settings = self.settings
-        how = Training(settings.steps, settings.batch, settings.warmup, settings.mixing, settings.shift, settings.flip)
+        how = Training(
+            settings.steps, settings.batch, settings.warmup, settings.mixing, settings.shift, settings.flip, "rate"
+        )
         groups = [Group(list(self.values.values()), settings.rate)]
         found = None if checkpoint is None else checkpoint.find()
         if found is not None:

@@ -23,7 +23,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
-from recipes.checkpoint import Checkpoint, State, gather, scatter
+from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
 from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
@@ -42,6 +42,7 @@ from recipes.reconstruct import (
     run_batched,
     walk_blocks,
 )
+from recipes.resumable import Walk
 from recipes.workpiece import Result, begin, model_inputs, sample_for_proof
 
 PROVENANCE = "mixmix.prune"
@@ -157,17 +158,17 @@ def prune_in_memory(
         removal = _choose_channels(module, inputs, settings, goal)
     else:
         removal = choose_weights(module, inputs, settings, goal.pattern, goal.sparsity, progress)
-    run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed))
     facts = {"settings": settings.model_dump(), "goal": goal.to_json(images, seed)}
-    checkpoint = Checkpoint(output, "prune", (module,), images, facts)
-    run.reconstruct_all(progress, checkpoint)
+    checkpoint = Checkpoint(output, "prune", (module,), images, facts, progress.say)
+    run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed), checkpoint)
+    run.reconstruct_all(progress)
     sample = sample_for_proof(prepared, inputs)
     return Result(
         prepared=prepared,
         edits=_edits(module, run.tensors(), removal.cut),
         sample=sample,
         logits=run.logits(sample),
-        blocks=run.account,
+        blocks=run.walk.account,
         layers=run.layer_accounts(removal.reasons),
         checkpoint=checkpoint,
     )
@@ -290,6 +291,7 @@ class _Run:
         settings: PruneSettings,
         choices: Mapping[str, Choose],
         generator: torch.Generator,
+        checkpoint: Checkpoint,
     ) -> None:
         self.module, self.inputs, self.settings, self.generator = module, inputs, settings, generator
         self.weights = {
@@ -303,33 +305,16 @@ class _Run:
             if layer.bias is not None
         }
         self.changes = Changes((self.weights, self.biases), {})
-        self.account: list[tuple[str, Reconstruction]] = []
+        self.walk = Walk(checkpoint, {"weights": self.weights, "biases": self.biases}, generator)
 
-    def reconstruct_all(self, progress: Progress, checkpoint: Checkpoint) -> None:
+    def reconstruct_all(self, progress: Progress) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
-        steps, done = self.settings.mask_steps + self.settings.steps, self._restore(checkpoint.find(), progress)
-        with progress.task("reconstructing", len(self.module.layers()) * max(steps, 1)) as task:
-            for index, stretch in enumerate(walk_blocks(self.module, self.inputs, self.changes, self.settings)):
-                if index < done:
-                    task.advance(len(stretch.block.layers) * max(steps, 1))
-                    continue
+        steps = max(self.settings.mask_steps + self.settings.steps, 1)
+        self.walk.resume(progress)
+        with progress.task("reconstructing", len(self.module.layers()) * steps) as task:
+            stretches = walk_blocks(self.module, self.inputs, self.changes, self.settings)
+            for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * steps)):
                 self._reconstruct(stretch, task)
-                checkpoint.offer(partial(self._state, index + 1))
-
-    def _state(self, blocks: int) -> State:
-        account = [(name, error.before, error.after) for name, error in self.account]
-        tensors = gather({"weights": self.weights, "biases": self.biases}) | {"generator": self.generator.get_state()}
-        return State(tensors, {"blocks": blocks, "account": account})
-
-    def _restore(self, found: State | None, progress: Progress) -> int:
-        """Take up what an interrupted run has done: how many blocks."""
-        if found is None:
-            return 0
-        scatter(found, {"weights": self.weights, "biases": self.biases})
-        self.generator.set_state(found.tensors["generator"])
-        self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
-        progress.say(f"going on after {found.numbers['blocks']} blocks that were done before")
-        return int(found.numbers["blocks"])
 
     def _reconstruct(self, stretch: Stretch, task: Task) -> None:
         settings, layers = self.settings, stretch.block.layers
@@ -351,7 +336,7 @@ class _Run:
             weight.harden()
         if not settings.mask_steps + settings.steps:
             task.advance(len(layers))
-        self.account.append((stretch.block.name, Reconstruction(before, error())))
+        self.walk.account.append((stretch.block.name, Reconstruction(before, error())))
 
     def _train(
         self,

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,12 @@ from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integ
 from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import Layer, Segment, TorchClassifier
 from recipes.account import Compression, LayerAccount, account_layer
-from recipes.checkpoint import Checkpoint, State, Table, gather, scatter
+from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent, Task
+from recipes.quantize.budget import Budget
 from recipes.quantize.compensate import moments
-from recipes.quantize.mixed import Budget, plan_mixed
+from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -46,10 +46,12 @@ from recipes.reconstruct import (
     Stretch,
     batches,
     block_error,
+    error_of,
     reconstruct,
     run_batched,
     walk_blocks,
 )
+from recipes.resumable import Walk
 from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
@@ -105,19 +107,19 @@ def quantize(
     check_bits(bits, act_bits)
     prepared = writeback.prepare_for_quantization(classifier, target, least_bits(bits), act_bits)
     module = begin(prepared, output, device, overwrite=overwrite)
-    run = _Run(module, images, settings, bits, act_bits, target, seed)
     facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
-    checkpoint = Checkpoint(output, "quantize", (module,), images, facts)
+    checkpoint = Checkpoint(output, "quantize", (module,), images, facts, progress.say)
+    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint)
     run.place(progress)
-    run.reconstruct_all(progress, checkpoint)
-    run.train(progress, checkpoint)
+    run.reconstruct_all(progress)
+    run.train(progress)
     sample = sample_for_proof(prepared, run.inputs)
     result = Result(
         prepared=prepared,
         edits=run.edits(),
         sample=sample,
         logits=run.fake_quantized(sample),
-        blocks=run.account,
+        blocks=run.walk.account,
         layers=run.layer_accounts(),
         bits=None if isinstance(bits, Budget) else bits,
         act_bits=act_bits,
@@ -159,6 +161,7 @@ class _Run:
         act_bits: int | None,
         target: Target,
         seed: int,
+        checkpoint: Checkpoint,
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
         self.target = target
@@ -176,9 +179,9 @@ class _Run:
         self.plans: list[LayerPlan] = []
         self.widths: dict[str, int] = {}
         """Bits of every value that is quantized, in order."""
-        self.account: list[tuple[str, Reconstruction]] = []
-        self.undecided: dict[str, float] = {}
-        self._done = 0
+        tables: dict[str, Table] = {"weights": self.weights, "biases": self.biases, "values": self.values}
+        self.walk = Walk(checkpoint, tables, self.generator, self._complete)
+        self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
         with progress.task("finding the layers that hurt most", len(self.module.layers())) as task:
@@ -223,55 +226,32 @@ class _Run:
             edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, self.target.activation_container(bits)))
         return writeback.stored_size(writeback.apply(self.module.classifier.original, edits)) + METADATA_ROOM
 
-    def reconstruct_all(self, progress: Progress, checkpoint: Checkpoint) -> None:
+    def reconstruct_all(self, progress: Progress) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
-        steps = self.settings.steps if self.settings.unit != "none" else 0
-        done = self._restore(checkpoint.find(), progress)
+        settings = self.settings
+        steps = settings.steps if settings.unit != "none" else 0
+        self._found = self.walk.resume(progress)
         with progress.task("reconstructing", len(self.plans) * max(steps, 1)) as task:
-            for index, stretch in enumerate(walk_blocks(self.module, self.inputs, self.changes, self.settings)):
-                if index < done:
-                    task.advance(len(stretch.block.layers) * max(steps, 1))
-                    continue
+            stretches = walk_blocks(self.module, self.inputs, self.changes, settings)
+            for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
                 self._calibrate(stretch)
                 units = self._units(stretch)
                 share = len(stretch.block.layers) / len(units)
                 for unit in units:
                     self._reconstruct(unit, stretch, steps, share, task)
-                checkpoint.offer(partial(self._state, index + 1))
-        self._done = index + 1
 
-    @property
-    def _tables(self) -> dict[str, Table]:
-        return {"weights": self.weights, "biases": self.biases, "values": self.values}
-
-    def _state(self, blocks: int) -> State:
-        """Everything that the blocks done so far have come to."""
-        account = [(name, error.before, error.after) for name, error in self.account]
-        tensors = gather(self._tables) | {"generator": self.generator.get_state()}
-        return State(tensors, {"blocks": blocks, "account": account, "undecided": self.undecided})
-
-    def _restore(self, found: State | None, progress: Progress) -> int:
-        """Take up what an interrupted run has done: how many blocks."""
-        if found is None:
-            return 0
+    def _complete(self, found: State) -> None:
+        """Quantizers of the values that an interrupted run has calibrated."""
         for name, bits in self.widths.items():
             if f"values|scale|{name}" in found.tensors:
-                self.values[name] = self._activation(name, torch.zeros(1), bits)
-        scatter(found, self._tables)
-        self.generator.set_state(found.tensors["generator"])
-        self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
-        self.undecided = dict(found.numbers["undecided"])
-        progress.say(f"going on after {found.numbers['blocks']} blocks that were done before")
-        return int(found.numbers["blocks"])
+                self.values[name] = self._activation(name, torch.zeros(1, device=self.module.device), bits)
 
-    def train(self, progress: Progress, checkpoint: Checkpoint) -> None:
+    def train(self, progress: Progress) -> None:
         """Train all changes together, where the settings ask for it."""
-        steps = self.settings.train_steps
+        steps, before = self.settings.train_steps, self.walk.state()
         if not steps:
             return
-        found = checkpoint.find()
-        if found is not None and "step" not in found.numbers:
-            found = None
+        found = self._found if self._found is not None and "step" in self._found.numbers else None
         with progress.task("training the whole network", steps) as task:
             train_quantized(
                 self.module,
@@ -282,11 +262,24 @@ class _Run:
                 self.settings,
                 self.generator,
                 task,
-                checkpoint,
+                self.walk.checkpoint,
                 found,
-                self._state(self._done),
+                before,
             )
         self._snap_biases(self.module.layers())
+        self._measure_again()
+
+    def _measure_again(self) -> None:
+        """Errors of the blocks as training has left them; by block, whatever the units were."""
+        before = dict(self.walk.account)
+        account = []
+        for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
+            found, how = stretch.segment, self.changes.of(stretch.segment)
+            outputs = batches(found, stretch.changed_input, self.settings.batch, **how)
+            error = error_of(outputs, stretch.target, self.settings.batch)
+            name = stretch.block.name
+            account.append((name, Reconstruction(before[name].before if name in before else math.nan, error)))
+        self.walk.account = account
 
     def _units(self, stretch: Stretch) -> list[_Unit]:
         """The block itself, or one unit a layer."""
@@ -376,13 +369,12 @@ class _Run:
         if not steps:
             task.advance(share)
         for layer in unit.layers:
-            self.undecided[layer.weight] = self.weights[layer.weight].undecided()
             self.weights[layer.weight].harden()
         for value in values.values():
             value.harden()
         self._snap_biases(unit.layers)
         after = block_error(unit.segment, changed_input, target, weights, values, batch)
-        self.account.append((unit.name, Reconstruction(nearest, after)))
+        self.walk.account.append((unit.name, Reconstruction(nearest, after)))
 
     def _compensate(self, layer: Layer, stretch: Stretch) -> None:
         """Round one layer with compensation, behind the layers before it as they are now."""
@@ -456,7 +448,8 @@ class _Run:
         """What the written file runs in integers, where its target is onnxruntime's integer kernels."""
         if not self.target.integer_kernels:
             return None
-        forecast = layers_in_integers(self.module, self.widths)
+        stored = {plan.layer.output: self.target.weight_container(plan.bits).bits for plan in self.plans}
+        forecast = layers_in_integers(self.module, self.widths, stored)
         return count_fusion(path, len(self.plans), len(forecast))
 
     def layer_accounts(self) -> list[LayerAccount]:
@@ -467,7 +460,7 @@ class _Run:
                 self.weights[plan.layer.weight].tensor(),
                 bits=plan.bits,
                 act_bits=plan.act_bits,
-                undecided=self.undecided[plan.layer.weight],
+                undecided=self.weights[plan.layer.weight].left_undecided,
                 reason=plan.reason,
             )
             for plan in self.plans

@@ -13,54 +13,25 @@ The allocation is exact (`recipes.allocate`).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from converters.errors import MixMixError
-from converters.targets import MAX_BITS, MIN_BITS, Target
+from converters.targets import Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate
 from recipes.inspect import layer_macs
-from recipes.quantize.plan import LayerPlan, activation_bits, decibels, within_reach
+from recipes.quantize.budget import Budget
+from recipes.quantize.plan import LayerPlan, activation_bits, decibels, widest
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import logit_noise
 
-Kind = Literal["size", "bops", "bits"]
 WIDTHS = (2, 3, 4, 6, 8)
 FLOAT_BITS = 32
-UNITS: Mapping[Kind, Mapping[str, float]] = {
-    "size": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "bops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
-    "bits": {"": 1},
-}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What all layers may cost together, in bytes, bit operations or bits a weight."""
-
-    kind: Kind
-    amount: float
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """From `size=2MB`, `bops=1.5G` or `bits=3`. Raises MixMixError for anything else."""
-        found = re.fullmatch(r"(\w+)=([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
-        kind = next((kind for kind in get_args(Kind) if found is not None and found[1] == kind), None)
-        if found is not None and kind is not None:
-            unit = next((UNITS[kind][u] for u in UNITS[kind] if u.lower() == found[3].lower()), None)
-            if unit is not None and float(found[2]) > 0:
-                return cls(kind, float(found[2]) * unit)
-        raise MixMixError(f"--mixed {text!r} is not a budget: write size=2MB, bops=1.5G or bits=3")
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.amount:.6g}" + ("B" if self.kind == "size" else "")
 
 
 def measure_noise(
@@ -99,16 +70,15 @@ def plan_mixed(
     layers = module.layers()
     if not layers:
         raise MixMixError(f"{module.classifier.path} has no layer with constant weights: there is nothing to quantize")
-    widths = _widths(budget, target)
+    widths = _widths(budget, target, settings, act_bits)
     noise = measure_noise(module, inputs, widths, target, settings, advance)
     acts = activation_bits(layers, act_bits, settings)
 
     def placed(chosen: Sequence[int]) -> list[LayerPlan]:
-        found = [
-            LayerPlan(layer, widths[index], act, snr=decibels(noise[layer.output][index]))
+        return [
+            LayerPlan(layer, widths[index], act, f"least noise within {budget}", decibels(noise[layer.output][index]))
             for layer, act, index in zip(layers, acts, chosen, strict=True)
         ]
-        return [replace(plan, reason=_reason(plan, budget)) for plan in within_reach(found, target, settings)]
 
     costs = _costs(module, layers, widths, budget, acts, target)
     fixed = _fixed(budget, costs, lambda: file_size(placed([0] * len(layers))))
@@ -125,11 +95,10 @@ def plan_mixed(
     return placed(allocate(choices, budget.amount - fixed))
 
 
-def _widths(budget: Budget, target: Target) -> list[int]:
+def _widths(budget: Budget, target: Target, settings: QuantizeSettings, act_bits: int | None) -> list[int]:
     """Of few bits first. Fewer bits than a container holds make no smaller file."""
-    if budget.kind == "size":
-        return sorted({min(container.bits, MAX_BITS) for container in target.weights})
-    return [bits for bits in WIDTHS if MIN_BITS <= bits <= MAX_BITS]
+    widths = [container.bits for container in target.weights] if budget.kind == "size" else WIDTHS
+    return sorted({min(bits, widest(target, settings, act_bits)) for bits in widths})
 
 
 def _costs(
@@ -161,8 +130,3 @@ def _costs(
 def _fixed(budget: Budget, costs: Sequence[Sequence[float]], smallest: Callable[[], int]) -> float:
     """What is there whatever the widths: of a file, all but the weights and their zero points."""
     return smallest() - sum(row[0] for row in costs) if budget.kind == "size" else 0.0
-
-
-def _reason(plan: LayerPlan, budget: Budget) -> str:
-    chosen = f"least noise within {budget}"
-    return f"{chosen}; {plan.reason}" if plan.reason else chosen

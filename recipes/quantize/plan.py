@@ -78,7 +78,7 @@ def plan_bits(
         changed = max(bits, wide) != bits or act != act_bits
         reason = ends.get(layer.output, "last layer's input") if changed else None
         plans.append(LayerPlan(layer, max(bits, wide), act, reason, ratios.get(layer.output)))
-    return within_reach(_keep_worst(plans, settings), target, settings)
+    return _at_most(_keep_worst(plans, settings), widest(target, settings, act_bits))
 
 
 def activation_bits(layers: Sequence[Layer], act_bits: int | None, settings: QuantizeSettings) -> list[int | None]:
@@ -103,14 +103,17 @@ def plan_values(
     return {name: found[name] for name in order if name in found}
 
 
-def within_reach(plans: Sequence[LayerPlan], target: Target, settings: QuantizeSettings) -> list[LayerPlan]:
-    """At most 7 bits where products with the quantized input could saturate."""
-    if not (target.saturates and settings.reduce_range):
-        return list(plans)
+def widest(target: Target, settings: QuantizeSettings, act_bits: int | None) -> int:
+    """The most bits that a weight may have: 7 where products with the quantized input could saturate."""
+    return SAFE_BITS if target.saturates and settings.reduce_range and act_bits is not None else MAX_BITS
+
+
+def _at_most(plans: Sequence[LayerPlan], bits: int) -> list[LayerPlan]:
+    """The same with no weight above `bits`, and the reason."""
     reason = "8 bits saturate on processors without VNNI"
     return [
-        replace(plan, bits=SAFE_BITS, reason=f"{plan.reason}; {reason}" if plan.reason else reason)
-        if plan.bits > SAFE_BITS and plan.act_bits is not None
+        replace(plan, bits=bits, reason=f"{plan.reason}; {reason}" if plan.reason else reason)
+        if plan.bits > bits
         else plan
         for plan in plans
     ]

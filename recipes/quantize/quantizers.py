@@ -145,6 +145,8 @@ class QuantizedWeight:
         self.rounding_rate = settings.rounding_rate
         self.latent = weight / self.scale
         """W in units of the scale before it was rounded: where free training goes on from."""
+        self.left_undecided = 0.0
+        """Share of the roundings that training had not settled when it ended."""
         self.log_growth = torch.zeros_like(self.scale)
 
     def learn(self) -> None:
@@ -201,19 +203,21 @@ class QuantizedWeight:
     @torch.no_grad()
     def harden(self) -> None:
         """End of training: from here on `tensor` is what the file will say, to the last bit."""
-        integers = self.integers()
+        integers, self.left_undecided = self.integers(), self.undecided()
         self.latent = self.weight / self.scale if self.rounding is None else self.rounding.latent()
         self.scale, self.log_growth = self.current_scale(), torch.zeros_like(self.scale)
         self.weight, self.rounding = q.dequantize(integers, self.scale, self.zero), None
 
     def state(self) -> dict[str, Tensor]:
         """What a hard weight is restored from."""
-        return {"weight": self.weight, "scale": self.scale, "latent": self.latent}
+        undecided = torch.tensor(self.left_undecided, dtype=torch.float64)
+        return {"weight": self.weight, "scale": self.scale, "latent": self.latent, "undecided": undecided}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.weight, self.scale, self.latent = (
             state[name].to(self.weight.device) for name in ("weight", "scale", "latent")
         )
+        self.left_undecided = float(state["undecided"])
 
 
 class QuantizedActivation:
@@ -241,12 +245,16 @@ class QuantizedActivation:
             steps=settings.range_steps,
             symmetric=symmetric,
         )
-        self.zero = zero[0]
-        ends = ((self.low - self.zero, within[0]), (self.high - self.zero, within[1]))
-        self.largest = min((bound / float(end) for end, bound in ends if float(end) * bound > 0), default=math.inf)
+        self.zero, self.within = zero[0], within
+        self.largest = self._largest()
         self.scale = scale[0].clamp(max=self.largest)
         self.log_growth = torch.zeros_like(self.scale)
         self.drop: DropMasks | None = None
+
+    def _largest(self) -> float:
+        """The largest scale with which nothing beyond `within` is represented."""
+        ends = ((self.low - self.zero, self.within[0]), (self.high - self.zero, self.within[1]))
+        return min((bound / float(end) for end, bound in ends if float(end) * bound > 0), default=math.inf)
 
     def groups(self) -> list[Group]:
         return [Group([self.log_growth], self.rate, decay=True)] if self.rate else []
@@ -274,3 +282,4 @@ class QuantizedActivation:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.scale, self.zero = (state[name].to(self.scale.device) for name in ("scale", "zero"))
+        self.largest = self._largest()

@@ -66,12 +66,13 @@ def train_quantized(
     everything: list[Change] = [*weights.values(), *biases.values(), *values.values()]
     groups = [group for change in everything for group in change.groups()]
     how = Training(
-        settings.train_steps,
-        settings.train_batch,
-        settings.train_warmup,
-        settings.train_mixing,
-        settings.train_shift,
-        settings.train_flip,
+        steps=settings.train_steps,
+        batch=settings.train_batch,
+        warmup=settings.train_warmup,
+        mixing=settings.train_mixing,
+        shift=settings.train_shift,
+        flip=settings.train_flip,
+        rate_key="train_rounding_rate",
     )
     train(images, groups, loss_of, how, generator, task, checkpoint, found, before)
     for weight in weights.values():

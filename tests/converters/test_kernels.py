@@ -20,7 +20,8 @@ def test_all_layers_run_in_integers_when_all_that_is_asked_for_has_eight_bits(na
     module = module_of(name)
     inputs = [layer.input for layer in module.layers()]
     quantized = dict.fromkeys([*values_between(module), *inputs], 8)
-    taken = layers_in_integers(module, quantized)
+    stored = {layer.output: 8 for layer in module.layers()}
+    taken = layers_in_integers(module, quantized, stored)
     assert [layer.output for layer in taken] == [layer.output for layer in module.layers()]
 
 
@@ -51,7 +52,16 @@ def test_nothing_is_wanted_between_layers_that_write_float(module_of: Modules) -
 def test_other_widths_than_eight_bits_do_not_run_in_integers(bits: int, module_of: Modules) -> None:
     module = module_of("plain")
     inputs = {layer.input: bits for layer in module.layers()}
-    assert layers_in_integers(module, dict.fromkeys(values_between(module), 8) | inputs) == []
+    stored = {layer.output: 8 for layer in module.layers()}
+    assert layers_in_integers(module, dict.fromkeys(values_between(module), 8) | inputs, stored) == []
+
+
+def test_weights_stored_in_four_bits_do_not_run_in_integers(module_of: Modules) -> None:
+    module = module_of("plain")
+    quantized = dict.fromkeys([*values_between(module), *(layer.input for layer in module.layers())], 8)
+    layers = module.layers()
+    stored = {layer.output: 4 for layer in layers} | {layers[2].output: 8}
+    assert layers_in_integers(module, quantized, stored) == [layers[2]]
 
 
 def test_containers_by_target() -> None:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from converters.classifier import Classifier
+from converters.errors import MixMixError
+from converters.load import load_classifier
+from converters.targets import choose_target
 from converters.torch_module import TorchClassifier
-from recipes import checkpoint
+from recipes import checkpoint, memory
 from recipes.account import Compression
 from recipes.checkpoint import Checkpoint, State
 from recipes.distill.engine import distill
 from recipes.distill.settings import DistillSettings
 from recipes.images import ImageSet
+from recipes.pipeline import Request, pruning_then_quantizing
 from recipes.progress import Silent
 from recipes.prune.engine import make_goal, prune
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
+from recipes.validate import Gates
 
 Classifiers = Callable[[str], Classifier]
 Run = Callable[[Path, Silent], Compression]
@@ -61,9 +70,28 @@ class Stopping(Silent):
         self.said.append(message)
 
 
-@pytest.fixture(params=["layers", "blocks", "trained", "pruned", "taught"])
+def with_a_threshold(classifier: Classifier, folder: Path) -> Classifier:
+    """The same with its logits masked by a comparison with constants, which no gradient reaches."""
+    model = onnx.load(classifier.path)
+    logits = model.graph.output[0].name
+    last = next(node for node in model.graph.node if logits in node.output)
+    last.output[list(last.output).index(logits)] = "before"
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.full(10, -1e4, np.float32), "threshold"),
+            numpy_helper.from_array(np.zeros((), np.float32), "nothing"),
+        ]
+    )
+    model.graph.node.append(onnx.helper.make_node("Greater", ["before", "threshold"], ["large"]))
+    model.graph.node.append(onnx.helper.make_node("Where", ["large", "before", "nothing"], [logits]))
+    (folder / "models").mkdir()
+    onnx.save(model, folder / "models" / "masked.onnx")
+    return load_classifier(folder / "models" / "masked.onnx")
+
+
+@pytest.fixture(params=["layers", "blocks", "integers", "trained", "pruned", "taught", "taught strange"])
 def work(
-    request: pytest.FixtureRequest, classifier_of: Classifiers, calibration_images: ImageSet
+    request: pytest.FixtureRequest, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> tuple[str, float, Run]:
     """Where to stop (a task, and steps of it), and a run."""
     model, images = classifier_of("plain"), calibration_images.take(11)
@@ -74,22 +102,31 @@ def work(
             model, images, output, settings, 3, 4, seed=1, overwrite=True, progress=progress
         )
 
+    def for_integer_kernels(output: Path, progress: Silent) -> Compression:
+        """`inverted` has Clips, which bound the steps of quantizers."""
+        settings, target = QuantizeSettings.model_validate(QDROP), choose_target("ort-cpu", None, 8)
+        how = {"seed": 1, "overwrite": True, "progress": progress}
+        return quantize(classifier_of("inverted"), images, output, settings, 8, 8, target, **how)
+
     def pruning(output: Path, progress: Silent) -> Compression:
         settings = PruneSettings(mask_steps=2, steps=2, batch=5)
         goal = make_goal("unstructured", 0.5)
         return prune(model, images, output, settings, goal, seed=1, overwrite=True, progress=progress)
 
-    def teaching(output: Path, progress: Silent) -> Compression:
+    def teaching(student: Classifier) -> Run:
         settings = DistillSettings(steps=9, batch=4)
-        student = classifier_of("inverted")
-        return distill(model, student, images, output, settings, seed=1, overwrite=True, progress=progress)
+        return lambda output, progress: distill(
+            model, student, images, output, settings, seed=1, overwrite=True, progress=progress
+        )
 
     return {
         "layers": ("reconstructing", 14.0, quantizing(unit="layer")),
         "blocks": ("reconstructing", 14.0, quantizing()),
         "trained": ("training the whole network", 4.0, quantizing(train_steps=7, train_batch=4)),
         "pruned": ("reconstructing", 20.0, pruning),
-        "taught": ("distilling", 5.0, teaching),
+        "integers": ("reconstructing", 40.0, for_integer_kernels),
+        "taught": ("distilling", 5.0, teaching(classifier_of("inverted"))),
+        "taught strange": ("distilling", 5.0, teaching(with_a_threshold(classifier_of("plain"), tmp_path))),
     }[request.param]
 
 
@@ -102,22 +139,26 @@ def test_a_run_that_was_interrupted_is_gone_on_with(
     output = tmp_path / "o.onnx"
     with pytest.raises(KeyboardInterrupt):
         run(output, Stopping(task, steps))
-    (left,) = tmp_path.glob("o.onnx*")
-    assert left.name.endswith(".partial")
+    (left,) = tmp_path.glob("o.onnx.*.partial")
+    assert left.stat().st_size > 0
     again = Stopping()
     result = run(output, again)
     assert any("going on after" in said for said in again.said)
     assert output.read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     assert result.blocks == whole.blocks
     assert result.layers == whole.layers
-    assert sorted(tmp_path.iterdir()) == [output, tmp_path / "whole.onnx"]
+    assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == [output, tmp_path / "whole.onnx"]
 
 
 @pytest.fixture
 def fresh(module_of: Callable[[str], TorchClassifier], tmp_path: Path) -> Callable[..., Checkpoint]:
-    def make(seed: int = 0, model: str = "plain", bright: float = 0.0, seconds: float = 0.0) -> Checkpoint:
-        images = ImageSet(torch.full((2, 1, 4, 4), bright))
-        return Checkpoint(tmp_path / "o.onnx", "test", (module_of(model),), images, {"seed": seed}, seconds)
+    def make(
+        seed: int = 0, model: str = "plain", bright: float = 0.0, mean: float | None = None, seconds: float = 0.0
+    ) -> Checkpoint:
+        images, module = ImageSet(torch.full((2, 1, 4, 4), bright)), copy.copy(module_of(model))
+        if mean is not None:
+            module.spec = module.spec.model_copy(update={"mean": (mean,)})
+        return Checkpoint(tmp_path / "o.onnx", "test", (module,), images, {"seed": seed}, seconds=seconds)
 
     return make
 
@@ -134,11 +175,27 @@ def test_what_was_put_down_is_taken_up(fresh: Callable[..., Checkpoint]) -> None
     assert fresh().find() is None
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"model": "residual"}, {"bright": 0.5}])
-def test_another_run_is_left_aside(other: dict[str, object], fresh: Callable[..., Checkpoint]) -> None:
+@pytest.mark.parametrize("other", [{"seed": 1}, {"model": "residual"}, {"bright": 0.5}, {"mean": 0.25}])
+def test_another_run_is_left_alone(other: dict[str, object], fresh: Callable[..., Checkpoint]) -> None:
     fresh().offer(lambda: State({"a": torch.ones(1)}, {}))
-    assert fresh().find() is not None
     assert fresh(**other).find() is None
+    fresh(**other).offer(lambda: State({"a": torch.zeros(1)}, {}))
+    fresh(**other).remove()
+    found = fresh().find()
+    assert found is not None
+    assert found.tensors["a"] == 1
+
+
+def test_a_state_that_cannot_be_written_is_said_and_the_run_goes_on(
+    module_of: Callable[[str], TorchClassifier], unwritable: Path
+) -> None:
+    said: list[str] = []
+    images = ImageSet(torch.zeros(2, 1, 4, 4))
+    lost = Checkpoint(unwritable / "o.onnx", "test", (module_of("plain"),), images, {}, said.append, seconds=0.0)
+    for _ in range(3):
+        lost.offer(lambda: State({"a": torch.ones(1)}, {}))
+    assert len(said) == 1
+    assert "an interruption would lose this run" in said[0]
 
 
 def test_nothing_is_written_before_it_is_time(fresh: Callable[..., Checkpoint]) -> None:
@@ -163,3 +220,37 @@ def test_what_lies_on_disk_changes_no_byte(
         quantize(classifier_of("residual"), calibration_images.take(11), output, settings, 3, act_bits)
         contents.append(output.read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_both_parts_of_pruning_and_quantizing_clear_up(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    settings, quantizing = PruneSettings(mask_steps=1, steps=1, batch=5), QuantizeSettings.model_validate(QDROP)
+    write = pruning_then_quantizing(settings, make_goal("unstructured", 0.5), quantizing, 4)
+    request = Request(
+        classifier=classifier_of("plain"),
+        zoo=(),
+        data=None,
+        output=tmp_path / "o.onnx",
+        recipe="",
+        synth_recipe=None,
+        effort="default",
+        images=None,
+        gates=Gates(),
+        seed=0,
+        device=torch.device("cpu"),
+        overwrite=False,
+        version="",
+    )
+    write.write(request, calibration_images.take(6), Silent())
+    assert list(tmp_path.iterdir()) == [tmp_path / "o.onnx"]
+
+
+def test_no_room_for_activations_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory, "_reserve", full)
+    with pytest.raises(MixMixError, match=r"no room for 0\.0 GB of activations: name another with.*TMPDIR"):
+        memory.rows_like(torch.zeros(2, 3), 10, 1e-12)

@@ -13,8 +13,9 @@ from converters.targets import PORTABLE, choose_target
 from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
+from recipes.quantize.budget import Budget
 from recipes.quantize.engine import output_path, quantize
-from recipes.quantize.mixed import Budget, measure_noise, plan_mixed
+from recipes.quantize.mixed import measure_noise, plan_mixed
 from recipes.quantize.settings import QuantizeSettings
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
@@ -106,6 +107,17 @@ def test_the_written_file_has_the_size_that_was_asked_for(
     assert result.bits is None
     assert result.kept == []
     assert {layer.bits for layer in result.layers} <= ({2, 4, 8} if container == "int2" else {4, 8})
+
+
+def test_seven_bits_are_offered_where_eight_would_saturate(module_of: Modules, calibration_images: ImageSet) -> None:
+    """So that the budget is spent on what is written."""
+    module = module_of("inverted")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    target = choose_target("ort-cpu", None, 8)
+    plans = plan_mixed(module, x, Budget("bits", 6), 8, target, NEAREST, lambda plans: 0)
+    average = sum(p.layer.parameters * p.bits for p in plans) / sum(p.layer.parameters for p in plans)
+    assert 5.95 < average <= 6
+    assert {plan.bits for plan in plans} <= {2, 3, 4, 6, 7}
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(

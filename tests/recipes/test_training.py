@@ -22,7 +22,7 @@ from recipes.validate import decibels
 from tests.recipes.test_quantize import assert_the_file_is_the_simulation, run
 
 Classifiers = Callable[[str], Classifier]
-PLAIN = Training(steps=200, batch=8, warmup=0.1, mixing=0.0, shift=0.0, flip=False)
+PLAIN = Training(steps=200, batch=8, warmup=0.1, mixing=0.0, shift=0.0, flip=False, rate_key="rate")
 
 
 def test_the_loop_finds_a_minimum(generator: torch.Generator) -> None:
@@ -44,7 +44,7 @@ def test_every_image_is_seen_once_a_round(generator: torch.Generator) -> None:
         return value.sum()
 
     with Silent().task("", 1) as task:
-        how = Training(steps=5, batch=8, warmup=0.0, mixing=0.0, shift=0.0, flip=False)
+        how = Training(steps=5, batch=8, warmup=0.0, mixing=0.0, shift=0.0, flip=False, rate_key="rate")
         train(images, [Group([value], 0.1)], loss_of, how, generator, task)
     assert sorted(seen[:20]) == list(range(20))
     assert len(seen) == 8 + 8 + 4 + 8 + 8
@@ -61,7 +61,10 @@ def test_rates_rise_and_fall_to_almost_nothing() -> None:
 
 def test_divergence_is_said(generator: torch.Generator) -> None:
     value = torch.ones(1)
-    with Silent().task("", 1) as task, pytest.raises(MixMixError, match="training diverged: lower its rate"):
+    with (
+        Silent().task("", 1) as task,
+        pytest.raises(MixMixError, match="training diverged: lower its rate with --set rate="),
+    ):
         train(
             ImageSet(torch.ones(4, 1, 2, 2)), [Group([value], 1.0)], lambda x: value * torch.inf, PLAIN, generator, task
         )
@@ -94,7 +97,7 @@ def test_training_brings_the_logits_nearer(
     bits: int, act_bits: int | None, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
     """On the images that it learns from, and the file is what was trained."""
-    classifier, noise = classifier_of("plain"), []
+    classifier, noise, before = classifier_of("plain"), [], {}
     reference = run(classifier.path, classifier, calibration_images.pixels)
     for steps in (0, 25):
         settings = load_recipe(QuantizeSettings, PACKAGE, "qat").model_copy(
@@ -103,6 +106,11 @@ def test_training_brings_the_logits_nearer(
         output = tmp_path / f"{steps}.onnx"
         result = quantize(classifier, calibration_images, output, settings, bits, act_bits)
         assert_the_file_is_the_simulation(result, classifier, calibration_images)
+        after = dict(result.blocks)
+        if steps:
+            assert after.keys() == before.keys()  # measured again
+            assert sum(error.after for error in after.values()) < sum(error.after for error in before.values())
+        before = after
         noise.append(decibels(reference.astype("float64"), run(output, classifier, calibration_images.pixels)))
     assert noise[1] > noise[0] + 2
 

@@ -1,0 +1,39 @@
+"""What `--mixed` says: a budget, read without torch, so that a slip of the pen is answered at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from converters.errors import MixMixError
+
+Kind = Literal["size", "bops", "bits"]
+UNITS: Mapping[Kind, Mapping[str, float]] = {
+    "size": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "bops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
+    "bits": {"": 1},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all layers may cost together, in bytes, bit operations or bits a weight."""
+
+    kind: Kind
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """From `size=2MB`, `bops=1.5G` or `bits=3`. Raises MixMixError for anything else."""
+        found = re.fullmatch(r"(\w+)=([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
+        kind = next((kind for kind in get_args(Kind) if found is not None and found[1] == kind), None)
+        if found is not None and kind is not None:
+            unit = next((UNITS[kind][u] for u in UNITS[kind] if u.lower() == found[3].lower()), None)
+            if unit is not None and float(found[2]) > 0:
+                return cls(kind, float(found[2]) * unit)
+        raise MixMixError(f"--mixed {text!r} is not a budget: write size=2MB, bops=1.5G or bits=3")
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount:.6g}" + ("B" if self.kind == "size" else "")

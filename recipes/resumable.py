@@ -1,0 +1,60 @@
+"""A walk through the blocks that goes on where an interrupted one was: what quantizing and pruning have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from recipes.checkpoint import Checkpoint, State, Table, gather, scatter
+from recipes.progress import Progress
+from recipes.reconstruct import Reconstruction, Stretch
+
+GENERATOR = "generator"
+
+
+class Walk:
+    """Blocks done, the account of them, and the tables of changes that they have come to, kept in a checkpoint.
+
+    All chance comes from `generator`. `complete` adds entries to the tables that a state has and they do not yet.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tables: Mapping[str, Table],
+        generator: torch.Generator,
+        complete: Callable[[State], None] = lambda state: None,
+    ) -> None:
+        self.checkpoint, self.tables, self.generator, self._complete = checkpoint, tables, generator, complete
+        self.account: list[tuple[str, Reconstruction]] = []
+        self._done = 0
+
+    def resume(self, progress: Progress) -> State | None:
+        """Take up what an interrupted run has left, which is returned."""
+        found = self.checkpoint.find()
+        if found is None:
+            return None
+        self._complete(found)
+        scatter(found, self.tables)
+        self.generator.set_state(found.tensors[GENERATOR])
+        self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
+        self._done = int(found.numbers["blocks"])
+        progress.say(f"going on after {self._done} blocks that were done before")
+        return found
+
+    def through(self, stretches: Iterable[Stretch], passed: Callable[[Stretch], None]) -> Iterator[Stretch]:
+        """The stretches that are not done yet; `passed` is told the others."""
+        for index, stretch in enumerate(stretches):
+            if index < self._done:
+                passed(stretch)
+                continue
+            yield stretch
+            self._done = index + 1
+            self.checkpoint.offer(self.state)
+
+    def state(self) -> State:
+        """Everything that the blocks done so far have come to."""
+        account = [(name, error.before, error.after) for name, error in self.account]
+        tensors = gather(self.tables) | {GENERATOR: self.generator.get_state()}
+        return State(tensors, {"blocks": self._done, "account": account})
