@@ -24,7 +24,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
 from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
-from converters.torch_module import Layer, Segment, TorchClassifier
+from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
@@ -55,11 +55,8 @@ from recipes.resumable import Walk
 from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
-METADATA_ROOM = 2000
-"""Bytes of a file for its input spec and provenance."""
-FLIP_TOLERANCE = 0.05
-"""Largest relative difference of the written file where activations are quantized: float noise may move a value over a
-rounding boundary by a whole step."""
+ENTRY = 12
+"""Bytes that an entry of a file's metadata takes besides its key and value, at most."""
 
 
 def least_bits(bits: int | Budget) -> int:
@@ -109,7 +106,17 @@ def quantize(
     module = begin(prepared, output, device, overwrite=overwrite)
     facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
     checkpoint = Checkpoint(output, "quantize", (module,), images, facts, progress.say)
+    asked = {
+        "bits": str(bits) if isinstance(bits, Budget) else bits,
+        "act_bits": act_bits,
+        "target": target.name,
+        "images": len(images),
+        "seed": seed,
+    }
+    said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
     run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint)
+    entries = {**classifier.spec.to_metadata(), **said}
+    run.metadata_bytes = sum(len(f"{key}{value}".encode()) + ENTRY for key, value in entries.items())
     run.place(progress)
     run.reconstruct_all(progress)
     run.train(progress)
@@ -126,14 +133,6 @@ def quantize(
         tolerance=WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE,
         checkpoint=checkpoint,
     )
-    asked = {
-        "bits": str(bits) if isinstance(bits, Budget) else bits,
-        "act_bits": act_bits,
-        "target": target.name,
-        "images": len(images),
-        "seed": seed,
-    }
-    said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
     written = result.write(classifier, output, said, started, overwrite=overwrite)
     return replace(written, fusion=run.fusion(output))
 
@@ -182,6 +181,8 @@ class _Run:
         tables: dict[str, Table] = {"weights": self.weights, "biases": self.biases, "values": self.values}
         self.walk = Walk(checkpoint, tables, self.generator, self._complete)
         self._found: State | None = None
+        self.metadata_bytes = 0
+        """Of the file that will be written."""
 
     def place(self, progress: Progress) -> None:
         with progress.task("finding the layers that hurt most", len(self.module.layers())) as task:
@@ -224,7 +225,7 @@ class _Run:
                 edits.append(writeback.BiasEdit(layer.output, zeros, scale))
         for name, bits in plan_values(self.module, plans, self.act_bits, self.target).items():
             edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, self.target.activation_container(bits)))
-        return writeback.stored_size(writeback.apply(self.module.classifier.original, edits)) + METADATA_ROOM
+        return writeback.stored_size(writeback.apply(self.module.classifier.original, edits)) + self.metadata_bytes
 
     def reconstruct_all(self, progress: Progress) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""

@@ -134,3 +134,14 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(
 def test_the_output_is_named_mixed() -> None:
     assert output_path(Path("a/model.onnx"), Budget("bits", 3), None) == Path("a/model.mixed.onnx")
     assert output_path(Path("a/model.onnx"), Budget("bits", 3), 8) == Path("a/model.mixeda8.onnx")
+
+
+def test_what_a_file_of_four_bits_takes_is_enough_for_four_bits(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """All that is not weights is counted as it will be, to the length of the words in the metadata."""
+    settings = NEAREST.model_copy(update={"end_bits": 4, "sensitive_share": 0.0})
+    ask = (classifier_of("residual"), calibration_images)
+    uniform = quantize(*ask, tmp_path / "a.onnx", settings, 4).size_after
+    result = quantize(*ask, tmp_path / "b.onnx", settings, Budget("size", uniform + 200))
+    assert uniform - 200 < result.size_after <= uniform + 200
