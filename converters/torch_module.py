@@ -37,8 +37,8 @@ OTHER_FLOAT_TOLERANCE = 2e-2
 """The same for a file that computes in 16 bits, as onnxruntime does then and the module does not."""
 
 FLIP_TOLERANCE = 5e-2
-"""The same for a file with quantized activations, where float noise may move a value over a rounding boundary by a whole
-step."""
+"""The same for a file with quantized activations: float noise may move a value over a rounding boundary, that is by a
+whole step."""
 
 ROUNDING = 10.0
 """How much more than its own rounding a conversion may differ by, in models that make much of the last digits."""

@@ -288,10 +288,7 @@ def save(
     OutputError when `path` exists (without `overwrite`) or cannot be written.
     """
     ensure_writable(path, overwrite=overwrite)
-    if any(key.startswith(METADATA_PREFIX) for key in metadata):  # a spec replaces the one before, key and all
-        for key in [key for key in model.metadata_props if key.startswith(METADATA_PREFIX)]:
-            del model.metadata_props[key]
-    model.metadata_props.update(metadata)
+    stamp(model, metadata)
     if not fits_protobuf(model):
         return _save_with_external_data(model, path, check, overwrite=overwrite)
     content = serialise(model)
@@ -300,6 +297,14 @@ def save(
         check()
     write_atomically(path, content)
     return len(content)
+
+
+def stamp(model: ir.Model, metadata: Mapping[str, str]) -> None:
+    """Add `metadata` in place; an input spec replaces the one before, key and all."""
+    if any(key.startswith(METADATA_PREFIX) for key in metadata):
+        for key in [key for key in model.metadata_props if key.startswith(METADATA_PREFIX)]:
+            del model.metadata_props[key]
+    model.metadata_props.update(metadata)
 
 
 def save_proved(

@@ -55,8 +55,6 @@ from recipes.resumable import Walk
 from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
-ENTRY = 12
-"""Bytes that an entry of a file's metadata takes besides its key and value, at most."""
 
 
 def least_bits(bits: int | Budget) -> int:
@@ -115,8 +113,7 @@ def quantize(
     }
     said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
     run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint)
-    entries = {**classifier.spec.to_metadata(), **said}
-    run.metadata_bytes = sum(len(f"{key}{value}".encode()) + ENTRY for key, value in entries.items())
+    run.metadata = {**classifier.spec.to_metadata(), **said}
     run.place(progress)
     run.reconstruct_all(progress)
     run.train(progress)
@@ -181,7 +178,7 @@ class _Run:
         tables: dict[str, Table] = {"weights": self.weights, "biases": self.biases, "values": self.values}
         self.walk = Walk(checkpoint, tables, self.generator, self._complete)
         self._found: State | None = None
-        self.metadata_bytes = 0
+        self.metadata: dict[str, str] = {}
         """Of the file that will be written."""
 
     def place(self, progress: Progress) -> None:
@@ -225,7 +222,9 @@ class _Run:
                 edits.append(writeback.BiasEdit(layer.output, zeros, scale))
         for name, bits in plan_values(self.module, plans, self.act_bits, self.target).items():
             edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, self.target.activation_container(bits)))
-        return writeback.stored_size(writeback.apply(self.module.classifier.original, edits)) + self.metadata_bytes
+        model = writeback.apply(self.module.classifier.original, edits)
+        writeback.stamp(model, self.metadata)
+        return writeback.stored_size(model)
 
     def reconstruct_all(self, progress: Progress) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
