@@ -15,6 +15,7 @@ from converters.classifier import Classifier, build, constants
 from converters.detect import detect
 from converters.errors import MixMixError, ModelError
 from converters.files import check_skeleton, read_model
+from converters.graphs import constant_behind, to_numpy
 from converters.input_spec import resolve, stated_keys
 from converters.passes import LAYERS
 from converters.precision import FLOATS, IMAGE_TYPES
@@ -39,6 +40,7 @@ def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
     check_skeleton(file.skeleton, path)
     original = file.model
     _finite(original, path)
+    _not_training(original, path)
     image = _image_input(original, path)
     common.InlinePass()(original)
     shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in image.shape or []]
@@ -80,3 +82,17 @@ def _finite(model: ir.Model, path: Path) -> None:
         weighs = any(node.op_type in (*LAYERS, "BatchNormalization") for node, _ in value.uses())
         if weighs or np.isnan(array).any():
             raise ModelError(f"{path}: weight {value.name} contains NaN or infinity: export the model again")
+
+
+def _not_training(model: ir.Model, path: Path) -> None:
+    """Refuse a Dropout that drops: the model answers otherwise at every run."""
+    for node in model.graph:
+        if node.op_type != "Dropout" or len(node.inputs) < 3:
+            continue
+        training, ratio = (constant_behind(node.inputs[index]) for index in (2, 1))
+        dropping = ratio is None or float(to_numpy(ratio)) > 0
+        if training is not None and bool(to_numpy(training)) and dropping:
+            raise ModelError(
+                f"{path}: node {node.name or node.op_type} drops at random, as in training: export the model in"
+                " evaluation mode (TrainingMode.PRESERVE keeps its BatchNorm)"
+            )

@@ -129,6 +129,8 @@ def choose_target(name: str, container: str | None = None, act_bits: int | None 
         target = replace(PORTABLE, name=name)
     if container is not None:
         target = replace(target, weights=WEIGHT_CONTAINERS[container])
+    if name == "tensorrt" and act_bits not in (None, MAX_BITS):
+        raise MixMixError(f"--act-bits {act_bits} cannot be used with --target tensorrt, which runs 8 bits: use 8")
     if act_bits is not None:
         target.activation_container(act_bits)
         if container == "int2":

@@ -29,6 +29,8 @@ from converters.targets import PLAIN_IR, PLAIN_OPSET, Container, Target
 from converters.torch_module import relative_difference
 
 BIAS = 2  # operand position
+NOISE_SHARE = 0.05
+"""The part of the noise of quantization that values on the other side of a rounding boundary may add to it."""
 TEMPORARY = ".mixmix-"
 """How names of files begin that are being written; one that is left over is from a process that was killed."""
 
@@ -99,6 +101,8 @@ class Proof:
     batch: int
     tolerance: float
     """Largest relative difference."""
+    noise: float = 0.0
+    """What the model was changed by: sum of squares that its logits differ by from the original model's."""
 
 
 Edit = WeightEdit | TensorEdit | BiasEdit | AttributeEdit | ActivationEdit
@@ -317,14 +321,15 @@ def save_proved(
 ) -> tuple[int, float]:
     """`save`, once onnxruntime has given the logits of `proof` back: bytes written, and the relative difference.
 
-    Raises ConversionError, and writes nothing, where the difference is above the proof's tolerance.
+    Raises ConversionError, and writes nothing, where the difference is above the proof's tolerance and more than a
+    small part of what the model was changed by anyway.
     """
     difference = math.nan
 
     def check() -> None:
         nonlocal difference
-        difference = difference_from(model, proof.inputs, proof.logits, path, proof.batch)
-        if difference > proof.tolerance:
+        difference, power = difference_from(model, proof.inputs, proof.logits, path, proof.batch)
+        if difference > proof.tolerance and power > NOISE_SHARE * proof.noise:
             raise ConversionError(
                 f"{path}: the written model differs from the computed one by {difference:.1e}: please report it"
             )
@@ -403,8 +408,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def difference_from(
     model: ir.Model, x: NDArray[np.float32], expected: NDArray[np.float32], path: Path, batch: int
-) -> float:
-    """Relative difference between a written model's logits in onnxruntime, optimisations off, and `expected` ones.
+) -> tuple[float, float]:
+    """Between a written model's logits in onnxruntime, optimisations off, and `expected` ones: the relative difference,
+    and the sum of squared differences.
 
     `x` holds any number of inputs, of which `batch` are run at once.
 
@@ -415,4 +421,4 @@ def difference_from(
     difference = relative_difference(actual, expected)
     if not np.isfinite(difference):
         raise ModelError(f"{path}: the written model gives another shape or NaN: please report it")
-    return difference
+    return difference, float(np.square(actual - expected, dtype=np.float64).sum())

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was finished is kept", err=True)
+        click.echo("interrupted: what was finished is kept, and the same command goes on from there", err=True)
         return INTERRUPTED
     except Exception as error:  # the last line of defence: a sentence, never a traceback
         if "--traceback" in arguments:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from mixmix_cli import __version__, options
 from mixmix_cli.console import Terminal, size
 from mixmix_cli.results import compression_json, fusion_line, validation_table
@@ -28,6 +30,8 @@ def request_from(
     from recipes.settings import choose_device
     from recipes.validate import Gates
 
+    if given["zoo"] and given["data"] is not None:
+        raise click.UsageError("--zoo makes images, and --data gives them: leave one out")
     device = choose_device(given["device"])
     spec = {**options.spec_from(given), "size": given["size"]}
     classifier = load_classifier(given["model"], spec)

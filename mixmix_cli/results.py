@@ -223,9 +223,14 @@ def layers_table(candidate: Candidate, layers: list[LayerNoise]) -> Table:
 
 def layers_note(layers: list[LayerNoise]) -> str:
     """What the figures mean, and which layers have none."""
+    from recipes.layer_noise import IMAGES
+
     if not layers:
         return "no Conv, ConvTranspose, Gemm or MatMul with a constant weight: no layers to compare"
-    note = "SNR of each layer's output as the file runs; own SNR: on the reference's input, its own noise alone"
+    note = (
+        f"SNR of each layer's output as the file runs; own SNR: on the reference's input, its own noise alone; on the"
+        f" first {IMAGES} images at most"
+    )
     missing = [layer for layer in layers if layer.snr is None]
     if missing:
         note += f"\n{len(missing)} of {len(layers)} layers cannot be compared:"

@@ -75,17 +75,17 @@ class Compression:
     """Largest relative difference between the file's logits in onnxruntime and the computed ones."""
     fusion: Fusion | None = None
     """What runs in integers, where that was asked for."""
+    target: str | None = None
+    """The runtime that a quantized file is for."""
 
     @property
     def slow_because(self) -> str | None:
         """Why the file may be slower than the float one; None where nothing is known that would make it so."""
-        if all(layer.bits is None for layer in self.layers):
+        if all(layer.bits is None for layer in self.layers) or self.target in ("ort-cuda", "tensorrt"):
             return None
         if self.fusion is None:
-            return (
-                "integers are turned back into float on every run; --act-bits 8 --target ort-cpu makes a file that"
-                " onnxruntime runs in integers"
-            )
+            way = "--act-bits 8" + " --target ort-cpu" * (self.target != "ort-cpu")
+            return f"integers are turned back into float on every run; with {way} onnxruntime runs in integers"
         if self.fusion.counted < self.fusion.layers:
             missing = self.fusion.layers - self.fusion.counted
             return f"{missing} of {self.fusion.layers} layers do not run in integers"

@@ -111,11 +111,15 @@ class Checkpoint:
         except (OSError, safetensors.SafetensorError):
             return None
 
-    def offer(self, state: Callable[[], State]) -> None:
-        """Write `state()` if it is time to; where it cannot be written, the run goes on without."""
+    def offer(self, state: Callable[[], State]) -> bool:
+        """Write `state()` if it is time to, and whether it was."""
         if time.monotonic() - self._written < self.seconds:
-            return
-        now = state()
+            return False
+        self.write(state())
+        return True
+
+    def write(self, now: State) -> None:
+        """Write a state; where that is not possible, the run goes on without."""
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in now.tensors.items()}
         said = {"run": self._mark, "numbers": json.dumps(dict(now.numbers))}
         try:

@@ -19,6 +19,7 @@ from converters.writeback import ensure_writable, prepare_for_quantization
 from recipes.account import Compression
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
+from recipes.image_store import OtherSetError
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.patterns import WholeChannels
 from recipes.progress import Progress
@@ -300,17 +301,23 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     found = directory.exists()
     if found and not request.overwrite and not (directory / MANIFEST).is_file():
         raise OutputError(f"{directory}, where made images go, is there already: move it, or give images with --data")
-    synthesize(
-        modules,
-        directory,
-        settings,
-        recipe=recipe,
-        size=target.spec.size,
-        seed=request.seed,
-        resume=found,
-        overwrite=request.overwrite,
-        progress=progress,
-        versions={"mixmix": request.version},
-    )
+    try:
+        synthesize(
+            modules,
+            directory,
+            settings,
+            recipe=recipe,
+            size=target.spec.size,
+            seed=request.seed,
+            resume=found,
+            overwrite=request.overwrite,
+            progress=progress,
+            versions={"mixmix": request.version},
+        )
+    except OtherSetError as error:
+        raise OutputError(
+            f"{directory} holds images that were made of other models, or with another seed, number or recipe: use them"
+            f" as they are with --data {directory}, or move them"
+        ) from error
     progress.say(f"calibration images, made from the models, are in {directory}")
     return load_images(directory)

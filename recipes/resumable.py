@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +30,18 @@ class Walk:
         self.checkpoint, self.tables, self.generator, self._complete = checkpoint, tables, generator, complete
         self.account: list[tuple[str, Reconstruction]] = []
         self._done = 0
+        self._last: State | None = None
+        """After the last block that was done; None where that is on disk, or no block is done."""
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write what is done where the block within is left by an exception, such as an interruption."""
+        try:
+            yield
+        except BaseException:
+            if self._last is not None:
+                self.checkpoint.write(self._last)
+            raise
 
     def resume(self, progress: Progress) -> State | None:
         """Take up what an interrupted run has left, which is returned."""
@@ -40,7 +53,7 @@ class Walk:
         self.generator.set_state(found.tensors[GENERATOR])
         self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
         self._done = int(found.numbers["blocks"])
-        progress.say(f"going on after {self._done} blocks that were done before")
+        progress.say(f"going on after block {self._done}, as what was done before is kept")
         return found
 
     def through(self, stretches: Iterable[Stretch], passed: Callable[[Stretch], None]) -> Iterator[Stretch]:
@@ -51,7 +64,10 @@ class Walk:
                 continue
             yield stretch
             self._done = index + 1
-            self.checkpoint.offer(self.state)
+            state = self.state()
+            self._last = State({name: tensor.clone() for name, tensor in state.tensors.items()}, state.numbers)
+            if self.checkpoint.offer(lambda state=state: state):  # type: ignore[misc]  # bound for the call
+                self._last = None
 
     def state(self) -> State:
         """Everything that the blocks done so far have come to."""

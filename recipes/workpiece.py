@@ -71,6 +71,8 @@ class Result:
     bits: int | None = None
     act_bits: int | None = None
     tolerance: float = WRITTEN_TOLERANCE
+    noise: float = 0.0
+    """Sum of squares that `logits` differ by from the original model's; float noise may add a small part of it."""
     checkpoint: Checkpoint | None = None
     """Removed when the file is written."""
 
@@ -96,6 +98,7 @@ class Result:
             logits=self.logits.cpu().numpy(),
             batch=self.prepared.fixed_batch or PROOF_BATCH,
             tolerance=self.tolerance,
+            noise=self.noise,
         )
         metadata = {**source.spec.to_metadata(), **facts}
         size, difference = writeback.save_proved(model, output, metadata, proof, overwrite=overwrite)

@@ -22,6 +22,7 @@ def command(**given: Any) -> int:
 
     Example: mixmix inspect model.onnx
     """
+    from converters.errors import MixMixError
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import inspection_json, inspection_page, pattern_page
@@ -31,16 +32,23 @@ def command(**given: Any) -> int:
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     spec = {**options.spec_from(given), "size": given["size"]}
     pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
-    results = []
+    results, errors = [], []
     with terminal.task("inspecting", len(given["models"])) as task:
         for path in given["models"]:
-            results.append(inspect_model(load_classifier(path, spec), pattern))
+            try:
+                results.append(inspect_model(load_classifier(path, spec), pattern))
+            except MixMixError as error:  # the others are worth knowing all the same
+                errors.append(error)
             task.advance(1, path.name)
-    if terminal.as_json:
+    if terminal.as_json and results:
         terminal.document([inspection_json(result) for result in results])
-    else:
+    elif results:
         for result in results:
             terminal.show(inspection_page(result))
             if pattern is not None:
                 terminal.show(pattern_page(result, pattern.name))
+    for earlier in errors[:-1]:
+        click.echo(f"Error: {earlier}", err=True)
+    if errors:
+        raise errors[-1]
     return 0 if pattern is None or all(result.has_pattern for result in results) else 1

@@ -82,6 +82,13 @@ def command(**given: Any) -> int:
     from recipes.settings import load_recipe
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    if (
+        target.integer_kernels
+        and given["bits"] is not None
+        and given["bits"] <= 4
+        and given["weight_container"] is None
+    ):
+        terminal.say(f"{bits}-bit weights are stored in 8 bits, which integer kernels take: as large as --bits 8")
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
     request = request_from(given, output_path(given["model"], bits, act_bits), recipe, terminal)

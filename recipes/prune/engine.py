@@ -74,14 +74,19 @@ class Goal:
 def make_goal(pattern: str, sparsity: float | None, macs: float | None = None) -> Goal:
     """The goal of `--pattern`, `--sparsity` and `--macs`. Raises MixMixError for what cannot be meant."""
     if macs is not None:
-        if pattern != CHANNEL or sparsity is not None:
-            raise MixMixError("--macs is a budget for --pattern channel, instead of --sparsity: leave one of them out")
+        if pattern != CHANNEL:
+            raise MixMixError(
+                f"--macs is a budget for whole channels, not for pattern {pattern}: use --pattern channel"
+            )
+        if sparsity is not None:
+            raise MixMixError("--macs says how much is to be left, instead of --sparsity: leave one of them out")
         if not 0 < macs < 1:
             raise MixMixError(f"--macs {macs:g} cannot be used: choose the share to leave, above 0 and below 1")
         return Goal(WholeChannels(), 1 - macs, "macs")
     if pattern in ("unstructured", CHANNEL):
         if sparsity is None:
-            raise MixMixError("how much to remove is not said: give --sparsity, such as 0.5")
+            other = ", or --macs, such as 0.5 of the multiplications" if pattern == CHANNEL else ""
+            raise MixMixError(f"how much to remove is not said: give --sparsity, such as 0.5{other}")
         if not 0 < sparsity < 1:
             raise MixMixError(f"--sparsity {sparsity:g} cannot be used: choose a share above 0 and below 1")
         return Goal(Unstructured() if pattern == "unstructured" else WholeChannels(), sparsity)
@@ -311,7 +316,7 @@ class _Run:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
         steps = max(self.settings.mask_steps + self.settings.steps, 1)
         self.walk.resume(progress)
-        with progress.task("reconstructing", len(self.module.layers()) * steps) as task:
+        with self.walk.kept(), progress.task("reconstructing", len(self.module.layers()) * steps) as task:
             stretches = walk_blocks(self.module, self.inputs, self.changes, self.settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * steps)):
                 self._reconstruct(stretch, task)

@@ -118,11 +118,14 @@ def quantize(
     run.reconstruct_all(progress)
     run.train(progress)
     sample = sample_for_proof(prepared, run.inputs)
+    logits = run.fake_quantized(sample)
+    changed = logits - run_batched(module.whole, sample, settings.batch)
     result = Result(
         prepared=prepared,
         edits=run.edits(),
         sample=sample,
-        logits=run.fake_quantized(sample),
+        logits=logits,
+        noise=0.0 if act_bits is None else float(changed.square().sum(dtype=torch.float64)),
         blocks=run.walk.account,
         layers=run.layer_accounts(),
         bits=None if isinstance(bits, Budget) else bits,
@@ -131,7 +134,7 @@ def quantize(
         checkpoint=checkpoint,
     )
     written = result.write(classifier, output, said, started, overwrite=overwrite)
-    return replace(written, fusion=run.fusion(output))
+    return replace(written, fusion=run.fusion(output), target=target.name)
 
 
 @dataclass(frozen=True)
@@ -198,9 +201,8 @@ class _Run:
         hurting = sorted((plan.snr, plan.layer.name) for plan in self.plans if plan.snr is not None and plan.kept(bits))
         if hurting:
             worst = ", ".join(f"{name} ({snr:.1f} dB)" for snr, name in hurting[:3])
-            progress.say(
-                f"{len(hurting)} layers that hurt most are kept at {self.settings.sensitive_bits} bits, first {worst}"
-            )
+            kept = f"{len(hurting)} of {len(self.plans)} layers, those that hurt most, are kept"
+            progress.say(f"{kept} at {self.settings.sensitive_bits} bits, first {worst}")
 
     def _plan(self, advance: Callable[[], None]) -> list[LayerPlan]:
         common = (self.act_bits, self.target, self.settings)
@@ -231,7 +233,7 @@ class _Run:
         settings = self.settings
         steps = settings.steps if settings.unit != "none" else 0
         self._found = self.walk.resume(progress)
-        with progress.task("reconstructing", len(self.plans) * max(steps, 1)) as task:
+        with self.walk.kept(), progress.task("reconstructing", len(self.plans) * max(steps, 1)) as task:
             stretches = walk_blocks(self.module, self.inputs, self.changes, settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
                 self._calibrate(stretch)

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError, ModelError, SpecError
@@ -214,3 +214,21 @@ def test_infinity_in_a_weight(write: Write) -> None:
     weight.flat[0] = np.inf
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "conv.weight"))
     assert_refused(write(model), "conv.weight", "NaN or infinity")
+
+
+@pytest.mark.parametrize(("training", "ratio", "refused"), [(True, 0.5, True), (True, 0.0, False), (False, 0.5, False)])
+def test_a_dropout_that_drops_is_refused(training: bool, ratio: float, refused: bool, tmp_path: Path) -> None:
+    """As exports in training mode have it."""
+    model = models.conv()
+    (last,) = (node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "before"
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(np.float32(ratio), "ratio"), numpy_helper.from_array(np.bool_(training), "training")]
+    )
+    model.graph.node.append(helper.make_node("Dropout", ["before", "ratio", "training"], ["logits"], name="drop"))
+    path = models.write(model, tmp_path / "m.onnx")
+    if not refused:
+        assert load_classifier(path).logits
+        return
+    with pytest.raises(ModelError, match=r"m\.onnx: node drop drops at random.*export the model in evaluation mode"):
+        load_classifier(path)

@@ -14,10 +14,10 @@ import pytest
 
 from converters import runtime
 from converters.classifier import Classifier
-from converters.errors import ModelError, OutputError
+from converters.errors import ConversionError, ModelError, OutputError
 from converters.load import load_classifier
 from converters.targets import PORTABLE
-from converters.writeback import WeightEdit, apply, prepare_for_quantization, save
+from converters.writeback import Proof, WeightEdit, apply, prepare_for_quantization, save, save_proved
 from tests import models
 from tests.converters import oracle
 
@@ -205,3 +205,19 @@ def test_the_spec_in_a_file_is_the_last_one_that_was_said(model: ir.Model, tmp_p
     save(model, tmp_path / "out.onnx", {"mixmix.input.mean": "[2]"})
     written = {entry.key: entry.value for entry in onnx.load(tmp_path / "out.onnx").metadata_props}
     assert written == {"mixmix.input.mean": "[2]", "author": "me"}
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(0.0, False), (1e6, True)])
+def test_a_proof_allows_a_small_part_of_the_noise_of_quantization(
+    model: ir.Model, tmp_path: Path, noise: float, passes: bool
+) -> None:
+    """Values that float noise moves over a rounding boundary; beyond that nothing is written."""
+    x, path = models.images(), tmp_path / "out.onnx"
+    logits = oracle.run(model, x)
+    proof = Proof(x, logits + np.float32(0.2) * np.abs(logits).max(), len(x), 1e-4, noise)
+    if passes:
+        assert save_proved(model, path, {}, proof)[1] > 0.1
+        return
+    with pytest.raises(ConversionError, match="the written model differs from the computed one"):
+        save_proved(model, path, {}, proof)
+    assert list(tmp_path.iterdir()) == []

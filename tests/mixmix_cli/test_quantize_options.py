@@ -95,6 +95,9 @@ def test_two_bits_in_two_bits(capsys: pytest.CaptureFixture[str], model: Path) -
         ),
         (("--bits", 2, "--act-bits", 8, "--weight-container", "int2"), "int2 cannot be used with --act-bits"),
         (("--bits", 4, "--target", "coreml"), "coreml"),
+        (("--bits", 4, "--act-bits", 4, "--target", "tensorrt"), "--target tensorrt, which runs 8 bits"),
+        (("--mixed", "bits=9"), "weights have up to 8 bits: allow fewer"),
+        (("--bits", 4, "--zoo", "a.onnx"), "--zoo makes images, and --data gives them: leave one out"),
     ],
 )
 def test_bad_words(capsys: pytest.CaptureFixture[str], model: Path, words: tuple[object, ...], sentence: str) -> None:
@@ -103,3 +106,15 @@ def test_bad_words(capsys: pytest.CaptureFixture[str], model: Path, words: tuple
     assert sentence in " ".join(err.split())
     assert not out
     assert list(model.parent.iterdir()) == [model]
+
+
+def test_one_bad_model_does_not_hide_the_others(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    bad = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for path in bad:
+        path.write_text("not a model")
+    assert main(["inspect", str(bad[0]), str(model), str(bad[1]), "--json"]) == 2
+    captured = capsys.readouterr()
+    assert [result["path"] for result in json.loads(captured.out)] == [str(model)]
+    assert all(str(path) in captured.err for path in bad)

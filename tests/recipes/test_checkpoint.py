@@ -254,3 +254,18 @@ def test_no_room_for_activations_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(memory, "_reserve", full)
     with pytest.raises(MixMixError, match=r"no room for 0\.0 GB of activations: name another with.*TMPDIR"):
         memory.rows_like(torch.zeros(2, 3), 10, 1e-12)
+
+
+def test_an_interruption_keeps_the_blocks_that_were_done(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """Long before it is time to write."""
+    settings, images = QuantizeSettings.model_validate(QDROP), calibration_images.take(6)
+    ask = (classifier_of("plain"), images, tmp_path / "o.onnx", settings, 3)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(*ask, progress=Stopping("reconstructing", 14.0))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    again = Stopping()
+    quantize(*ask, progress=again)
+    assert "going on after block 1, as what was done before is kept" in again.said
+    assert list(tmp_path.iterdir()) == [tmp_path / "o.onnx"]
