@@ -36,7 +36,7 @@ import onnxruntime
 import torch
 import zoo_models
 from peer_quantizers import judged, kept, logits, session
-from synthesis_quality import ALL, TARGET, Source, classifier, digest, float_accuracy, image_set, judging, made
+from synthesis_quality import ALL, TARGET, Source, classifier, digest, image_set, judging, made
 from torch import nn
 from train_zoo import describe
 
@@ -63,16 +63,20 @@ IMAGES = {
     "Gaussian noise": Source("noise"),
 }
 PEER = "torch-pruning"
-PEERS = {
-    "group L2, each layer alike": {"p": 2, "everywhere": False},
-    "group L1, each layer alike": {"p": 1, "everywhere": False},
-    "group L2, global": {"p": 2, "everywhere": True},
+PEERS: dict[str, dict[str, int]] = {
+    "group L2, each layer alike": {"p": 2, "everywhere": 0},
+    "group L2, each layer alike, multiples of 8": {"p": 2, "everywhere": 0, "round_to": 8},
+    "group L1, each layer alike": {"p": 1, "everywhere": 0},
+    "group L2, global": {"p": 2, "everywhere": 1},
 }
 MOST = 0.9
 """Largest share of a layer's channels that goes, by MixMix's default and here."""
 HALVINGS = 10
 STEPS = 500
 SPARSE = (("residual", 0.9), ("inverted", 0.8))
+SPEED = ("ms / ms of float", "convolutions in blocked layout %")
+COLUMNS = {"top1": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
+"""Digits of the figures."""
 Facts = dict[str, Any]
 
 
@@ -113,7 +117,20 @@ def shares(path: Path, target: str) -> Facts:
         "macs": 100 * facts["macs"] / whole.macs,
         "parameters": 100 * facts["parameters"] / whole.parameters,
         "latency": facts["ms"] / facts["float_ms"],
+        "blocked": 100 * blocked(path),
     }
+
+
+def blocked(path: Path) -> float:
+    """Share of the convolutions that onnxruntime runs in its blocked layout, the fast one of its CPU provider."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimised.onnx"
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath).graph.node
+    found = [node.domain == "com.microsoft.nchwc" for node in nodes if node.op_type in ("Conv", "FusedConv")]
+    return sum(found) / len(found)
 
 
 def pruned(target: str, title: str, goal: Goal, source: Source, seed: int, folder: Path) -> Path:
@@ -160,9 +177,7 @@ def peer_pruned(target: str, share: float, title: str, folder: Path) -> Path:
     python, version = peer_python(folder)
 
     def write(path: Path) -> None:
-        how = PEERS[title]
-        command = [python, __file__, "run-peer", target, str(share), str(how["p"]), path]
-        subprocess.run([*command, "--everywhere"] if how["everywhere"] else command, check=True)
+        subprocess.run([python, __file__, "run-peer", target, str(share), title, path], check=True)
 
     name = f"{target}-peer-{round(100 * share)}-{title}".replace(" ", "_")
     return written(folder, name, [version, repr(PEERS[title]), str(MOST), str(HALVINGS)], write)
@@ -189,7 +204,7 @@ def native(target: str) -> nn.Module:
     return module
 
 
-def run_peer(target: str, share: float, p: int, everywhere: bool, output: Path) -> None:
+def run_peer(target: str, share: float, how: dict[str, int], output: Path) -> None:
     """Torch-Pruning's documented recipe, at the smallest ratio that leaves at most `share` of the multiplications."""
     import torch_pruning
 
@@ -201,8 +216,9 @@ def run_peer(target: str, share: float, p: int, everywhere: bool, output: Path) 
         torch_pruning.pruner.BasePruner(
             smaller,
             example,
-            importance=torch_pruning.importance.GroupMagnitudeImportance(p=p),
-            global_pruning=everywhere,
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=how["p"]),
+            global_pruning=bool(how["everywhere"]),
+            round_to=how.get("round_to"),
             pruning_ratio=ratio,
             max_pruning_ratio=MOST,
             ignored_layers=[m for m in smaller.modules() if isinstance(m, nn.Linear)],
@@ -235,17 +251,16 @@ def head(*titles: str) -> None:
 
 def print_images(seeds: Sequence[int], folder: Path) -> None:
     print(f"\nMixMix, `prune --pattern channel --macs`, recipe two-stage, {len(seeds)} seed(s):")
-    head("model", "MACs asked", "images", "top-1 %", "SNR dB", "MACs %", "parameters %", "kB", "ms / ms of float")
+    head("model", "MACs asked", "images", "top-1 %", "SNR dB", "MACs %", "parameters %", "kB", *SPEED)
     for target in TARGETS:
-        whole = facts_of(float_copy(target, folder), target)
-        size = f"{whole['kb']:.0f} | {whole['ms'] / whole['float_ms']:.2f}"
-        print(f"| {target} | 1 | float | {float_accuracy(target):.2f} | – | 100 | 100 | {size} |")
+        whole = shares(float_copy(target, folder), target)
+        size = f"{whole['kb']:.0f} | {whole['ms']:.3f} ms / {whole['float_ms']:.3f} | {whole['blocked']:.0f}"
+        print(f"| {target} | 1 | float | {whole['top1']:.2f} | – | 100 | 100 | {size} |")
         for share in SHARES:
             for title, source in IMAGES.items():
                 goal = make_goal("channel", None, share)
                 found = [shares(pruned(target, title, goal, source, seed, folder), target) for seed in seeds]
-                columns = (("top1", 2), ("snr", 2), ("macs", 1), ("parameters", 1), ("kb", 0), ("latency", 2))
-                cells = [cell([facts[key] for facts in found], digits) for key, digits in columns]
+                cells = [cell([facts[key] for facts in found], digits) for key, digits in COLUMNS.items()]
                 print(f"| {target} | {share} | {title} | {' | '.join(cells)} |", flush=True)
 
 
@@ -262,7 +277,7 @@ def print_peer(seed: int, folder: Path, peers: Sequence[str], alone: bool) -> No
         f" images, the float model as teacher), seed {seed}:"
     )
     asked = ("distilled, statistics trained",) + (("distilled, `statistics=false`",) if alone else ())
-    head("model", "MACs asked", "tool", "MACs %", "parameters %", "kB", "ms / ms of float", "right after", *asked)
+    head("model", "MACs asked", "tool", "MACs %", "parameters %", "kB", *SPEED, "right after", *asked)
     for target in TARGETS:
         for share in SHARES:
             goal = make_goal("channel", None, share)
@@ -272,8 +287,8 @@ def print_peer(seed: int, folder: Path, peers: Sequence[str], alone: bool) -> No
                 after = [distilled(target, path, seed, folder)]
                 after += [distilled(target, path, seed, folder, "statistics=false")] if alone else []
                 facts = shares(path, target)
-                said = [f"{facts['macs']:.1f}", f"{facts['parameters']:.1f}", f"{facts['kb']:.0f}"]
-                said += [f"{facts['latency']:.2f}", *(accuracy(file, target) for file in (path, *after))]
+                said = [f"{facts[key]:.{digits}f}" for key, digits in list(COLUMNS.items())[2:]]
+                said += [accuracy(file, target) for file in (path, *after)]
                 print(f"| {target} | {share} | {title} | {' | '.join(said)} |", flush=True)
 
 
@@ -321,11 +336,10 @@ def main_of_peer() -> None:
     parser = argparse.ArgumentParser(prog="channels.py run-peer")
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("share", type=float)
-    parser.add_argument("p", type=int)
+    parser.add_argument("title", choices=PEERS)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--everywhere", action="store_true")
     given = parser.parse_args(sys.argv[2:])
-    run_peer(given.target, given.share, given.p, given.everywhere, given.output)
+    run_peer(given.target, given.share, PEERS[given.title], given.output)
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     except OtherSetError as error:
         raise OutputError(
             f"{directory} holds images that were made of other models, or with another seed, number or recipe: use them"
-            f" as they are with --data {directory}, or move them"
+            f" as they are with --data {directory}, move them, or make new ones with --force"
         ) from error
     progress.say(f"calibration images, made from the models, are in {directory}")
     return load_images(directory)

@@ -464,7 +464,7 @@ class TestBadInput:
             (("--pattern", "blocks"), "not a pattern"),
             (("--pattern", "2:4", "--sparsity", "0.7"), "leave --sparsity out"),
             (("--pattern", "channel"), "give --sparsity"),
-            (("--macs", "0.5"), "for --pattern channel"),
+            (("--macs", "0.5"), "use --pattern channel"),
             (("--pattern", "channel", "--macs", "0.5", "--sparsity", "0.5"), "leave one of them out"),
             (("--pattern", "channel", "--macs", "0"), "above 0 and below 1"),
             (("--pattern", "channel", "--macs", "1.5"), "above 0 and below 1"),
