@@ -1,6 +1,6 @@
 """Whole channels: MixMix by images, MixMix beside Torch-Pruning, and what distillation gives pruned students back.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/channels.py -o channels/              # all three tables
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/channels.py -o channels/              # half an hour
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/channels.py -o channels/ --seeds 1 --tables images peer
 
 Every set has 128 images. All files are judged alike, by onnxruntime: top-1 and the logits' signal-to-noise ratio
@@ -73,6 +73,7 @@ MOST = 0.9
 """Largest share of a layer's channels that goes, by MixMix's default and here."""
 HALVINGS = 10
 STEPS = 500
+TABLES = ("images", "peer", "sparse")
 SPARSE = (("residual", 0.9), ("inverted", 0.8))
 SPEED = ("ms / ms of float", "convolutions in blocked layout %")
 COLUMNS = {"top1": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
@@ -311,7 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
-    parser.add_argument("--tables", nargs="+", default=["images", "peer", "sparse"])
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, help="rows of Torch-Pruning")
     parser.add_argument("--trained-only", action="store_true", help="leave `statistics=false` out of the peer's table")
     options = parser.parse_args()

@@ -215,7 +215,7 @@ def _free_channels(module: TorchClassifier) -> Channels:
 
 
 def _budget(settings: PruneSettings, goal: Goal) -> ChannelBudget:
-    return ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels)
+    return ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels, settings.multiple)
 
 
 def _choose_channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> Removal:

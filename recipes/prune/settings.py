@@ -34,5 +34,7 @@ class PruneSettings(LoopSettings):
     """Images that the noise is measured on."""
     least_channels: float = Field(default=0.1, gt=0, lt=1)
     """Smallest share of a layer's channels that stays."""
+    multiple: int = Field(default=4, ge=1)
+    """What the number of channels that stay is a multiple of, where any go; 1 for any number."""
     most: float = Field(default=0.98, gt=0, lt=1)
     """Largest share of a layer's weights that is removed."""

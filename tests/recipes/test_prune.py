@@ -12,17 +12,19 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from converters.channels import find_channels
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import TorchClassifier, to_torch
+from converters.writeback import edited_classifier, prepare_for_pruning
 from recipes.account import Compression
 from recipes.images import ImageSet
 from recipes.inspect import inspect_model
 from recipes.patterns import keep_largest
 from recipes.prune import shares
-from recipes.prune.channels import channel_harm
+from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels
 from recipes.prune.engine import make_goal, output_path, prune, prune_in_memory
 from recipes.prune.masks import PrunedWeight
 from recipes.prune.settings import PACKAGE, PruneSettings
@@ -375,3 +377,36 @@ def test_a_model_without_removable_channels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MixMixError, match="no channels that can be removed"):
         prune(classifier, ImageSet(pixels), tmp_path / "o.onnx", recipe("one-shot", 0), make_goal("channel", None, 0.5))
     assert not (tmp_path / "o.onnx").exists()
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize("model", ["residual", "inverted", "excite", "dense"])
+def test_layers_keep_a_multiple_of_channels(
+    model: str, multiple: int, module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    """Where any go; and the budget is kept, by less than what one bundle more would have saved."""
+    prepared = prepare_for_pruning(module_of(model).classifier)
+    module = to_torch(prepared)
+    channels = find_channels(module)
+    harm = channel_harm(module, channels, module.spec.to_input(calibration_images.pixels[:8]), 8)
+    removed = choose_channels(module, channels, harm, ChannelBudget("macs", 0.6, 0.1, multiple))
+    assert len(removed)
+    for entry in channels.layers:
+        gone = int(np.isin(entry.outputs, removed).sum())
+        if gone and len(np.unique(entry.outputs)) == len(entry.outputs):
+            assert (len(entry.outputs) - gone) % multiple == 0, entry.layer.name
+    before = inspect_model(prepared).macs
+    after = inspect_model(edited_classifier(prepared, channels.edits(removed, {}, module.constant))).macs
+    assert before is not None
+    assert after is not None
+    assert 0.4 < after / before <= 0.6
+
+
+def test_multiples_that_do_not_come_to_the_budget_are_said(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    settings = recipe("one-shot", 0).model_copy(update={"multiple": 64})
+    with pytest.raises(
+        MixMixError, match="their numbers are multiples of 64.*or allow any number with --set multiple=1"
+    ):
+        prune(classifier_of("residual"), calibration_images, tmp_path / "o", settings, make_goal("channel", None, 0.5))
