@@ -407,6 +407,6 @@ def test_multiples_that_do_not_come_to_the_budget_are_said(
 ) -> None:
     settings = recipe("one-shot", 0).model_copy(update={"multiple": 64})
     with pytest.raises(
-        MixMixError, match="their numbers are multiples of 64.*or allow any number with --set multiple=1"
+        MixMixError, match=r"their numbers are multiples of 64.*or allow any number with --set multiple=1"
     ):
         prune(classifier_of("residual"), calibration_images, tmp_path / "o", settings, make_goal("channel", None, 0.5))
