@@ -78,10 +78,17 @@ def test_containers_by_target() -> None:
         portable.weight_container(9)
 
 
-@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda", "tensorrt"])
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_sixteen_bits_are_refused_where_kernels_have_eight(target: str) -> None:
     with pytest.raises(MixMixError, match=f"--act-bits 16 cannot be used with --target {target}.*up to 8 bits"):
         choose_target(target, act_bits=16)
+
+
+@pytest.mark.parametrize("act_bits", [4, 16])
+def test_tensorrt_runs_eight_bits(act_bits: int) -> None:
+    with pytest.raises(MixMixError, match=f"--act-bits {act_bits} cannot be used with --target tensorrt.*use 8"):
+        choose_target("tensorrt", act_bits=act_bits)
+    assert choose_target("tensorrt", act_bits=None).name == "tensorrt"
 
 
 def test_two_bit_storage_is_refused_with_quantized_activations() -> None:
