@@ -9,7 +9,7 @@ convolutions write join in when all their inputs are quantized. Pooling, Reshape
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ WRITES_FLOAT = ("Gemm", "MatMul")
 """Layers whose integer kernel needs no quantized output."""
 
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
-FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits")
 
 
 class _Readers:
@@ -100,8 +99,5 @@ class Fusion:
 def count_fusion(path: Path, layers: int, forecast: int) -> Fusion:
     """Counted in the graph that onnxruntime runs after all its optimisations. Raises ModelError if it cannot load."""
     operators = Counter(optimised_operators(path))
-    return Fusion(layers, forecast, _sum(operators, INTEGER_KERNELS), dict(operators.most_common()))
-
-
-def _sum(operators: Mapping[str, int], names: Collection[str]) -> int:
-    return sum(operators.get(name, 0) for name in names)
+    counted = sum(operators[name] for name in INTEGER_KERNELS)
+    return Fusion(layers, forecast, counted, dict(operators.most_common()))
