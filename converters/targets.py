@@ -73,7 +73,7 @@ class Target:
     """What weights may be stored in, the narrowest first."""
     activations: tuple[Container, ...]
     symmetric_weights: bool = False
-    """Zero points of weights are 0."""
+    """Zero points of all weights are 0."""
     symmetric_activations: bool = False
     integer_kernels: bool = False
     """Everything between the layers is quantized that keeps integer kernels from following one another, and biases are
@@ -86,6 +86,13 @@ class Target:
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"{bits} bits: weights have {MIN_BITS} to {MAX_BITS}")
         return next(container for container in self.weights if container.bits >= bits)
+
+    def symmetric(self, bits: int, act_bits: int | None) -> bool:
+        """Whether weights of `bits` bits have zero point 0, where their input has `act_bits`.
+
+        Always where integer kernels may take them: onnxruntime's depthwise one is fifty times slower otherwise.
+        """
+        return self.symmetric_weights or (act_bits is not None and self.weight_container(bits).bits == MAX_BITS)
 
     def activation_container(self, bits: int) -> Container:
         """The narrowest that holds activations of `bits` bits. Raises MixMixError for a width that none holds."""

@@ -191,7 +191,11 @@ class _Run:
         for plan in self.plans:
             layer = plan.layer
             self.weights[layer.weight] = QuantizedWeight(
-                self.module.constant(layer.weight), layer.axis, plan.bits, self.settings, self.target.symmetric_weights
+                self.module.constant(layer.weight),
+                layer.axis,
+                plan.bits,
+                self.settings,
+                self.target.symmetric(plan.bits, plan.act_bits),
             )
         bits = self.bits
         if isinstance(bits, Budget):

@@ -140,3 +140,15 @@ def test_two_bit_storage_is_smaller_and_the_same(
     assert sizes[0] < 0.75 * sizes[1] < 0.6 * sizes[2]
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits[0], logits[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "act_bits", "symmetric"), [(8, 8, True), (8, None, False), (4, 8, False)])
+def test_zero_points_of_portable_files(bits: int, act_bits: int | None, symmetric: bool, made_for: Quantizer) -> None:
+    """0 where an integer kernel may take the layer; elsewhere what rounds best."""
+    result = made_for("plain", "portable", bits, act_bits)
+    written = Written(result.output)
+    zeros = [written.arrays[node.input[2]].astype(np.int32) for node in written.dequantized]
+    inner = zeros[1:-1]
+    assert all(not zero.any() for zero in inner) == symmetric
+    if act_bits is not None:
+        assert not zeros[0].any()  # the ends have 8 bits
