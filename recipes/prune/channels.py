@@ -37,7 +37,7 @@ STEPS = 50
 class ChannelBudget:
     """What may be left: a share of the multiply-accumulates or of the weights.
 
-    At least `least` of a layer stays, and a multiple of `multiple` channels.
+    At least `least` of a layer stays, and a multiple of `multiple` channels, or of half as many where there are few.
     """
 
     unit: str
@@ -124,11 +124,12 @@ def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, b
     whole = costs.total(kept)
     waiting = [numbers[np.argsort(harm[numbers], kind="stable")] for numbers in _families(channels)]
     least = [max(1, round(budget.least * len(numbers))) for numbers in waiting]
+    multiples = [_multiple(len(numbers), budget.multiple) for numbers in waiting]
     while costs.total(kept) > budget.share * whole:
         savings = costs.savings(kept)
         best, chosen = math.inf, -1
         for index, numbers in enumerate(waiting):
-            bundle = numbers[: _bundle(len(numbers), budget.multiple)]
+            bundle = numbers[: _bundle(len(numbers), multiples[index])]
             if len(numbers) - len(bundle) < least[index]:
                 continue
             ratio = float(harm[bundle].sum()) / max(float(savings[bundle].sum()), 1e-300)
@@ -141,10 +142,17 @@ def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, b
                 f"{module.classifier.path}: {costs.total(kept) / whole:.1%} of its {UNITS[budget.unit]} stay where"
                 f" {budget.least:.0%} of each layer is kept{together}, and what cannot be removed: ask for less{way}"
             )
-        size = _bundle(len(waiting[chosen]), budget.multiple)
+        size = _bundle(len(waiting[chosen]), multiples[chosen])
         kept[waiting[chosen][:size]] = False
         waiting[chosen] = waiting[chosen][size:]
     return np.flatnonzero(~kept)
+
+
+def _multiple(count: int, multiple: int) -> int:
+    """The multiple for a family of `count` channels: halved until twice as many are there."""
+    while multiple > 1 and count < 2 * multiple:
+        multiple //= 2
+    return multiple
 
 
 def _bundle(count: int, multiple: int) -> int:

@@ -394,7 +394,10 @@ def test_layers_keep_a_multiple_of_channels(
     for entry in channels.layers:
         gone = int(np.isin(entry.outputs, removed).sum())
         if gone and len(np.unique(entry.outputs)) == len(entry.outputs):
-            assert (len(entry.outputs) - gone) % multiple == 0, entry.layer.name
+            wanted = next(
+                m for m in (multiple, multiple // 2, multiple // 4, 1) if m <= max(1, len(entry.outputs) // 2)
+            )
+            assert (len(entry.outputs) - gone) % wanted == 0, entry.layer.name
     before = inspect_model(prepared).macs
     after = inspect_model(edited_classifier(prepared, channels.edits(removed, {}, module.constant))).macs
     assert before is not None
@@ -405,8 +408,8 @@ def test_layers_keep_a_multiple_of_channels(
 def test_multiples_that_do_not_come_to_the_budget_are_said(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
-    settings = recipe("one-shot", 0).model_copy(update={"multiple": 64})
+    settings = recipe("one-shot", 0).model_copy(update={"multiple": 4, "least_channels": 0.4})
     with pytest.raises(
-        MixMixError, match=r"their numbers are multiples of 64.*or allow any number with --set multiple=1"
+        MixMixError, match=r"their numbers are multiples of 4.*or allow any number with --set multiple=1"
     ):
-        prune(classifier_of("residual"), calibration_images, tmp_path / "o", settings, make_goal("channel", None, 0.5))
+        prune(classifier_of("residual"), calibration_images, tmp_path / "o", settings, make_goal("channel", None, 0.1))
