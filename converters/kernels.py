@@ -54,8 +54,7 @@ def values_between(module: TorchClassifier) -> list[str]:
             wanted.update(dict.fromkeys(step.inputs if joins else ()))
             settled = readers.settled(step.outputs[0])
             integer[settled] = wanted[settled] = None
-    order = [module.input_name] + [name for step in module.whole.steps for name in step.outputs]
-    return [name for name in order if name in wanted and name != module.logits_name]
+    return [name for name in module.values if name in wanted and name != module.logits_name]
 
 
 def clipped_to(module: TorchClassifier) -> dict[str, tuple[float, float]]:

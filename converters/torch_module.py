@@ -150,6 +150,11 @@ class TorchClassifier(nn.Module):
         return name in self._buffer_of
 
     @property
+    def values(self) -> list[str]:
+        """Names of the input and of all that is computed from it on the way to the logits, in order."""
+        return [self.input_name, *(name for step in self.whole.steps for name in step.outputs)]
+
+    @property
     def device(self) -> torch.device:
         return next((b.device for b in self.buffers()), torch.device("cpu"))
 

@@ -113,10 +113,10 @@ class Checkpoint:
 
     def offer(self, state: Callable[[], State]) -> bool:
         """Write `state()` if it is time to, and whether it was."""
-        if time.monotonic() - self._written < self.seconds:
-            return False
-        self.write(state())
-        return True
+        due = time.monotonic() - self._written >= self.seconds
+        if due:
+            self.write(state())
+        return due
 
     def write(self, now: State) -> None:
         """Write a state; where that is not possible, the run goes on without."""

@@ -152,7 +152,8 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     ensure_writable(request.output, overwrite=request.overwrite)
     if request.data is None and gates.max_drop is not None:
         raise GateError("--max-drop needs real labels: give labelled images with --data")
-    write.check(request)
+    if request.data is None:  # the engine refuses too, but only when it has images
+        write.check(request)
     images = calibration_images(request, progress)
     require_labels(images, gates)
     if images.label_kind == "real":

@@ -64,10 +64,12 @@ class Walk:
                 continue
             yield stretch
             self._done = index + 1
-            state = self.state()
-            self._last = State({name: tensor.clone() for name, tensor in state.tensors.items()}, state.numbers)
-            if self.checkpoint.offer(lambda state=state: state):  # type: ignore[misc]  # bound for the call
-                self._last = None
+            self._last = None if self.checkpoint.offer(self.state) else self._copy()
+
+    def _copy(self) -> State:
+        """The state in tensors of its own, as blocks to come train theirs in place."""
+        state = self.state()
+        return State({name: tensor.clone() for name, tensor in state.tensors.items()}, state.numbers)
 
     def state(self) -> State:
         """Everything that the blocks done so far have come to."""

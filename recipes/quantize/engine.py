@@ -112,8 +112,8 @@ def quantize(
         "seed": seed,
     }
     said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
-    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint)
-    run.metadata = {**classifier.spec.to_metadata(), **said}
+    metadata = {**classifier.spec.to_metadata(), **said}
+    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata)
     run.place(progress)
     run.reconstruct_all(progress)
     run.train(progress)
@@ -161,9 +161,10 @@ class _Run:
         target: Target,
         seed: int,
         checkpoint: Checkpoint,
+        metadata: Mapping[str, str],
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
-        self.target = target
+        self.target, self.metadata = target, metadata
         self.generator = torch.Generator().manual_seed(seed)
         self.images, self.inputs = images, model_inputs(module, images)
         self.weights: dict[str, QuantizedWeight] = {}
@@ -181,8 +182,6 @@ class _Run:
         tables: dict[str, Table] = {"weights": self.weights, "biases": self.biases, "values": self.values}
         self.walk = Walk(checkpoint, tables, self.generator, self._complete)
         self._found: State | None = None
-        self.metadata: dict[str, str] = {}
-        """Of the file that will be written."""
 
     def place(self, progress: Progress) -> None:
         with progress.task("finding the layers that hurt most", len(self.module.layers())) as task:
@@ -254,7 +253,7 @@ class _Run:
 
     def train(self, progress: Progress) -> None:
         """Train all changes together, where the settings ask for it."""
-        steps, before = self.settings.train_steps, self.walk.state()
+        steps = self.settings.train_steps
         if not steps:
             return
         found = self._found if self._found is not None and "step" in self._found.numbers else None
@@ -270,7 +269,7 @@ class _Run:
                 task,
                 self.walk.checkpoint,
                 found,
-                before,
+                self.walk.state(),
             )
         self._snap_biases(self.module.layers())
         self._measure_again()
@@ -438,7 +437,7 @@ class _Run:
 
     def _bias_edits(self, layer: Layer) -> list[writeback.Edit]:
         """What to write for a layer's bias: integers for integer kernels, nothing where it is as it was."""
-        if layer.bias not in self.biases:
+        if layer.bias is None:
             return []
         bias = self.biases[layer.bias].tensor().cpu()
         if self.target.integer_kernels and layer.input in self.values:
@@ -446,7 +445,7 @@ class _Run:
             integers = torch.round(bias.double() / grid.double())
             if bool((integers.abs() <= INT32_LIMIT).all()):
                 return [writeback.BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
-        if torch.equal(bias, self.module.constant(str(layer.bias)).cpu()):
+        if torch.equal(bias, self.module.constant(layer.bias).cpu()):
             return []
         return [writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy())]
 

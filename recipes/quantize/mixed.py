@@ -25,8 +25,7 @@ from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate
 from recipes.inspect import layer_macs
 from recipes.quantize.budget import Budget
-from recipes.quantize.plan import LayerPlan, activation_bits, decibels, widest
-from recipes.quantize.quantizers import QuantizedWeight
+from recipes.quantize.plan import LayerPlan, activation_bits, decibels, layers_to_quantize, rounded, widest
 from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import logit_noise
 
@@ -45,8 +44,7 @@ def measure_noise(
     """Noise-to-signal ratio of the logits for each width, each layer alone, by layer output; more bits never hurt."""
 
     def versions(layer: Layer) -> list[Tensor]:
-        weight, symmetric = module.constant(layer.weight), target.symmetric_weights
-        return [QuantizedWeight(weight, layer.axis, bits, settings, symmetric).tensor() for bits in widths]
+        return [rounded(module, layer, bits, target, settings) for bits in widths]
 
     noise = logit_noise(module, inputs[: settings.sensitive_images], versions, settings.max_chain, advance)
     return {name: list(np.minimum.accumulate(found)) for name, found in noise.items()}
@@ -67,9 +65,7 @@ def plan_mixed(
     `file_size` gives the bytes of the file that a placement is written as. Raises MixMixError where the model has no
     layer, or where even the fewest bits cost more than the budget.
     """
-    layers = module.layers()
-    if not layers:
-        raise MixMixError(f"{module.classifier.path} has no layer with constant weights: there is nothing to quantize")
+    layers = layers_to_quantize(module)
     widths = _widths(budget, target, settings, act_bits)
     noise = measure_noise(module, inputs, widths, target, settings, advance)
     acts = activation_bits(layers, act_bits, settings)
@@ -81,8 +77,9 @@ def plan_mixed(
         ]
 
     costs = _costs(module, layers, widths, budget, acts, target)
-    fixed = _fixed(budget, costs, lambda: file_size(placed([0] * len(layers))))
-    least = fixed + sum(row[0] for row in costs)
+    fewest = sum(row[0] for row in costs)
+    fixed = file_size(placed([0] * len(layers))) - fewest if budget.kind == "size" else 0.0  # all but the weights
+    least = fixed + fewest
     if least > budget.amount * (1 + ROUNDING):
         raise MixMixError(
             f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
@@ -125,8 +122,3 @@ def _costs(
         numbers = (layer.parameters, layer.shape[layer.axis])  # weights, and a zero point a channel
         rows.append([float(sum(-(-count * bits // 8) for count in numbers)) for bits in stored])
     return rows
-
-
-def _fixed(budget: Budget, costs: Sequence[Sequence[float]], smallest: Callable[[], int]) -> float:
-    """What is there whatever the widths: of a file, all but the weights and their zero points."""
-    return smallest() - sum(row[0] for row in costs) if budget.kind == "size" else 0.0

@@ -45,6 +45,20 @@ def decibels(noise: float) -> float:
     return -10 * math.log10(noise) if noise else math.inf
 
 
+def layers_to_quantize(module: TorchClassifier) -> list[Layer]:
+    """The weighted layers, in order. Raises MixMixError where the model has none."""
+    layers = module.layers()
+    if not layers:
+        raise MixMixError(f"{module.classifier.path} has no layer with constant weights: there is nothing to quantize")
+    return layers
+
+
+def rounded(module: TorchClassifier, layer: Layer, bits: int, target: Target, settings: QuantizeSettings) -> Tensor:
+    """A layer's weight rounded to nearest at `bits` bits: what its noise is measured with."""
+    weight = module.constant(layer.weight)
+    return QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric_weights).tensor()
+
+
 @torch.no_grad()
 def plan_bits(
     module: TorchClassifier,
@@ -59,9 +73,7 @@ def plan_bits(
 
     Raises MixMixError where the model has no layer.
     """
-    layers = module.layers()
-    if not layers:
-        raise MixMixError(f"{module.classifier.path} has no layer with constant weights: there is nothing to quantize")
+    layers = layers_to_quantize(module)
     total = sum(layer.parameters for layer in layers)
     ends = {layers[0].output: "first layer"}
     if len(layers) > 1 and layers[-1].parameters <= settings.end_share * total:
@@ -99,8 +111,7 @@ def plan_values(
             found[plan.layer.input] = max(found.get(plan.layer.input, 0), plan.act_bits)
     if act_bits is not None and target.integer_kernels:
         found = dict.fromkeys(values_between(module), MAX_BITS) | found
-    order = [module.input_name] + [name for step in module.whole.steps for name in step.outputs]
-    return {name: found[name] for name in order if name in found}
+    return {name: found[name] for name in module.values if name in found}
 
 
 def widest(target: Target, settings: QuantizeSettings, act_bits: int | None) -> int:
@@ -130,13 +141,10 @@ def _ratios(
 ) -> dict[str, float]:
     """Logit signal-to-noise ratio in dB with one layer alone rounded, by layer output, for all layers but `ends`."""
 
-    def rounded(layer: Layer) -> list[Tensor]:
-        if layer.output in ends:
-            return []
-        weight = module.constant(layer.weight)
-        return [QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric_weights).tensor()]
+    def versions(layer: Layer) -> list[Tensor]:
+        return [] if layer.output in ends else [rounded(module, layer, bits, target, settings)]
 
-    noise = logit_noise(module, inputs, rounded, settings.max_chain, advance)
+    noise = logit_noise(module, inputs, versions, settings.max_chain, advance)
     return {name: decibels(found[0]) for name, found in noise.items() if found}
 
 

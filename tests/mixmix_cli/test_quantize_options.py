@@ -8,8 +8,12 @@ from pathlib import Path
 import onnx
 import pytest
 
+from converters.targets import TARGETS, WEIGHT_CONTAINERS, WIDE
 from mixmix_cli.__main__ import main
+from mixmix_cli.commands import quantize
 from recipes import zoo
+from recipes.quantize.settings import PACKAGE
+from recipes.settings import recipe_names
 
 DATA = ("--data", str(zoo.calibration_images_path()), "-n", "8", "--method", "nearest")
 
@@ -118,3 +122,11 @@ def test_one_bad_model_does_not_hide_the_others(
     captured = capsys.readouterr()
     assert [result["path"] for result in json.loads(captured.out)] == [str(model)]
     assert all(str(path) in captured.err for path in bad)
+
+
+def test_what_is_offered_is_what_there_is() -> None:
+    """The command names targets, containers and methods without loading what defines them."""
+    assert set(quantize.TARGETS) == set(TARGETS)
+    assert set(quantize.CONTAINERS) == set(WEIGHT_CONTAINERS)
+    assert set(quantize.METHODS) == set(recipe_names(PACKAGE))
+    assert quantize.WIDE == WIDE
