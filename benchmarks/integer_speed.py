@@ -73,7 +73,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, onnxruntime {onnxruntime.__version__}\n")
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in FILES]
     print(f"| model | float | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|")
-    settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["sensitive_share=0"])
+    settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["extra_share=0"])
     for name in options.models:
         source = load_classifier(export(name, options.output / f"{name}.onnx"))
         paths, counted = [source.path], []

@@ -25,7 +25,7 @@ from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
 from recipes.validate import decibels, validate
 
-CLOSED_FORM = ("unit=block", "compensate=true", "sensitive_share=0.005")
+CLOSED_FORM = ("unit=block", "compensate=true", "extra_share=0.005")
 LITE0 = "lite0"
 
 

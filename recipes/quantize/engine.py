@@ -184,7 +184,7 @@ class _Run:
         self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
-        with progress.task("finding the layers that hurt most", len(self.module.layers())) as task:
+        with progress.task("measuring what each layer does", len(self.module.layers())) as task:
             self.plans = self._plan(lambda: task.advance())
         self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
         for plan in self.plans:
@@ -196,16 +196,8 @@ class _Run:
                 self.settings,
                 self.target.symmetric(plan.bits, plan.act_bits),
             )
-        bits = self.bits
-        if isinstance(bits, Budget):
-            counts = Counter(plan.bits for plan in self.plans)
-            progress.say(f"layers by bits: {', '.join(f'{counts[b]} at {b}' for b in sorted(counts))}")
-            return
-        hurting = sorted((plan.snr, plan.layer.name) for plan in self.plans if plan.snr is not None and plan.kept(bits))
-        if hurting:
-            worst = ", ".join(f"{name} ({snr:.1f} dB)" for snr, name in hurting[:3])
-            kept = f"{len(hurting)} of {len(self.plans)} layers, those that hurt most, are kept"
-            progress.say(f"{kept} at {self.settings.sensitive_bits} bits, first {worst}")
+        counts = Counter(plan.bits for plan in self.plans)
+        progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
 
     def _plan(self, advance: Callable[[], None]) -> list[LayerPlan]:
         common = (self.act_bits, self.target, self.settings)

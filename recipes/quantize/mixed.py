@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 from torch import Tensor
 
 from converters.errors import MixMixError
@@ -25,29 +24,18 @@ from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate
 from recipes.inspect import layer_macs
 from recipes.quantize.budget import Budget
-from recipes.quantize.plan import LayerPlan, activation_bits, decibels, layers_to_quantize, rounded, widest
+from recipes.quantize.plan import (
+    WIDTHS,
+    LayerPlan,
+    activation_bits,
+    decibels,
+    layers_to_quantize,
+    measure_noise,
+    widest,
+)
 from recipes.quantize.settings import QuantizeSettings
-from recipes.sensitivity import logit_noise
 
-WIDTHS = (2, 3, 4, 6, 8)
 FLOAT_BITS = 32
-
-
-def measure_noise(
-    module: TorchClassifier,
-    inputs: Tensor,
-    widths: Sequence[int],
-    target: Target,
-    settings: QuantizeSettings,
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
-    """Noise-to-signal ratio of the logits for each width, each layer alone, by layer output; more bits never hurt."""
-
-    def versions(layer: Layer) -> list[Tensor]:
-        return [rounded(module, layer, bits, target, settings) for bits in widths]
-
-    noise = logit_noise(module, inputs[: settings.sensitive_images], versions, settings.max_chain, advance)
-    return {name: list(np.minimum.accumulate(found)) for name, found in noise.items()}
 
 
 def plan_mixed(
@@ -67,7 +55,7 @@ def plan_mixed(
     """
     layers = layers_to_quantize(module)
     widths = _widths(budget, target, settings, act_bits)
-    noise = measure_noise(module, inputs, widths, target, settings, advance)
+    noise = measure_noise(module, inputs, widths, act_bits, target, settings, advance)
     acts = activation_bits(layers, act_bits, settings)
 
     def placed(chosen: Sequence[int]) -> list[LayerPlan]:

@@ -1,27 +1,30 @@
 """Which layer gets how many bits, and why: the placement is what most disputed figures come down to, so it is said.
 
-The first layer at `end_bits`, and the last unless it holds more than `end_share` of the weights: then it would decide
-the file's size, and is judged as the others are. Those are rounded one at a time, and the layers that hurt most, by the
-noise in the logits for each weight (a depthwise layer costs next to nothing), are kept at `sensitive_bits` until the
-share of the weights that may be kept is used up or what is left does no harm (`sensitive_snr`).
+`--bits B` gives each layer B bits at least. Up to `extra_share` of what lies between B bits and 8 is added where it
+takes the most noise out of the logits, each layer's noise measured alone at each width, the allocation exact
+(`recipes.allocate`); no more than `enough_snr` needs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from converters.errors import MixMixError
 from converters.kernels import values_between
 from converters.targets import MAX_BITS, SAFE_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
+from recipes.allocate import ROUNDING, Choice, allocate
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import logit_noise
+
+WIDTHS = (2, 3, 4, 6, 8)
+MOST = "where more bits take the most noise out of the logits"
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,15 @@ class LayerPlan:
     snr: float | None = None
     """Logit signal-to-noise ratio in dB with this layer alone rounded to the bits asked for."""
 
-    def kept(self, bits: int) -> bool:
-        """Whether the weight has more than the `bits` asked for."""
-        return self.bits > bits
-
 
 def decibels(noise: float) -> float:
     """10 log10 of the signal-to-noise ratio; infinite where there is no noise."""
     return -10 * math.log10(noise) if noise else math.inf
+
+
+def noise_of(snr: float) -> float:
+    """The noise-to-signal ratio of `snr` decibels."""
+    return float(10 ** (-snr / 10))
 
 
 def layers_to_quantize(module: TorchClassifier) -> list[Layer]:
@@ -53,13 +57,43 @@ def layers_to_quantize(module: TorchClassifier) -> list[Layer]:
     return layers
 
 
-def rounded(module: TorchClassifier, layer: Layer, bits: int, target: Target, settings: QuantizeSettings) -> Tensor:
-    """A layer's weight rounded to nearest at `bits` bits: what its noise is measured with."""
-    weight = module.constant(layer.weight)
-    return QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric_weights).tensor()
+def activation_bits(layers: Sequence[Layer], act_bits: int | None, settings: QuantizeSettings) -> list[int | None]:
+    """Bits of each layer's input: what was asked for, and at least `end_bits` for the first and the last."""
+    if act_bits is None:
+        return [None] * len(layers)
+    return [max(act_bits, settings.end_bits) if layer in (layers[0], layers[-1]) else act_bits for layer in layers]
 
 
-@torch.no_grad()
+def widest(target: Target, settings: QuantizeSettings, act_bits: int | None) -> int:
+    """The most bits that a weight may have: 7 where products with the quantized input could saturate."""
+    return SAFE_BITS if target.saturates and settings.reduce_range and act_bits is not None else MAX_BITS
+
+
+def measure_noise(
+    module: TorchClassifier,
+    inputs: Tensor,
+    widths: Sequence[int],
+    act_bits: int | None,
+    target: Target,
+    settings: QuantizeSettings,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Noise-to-signal ratio of the logits with each layer alone rounded to nearest at each width, by layer output.
+
+    `widths` rise; more bits never hurt. `inputs` [N, ...] are model inputs, of which `sensitive_images` are used.
+    """
+
+    def versions(layer: Layer) -> list[Tensor]:
+        weight = module.constant(layer.weight)
+        return [
+            QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric(bits, act_bits)).tensor()
+            for bits in widths
+        ]
+
+    noise = logit_noise(module, inputs[: settings.sensitive_images], versions, settings.max_chain, advance)
+    return {name: list(np.minimum.accumulate(found)) for name, found in noise.items()}
+
+
 def plan_bits(
     module: TorchClassifier,
     inputs: Tensor,
@@ -74,30 +108,69 @@ def plan_bits(
     Raises MixMixError where the model has no layer.
     """
     layers = layers_to_quantize(module)
-    total = sum(layer.parameters for layer in layers)
-    ends = {layers[0].output: "first layer"}
-    if len(layers) > 1 and layers[-1].parameters <= settings.end_share * total:
-        ends[layers[-1].output] = "last layer"
-    measured = bits < settings.sensitive_bits and settings.sensitive_share > 0
-    sample = inputs[: settings.sensitive_images]
-    ratios = _ratios(module, sample, bits, ends, target, settings, advance) if measured else {}
-    if not measured:
+    acts = activation_bits(layers, act_bits, settings)
+    most = widest(target, settings, act_bits)
+    widths = _widths(min(bits, most), most, target)
+    extra = settings.extra_share * (most - widths[0])
+    if not extra:
         for _ in layers:
             advance()
-    plans = []
-    for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True):
-        wide = settings.end_bits if layer.output in ends else 0
-        changed = max(bits, wide) != bits or act != act_bits
-        reason = ends.get(layer.output, "last layer's input") if changed else None
-        plans.append(LayerPlan(layer, max(bits, wide), act, reason, ratios.get(layer.output)))
-    return _at_most(_keep_worst(plans, settings), widest(target, settings, act_bits))
+        return [
+            LayerPlan(layer, widths[0], act, _why(bits, widths[0], act, act_bits))
+            for layer, act in zip(layers, acts, strict=True)
+        ]
+    noise = measure_noise(module, inputs, widths, act_bits, target, settings, advance)
+    total = sum(layer.parameters for layer in layers)
+    choices = [
+        [
+            Choice(layer.parameters * _occupied(width, widths[0], target) / total, harm)
+            for width, harm in zip(widths, noise[layer.output], strict=True)
+        ]
+        for layer in layers
+    ]
+    chosen = [widths[index] for index in allocate_enough(choices, widths[0] + extra, noise_of(settings.enough_snr))]
+    alone = [decibels(noise[layer.output][0]) for layer in layers]
+    return [
+        LayerPlan(layer, width, act, _why(bits, width, act, act_bits), snr)
+        for layer, width, act, snr in zip(layers, chosen, acts, alone, strict=True)
+    ]
 
 
-def activation_bits(layers: Sequence[Layer], act_bits: int | None, settings: QuantizeSettings) -> list[int | None]:
-    """Bits of each layer's input: what was asked for, and at least `end_bits` for the first and the last."""
-    if act_bits is None:
-        return [None] * len(layers)
-    return [max(act_bits, settings.end_bits) if layer in (layers[0], layers[-1]) else act_bits for layer in layers]
+def allocate_enough(choices: Sequence[Sequence[Choice]], budget: float, enough: float) -> list[int]:
+    """The index of each layer's choice: the least harm within `budget`, or less cost where the harm is still `enough`.
+
+    Raises MixMixError when even the cheapest choices exceed the budget.
+    """
+    least = sum(min(choice.harm for choice in row) for row in choices)
+    if least <= enough:
+        exchanged = [[Choice(choice.harm, choice.cost) for choice in row] for row in choices]
+        found = allocate(exchanged, enough)
+        if sum(row[index].cost for row, index in zip(choices, found, strict=True)) <= budget * (1 + ROUNDING):
+            return found
+    return allocate(choices, budget)
+
+
+def _widths(bits: int, most: int, target: Target) -> list[int]:
+    """What a layer may have, from `bits` up: widths that the container of `bits` holds, and all of wider containers."""
+    first = target.weight_container(bits).bits
+    held = {width for width in WIDTHS if bits <= width <= first} | {bits}
+    wider = {container.bits for container in target.weights if container.bits > first}
+    return sorted({min(width, most) for width in held | wider})
+
+
+def _occupied(width: int, bits: int, target: Target) -> int:
+    """Bits that a weight of `width` takes beside those of `bits`: of a wider container, all."""
+    container = target.weight_container(width)
+    return width if container == target.weight_container(bits) else container.bits
+
+
+def _why(bits: int, width: int, act: int | None, act_bits: int | None) -> str | None:
+    """Why a layer has other bits than what was asked for."""
+    if width < bits:
+        return "8 bits saturate on processors without VNNI"
+    if width > bits:
+        return MOST
+    return "input of the first or the last layer" if act != act_bits else None
 
 
 def plan_values(
@@ -112,54 +185,3 @@ def plan_values(
     if act_bits is not None and target.integer_kernels:
         found = dict.fromkeys(values_between(module), MAX_BITS) | found
     return {name: found[name] for name in module.values if name in found}
-
-
-def widest(target: Target, settings: QuantizeSettings, act_bits: int | None) -> int:
-    """The most bits that a weight may have: 7 where products with the quantized input could saturate."""
-    return SAFE_BITS if target.saturates and settings.reduce_range and act_bits is not None else MAX_BITS
-
-
-def _at_most(plans: Sequence[LayerPlan], bits: int) -> list[LayerPlan]:
-    """The same with no weight above `bits`, and the reason."""
-    reason = "8 bits saturate on processors without VNNI"
-    return [
-        replace(plan, bits=bits, reason=f"{plan.reason}; {reason}" if plan.reason else reason)
-        if plan.bits > bits
-        else plan
-        for plan in plans
-    ]
-
-
-def _ratios(
-    module: TorchClassifier,
-    inputs: Tensor,
-    bits: int,
-    ends: Mapping[str, str],
-    target: Target,
-    settings: QuantizeSettings,
-    advance: Callable[[], None],
-) -> dict[str, float]:
-    """Logit signal-to-noise ratio in dB with one layer alone rounded, by layer output, for all layers but `ends`."""
-
-    def versions(layer: Layer) -> list[Tensor]:
-        return [] if layer.output in ends else [rounded(module, layer, bits, target, settings)]
-
-    noise = logit_noise(module, inputs, versions, settings.max_chain, advance)
-    return {name: decibels(found[0]) for name, found in noise.items() if found}
-
-
-def _keep_worst(plans: Sequence[LayerPlan], settings: QuantizeSettings) -> list[LayerPlan]:
-    budget = settings.sensitive_share * sum(plan.layer.parameters for plan in plans)
-    kept = {}
-    hurting = [plan for plan in plans if plan.snr is not None and plan.snr < settings.sensitive_snr]
-    for plan in sorted(hurting, key=_noise_per_weight, reverse=True):
-        if plan.layer.parameters <= budget:
-            budget -= plan.layer.parameters
-            reason = f"alone it leaves the logits {plan.snr:.1f} dB"
-            kept[plan.layer.output] = replace(plan, bits=settings.sensitive_bits, reason=reason)
-    return [kept.get(plan.layer.output, plan) for plan in plans]
-
-
-def _noise_per_weight(plan: LayerPlan) -> float:
-    """Noise-to-signal ratio of the logits over the number of the layer's weights."""
-    return float(10 ** (-(plan.snr or 0.0) / 10)) / plan.layer.parameters

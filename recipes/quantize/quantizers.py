@@ -157,7 +157,7 @@ class QuantizedWeight:
 
     def learn_freely(self) -> None:
         """Start training without a bound on how far a weight moves."""
-        self.rounding, self.rounding_rate = FreeRounding(self.latent), self.settings.train_rounding_rate
+        self.rounding, self.rounding_rate = FreeRounding(self.latent), self.settings.rounding_rate
 
     def compensate(self, found: Moments, groups: int) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""

@@ -44,21 +44,19 @@ class QuantizeSettings(LoopSettings):
     range_steps: int = Field(default=80, ge=1)
     range_norm: float = Field(default=2.4, gt=0)
     end_bits: int = Field(default=8, ge=2, le=8)
-    """Bits of the first and the last layer's weights and inputs."""
-    end_share: float = Field(default=0.15, ge=0, le=1)
-    """A last layer that holds more than this share of all weights gets `end_bits` only if it hurts like the others."""
-    sensitive_bits: int = Field(default=8, ge=2, le=8)
-    """Bits of the layers that hurt most."""
-    sensitive_share: float = Field(default=0.10, ge=0, le=1)
-    """How much of the model's weights may be kept at `sensitive_bits`, as a share of all weights."""
-    sensitive_snr: float = Field(default=25.0)
-    """Only layers whose rounding alone brings the logits below this signal-to-noise ratio (dB) are kept."""
+    """Fewest bits of the inputs of the first and the last layer."""
+    extra_share: float = Field(default=0.10, ge=0, le=1)
+    """How much may be added to the bits asked for, of what lies between them and the widest for all weights."""
+    enough_snr: float = Field(default=25.0)
+    """Nothing is added beyond the logits' signal-to-noise ratio (dB) of nearest rounding, layer noise added up."""
+    sensitive_images: int = Field(default=16, ge=1)
+    """Images that the noise of a layer is measured on."""
     train_steps: int = Field(default=0, ge=0)
     """Steps of training the whole network after reconstruction (QAT); 0 leaves it at that."""
     train_batch: int = Field(default=64, ge=2)
     train_warmup: float = Field(default=0.05, ge=0, lt=1)
-    train_rounding_rate: float = Field(default=0.01, ge=0)
-    """Rate of the weights, in units of their scale."""
+    train_rate: float = Field(default=0.1, ge=0)
+    """All learning rates of the whole network's training, as a share of those of the reconstruction."""
     train_temperature: float = Field(default=4.0, gt=0)
     train_features: float = Field(default=1.0, ge=0)
     """Weight of the blocks' outputs against the divergence of logits."""
@@ -69,5 +67,3 @@ class QuantizeSettings(LoopSettings):
     reduce_range: bool = True
     """At most 7 bits for weights of `--target ort-cpu` with quantized activations: full 8 bits saturate there on
     processors without VNNI."""
-    sensitive_images: int = Field(default=16, ge=1)
-    """Images that the ratio is measured on."""

@@ -11,6 +11,7 @@ its statistics are frozen from the first step (the appendix freezes them late, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ def train_quantized(
         return loss
 
     everything: list[Change] = [*weights.values(), *biases.values(), *values.values()]
-    groups = [group for change in everything for group in change.groups()]
+    groups = [
+        replace(group, rate=settings.train_rate * group.rate) for change in everything for group in change.groups()
+    ]
     how = Training(
         steps=settings.train_steps,
         batch=settings.train_batch,
@@ -72,7 +75,7 @@ def train_quantized(
         mixing=settings.train_mixing,
         shift=settings.train_shift,
         flip=settings.train_flip,
-        rate_key="train_rounding_rate",
+        rate_key="train_rate",
     )
     train(images, groups, loss_of, how, generator, task, checkpoint, found, before)
     for weight in weights.values():

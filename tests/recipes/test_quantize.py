@@ -240,7 +240,7 @@ def test_the_scales_follow_the_output_channels_of_every_layout(
     classifier = load_classifier(models.write(build(), tmp_path / "model.onnx"))
     side = models.SIDE
     pixels = torch.rand(16, models.CHANNELS, side, side, generator=torch.Generator().manual_seed(0))
-    settings = recipe(method).model_copy(update={"end_bits": 4})
+    settings = recipe(method).model_copy(update={"extra_share": 0.0})
     result = quantize(classifier, ImageSet(pixels), tmp_path / "out.onnx", settings, 4)
     assert_the_file_is_the_simulation(result, classifier, ImageSet(pixels))
     (node,) = Written(result.output).dequantized
@@ -344,7 +344,7 @@ def test_every_hard_case_is_written(tmp_path: Path, name: str) -> None:
     classifier = load_classifier(models.write(hard_cases.CASES[name](), tmp_path / "model.onnx"))
     spec = classifier.spec
     pixels = torch.rand(4, spec.channel_count, *spec.size, generator=torch.Generator().manual_seed(0))
-    settings = recipe("nearest", end_bits=4, sensitive_share=0.0)
+    settings = recipe("nearest", extra_share=0.0)
     result = quantize(classifier, ImageSet(pixels), tmp_path / "q.onnx", settings, 4)
     assert result.layers
     kinds = [tensor.data_type for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer]

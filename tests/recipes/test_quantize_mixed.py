@@ -15,7 +15,8 @@ from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.budget import Budget
 from recipes.quantize.engine import output_path, quantize
-from recipes.quantize.mixed import measure_noise, plan_mixed
+from recipes.quantize.mixed import plan_mixed
+from recipes.quantize.plan import measure_noise
 from recipes.quantize.settings import QuantizeSettings
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
@@ -67,7 +68,7 @@ def test_the_allocation_does_less_harm_than_the_same_bits_everywhere(
 ) -> None:
     module = module_of("inverted")
     x = module.spec.to_input(calibration_images.pixels[:8])
-    noise = measure_noise(module, x, (3,), PORTABLE, NEAREST)
+    noise = measure_noise(module, x, (3,), None, PORTABLE, NEAREST)
     plans = plan_mixed(module, x, Budget("bits", 3), None, PORTABLE, NEAREST, lambda plans: 0)
     mixed = sum(10 ** (-(plan.snr or 0.0) / 10) for plan in plans)
     assert mixed < 0.9 * sum(row[0] for row in noise.values())
@@ -140,7 +141,7 @@ def test_what_a_file_of_four_bits_takes_is_enough_for_four_bits(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
     """All that is not weights is counted as it will be, to the length of the words in the metadata."""
-    settings = NEAREST.model_copy(update={"end_bits": 4, "sensitive_share": 0.0})
+    settings = NEAREST.model_copy(update={"extra_share": 0.0})
     ask = (classifier_of("residual"), calibration_images)
     uniform = quantize(*ask, tmp_path / "a.onnx", settings, 4).size_after
     result = quantize(*ask, tmp_path / "b.onnx", settings, Budget("size", uniform + 20))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
-from converters.targets import PORTABLE
+from converters.targets import PORTABLE, choose_target
 from converters.torch_module import TorchClassifier
+from recipes.allocate import Choice
 from recipes.images import ImageSet
 from recipes.progress import Silent
 from recipes.quantize.engine import output_path, quantize
-from recipes.quantize.plan import LayerPlan, decibels, plan_bits
+from recipes.quantize.plan import LayerPlan, allocate_enough, decibels, measure_noise, noise_of, plan_bits
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import noise_to_signal
@@ -26,6 +30,7 @@ from recipes.sensitivity import noise_to_signal
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
 TRAINED = QuantizeSettings(unit="block", steps=3, batch=5, range_steps=10, activation_drop=0.5, input_drop=0.5)
 Classifiers = Callable[[str], Classifier]
+Modules = Callable[[str], TorchClassifier]
 
 
 def plans(
@@ -35,96 +40,161 @@ def plans(
     return plan_bits(module, inputs, bits, act_bits, PORTABLE, NEAREST.model_copy(update=settings))
 
 
-@pytest.mark.parametrize("share", [0.015, 0.05, 0.3, 1.0])
-def test_sensitive_layers_fit_the_share_worst_first(
-    share: float, module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+def average_bits(found: Sequence[LayerPlan]) -> float:
+    return sum(plan.bits * plan.layer.parameters for plan in found) / sum(plan.layer.parameters for plan in found)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 1.0])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_bits_are_added_within_the_share(
+    share: float, bits: int, module_of: Modules, calibration_images: ImageSet
 ) -> None:
-    module = module_of("inverted")
-    found = plans(module, calibration_images, sensitive_share=share, sensitive_snr=1000.0)
-    total = sum(plan.layer.parameters for plan in found)
-    inner = found[1:-1]
-    kept = [plan for plan in inner if plan.bits != 2]
-    assert all(plan.bits == 8 and plan.reason for plan in kept)
-    assert all(plan.snr is not None for plan in inner)
-    left = share * total
-    for plan in sorted(inner, key=lambda plan: plan.snr or 0.0):
-        fits = plan.layer.parameters <= left
-        assert (plan in kept) == fits
-        left -= plan.layer.parameters * fits
-    assert left >= 0
-    assert len(kept) == len(inner) if share == 1 else 0 < len(kept) < len(inner)
+    found = plans(module_of("inverted"), calibration_images, bits, extra_share=share, enough_snr=1000.0)
+    assert all(plan.bits >= bits and plan.snr is not None for plan in found)
+    assert all((plan.reason is None) == (plan.bits == bits) for plan in found)
+    allowed = bits + share * (8 - bits)
+    assert allowed - 0.1 < average_bits(found) <= allowed + 1e-9
 
 
-def test_only_layers_below_the_limit_are_kept(
-    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
-) -> None:
-    module = module_of("inverted")
-    ratios = sorted(p.snr for p in plans(module, calibration_images, sensitive_snr=-1000.0) if p.snr is not None)
-    limit = (ratios[2] + ratios[3]) / 2
-    found = plans(module, calibration_images, sensitive_share=1.0, sensitive_snr=limit)
-    assert sorted(p.snr for p in found[1:-1] if p.bits == 8 and p.snr is not None) == ratios[:3]
-    for settings in ({"sensitive_share": 0.0}, {"sensitive_share": 1.0, "sensitive_snr": -1000.0}):
-        assert [plan.bits for plan in plans(module, calibration_images, **settings)[1:-1]] == [2] * 19
-
-
-def test_ends_have_their_own_bits(module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet) -> None:
+def test_bits_go_where_they_take_most_noise_away(module_of: Modules, calibration_images: ImageSet) -> None:
+    """No layer could give its bits to another and leave the logits less noise: the best of all placements."""
     module = module_of("plain")
-    found = plans(module, calibration_images, 4, 4, sensitive_share=0.0)
-    assert [(plan.bits, plan.act_bits) for plan in found] == [(8, 8), *[(4, 4)] * 5, (8, 8)]
-    assert (found[0].reason, found[-1].reason) == ("first layer", "last layer")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    widths = (2, 3, 4, 8)
+    noise = measure_noise(module, x, widths, None, PORTABLE, NEAREST)
+    found = plans(module, calibration_images, extra_share=0.2, enough_snr=1000.0)
+    sizes = [plan.layer.parameters for plan in found]
+
+    def harm(placement: Sequence[int]) -> float:
+        return sum(noise[p.layer.output][widths.index(bits)] for p, bits in zip(found, placement, strict=True))
+
+    allowed = (2 + 0.2 * 6) * sum(sizes)
+    possible = [
+        harm(placement)
+        for placement in itertools.product(widths, repeat=len(found))
+        if sum(size * bits for size, bits in zip(sizes, placement, strict=True)) <= allowed
+    ]
+    assert harm([plan.bits for plan in found]) == pytest.approx(min(possible))
+
+
+def test_no_more_is_added_than_is_enough(module_of: Modules, calibration_images: ImageSet) -> None:
+    module = module_of("inverted")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    noise = measure_noise(module, x, (4, 8), None, PORTABLE, NEAREST)
+    averages = []
+    for enough in (15.0, 24.0, 26.0):
+        found = plans(module, calibration_images, 4, extra_share=1.0, enough_snr=enough)
+        total = sum(noise[plan.layer.output][(4, 8).index(plan.bits)] for plan in found)
+        assert decibels(total) >= enough
+        averages.append(average_bits(found))
+    assert averages == sorted(averages)
+    assert averages[0] == 4 < averages[1] < averages[2] < 8
+
+
+@pytest.mark.parametrize(
+    ("container", "bits", "widths"),
+    [("int4", 2, {2, 3, 4, 8}), ("int4", 5, {5, 6, 8}), ("int2", 2, {2, 4, 8}), ("int8", 2, {2, 3, 4, 6, 8})],
+)
+def test_a_wider_container_is_used_in_full(
+    container: str, bits: int, widths: set[int], module_of: Modules, calibration_images: ImageSet
+) -> None:
+    module = module_of("inverted")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    settings = NEAREST.model_copy(update={"extra_share": 0.3, "enough_snr": 1000.0})
+    found = plan_bits(module, x, bits, None, choose_target("portable", container), settings)
+    assert {plan.bits for plan in found} <= widths
+    assert max(plan.bits for plan in found) == 8
+
+
+def test_bits_that_would_saturate_are_not_given(module_of: Modules, calibration_images: ImageSet) -> None:
+    module = module_of("plain")
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    target = choose_target("ort-cpu", None, 8)
+    eight = plan_bits(module, x, 8, 8, target, NEAREST)
+    assert {plan.bits for plan in eight} == {7}
+    assert all(plan.reason is not None and plan.reason.startswith("8 bits saturate") for plan in eight)
+    four = plan_bits(module, x, 4, 8, target, NEAREST.model_copy(update={"extra_share": 1.0, "enough_snr": 1000.0}))
+    assert {plan.bits for plan in four} == {7}
+    full = plan_bits(module, x, 8, 8, target, NEAREST.model_copy(update={"reduce_range": False}))
+    assert {(plan.bits, plan.reason) for plan in full} == {(8, None)}
+
+
+def test_inputs_of_the_ends_have_their_own_bits(module_of: Modules, calibration_images: ImageSet) -> None:
+    module = module_of("plain")
+    found = plans(module, calibration_images, 4, 4, extra_share=0.0)
+    assert [(plan.bits, plan.act_bits) for plan in found] == [(4, 8), *[(4, 4)] * 5, (4, 8)]
+    assert found[0].reason == found[-1].reason == "input of the first or the last layer"
     assert [plan.layer for plan in found] == module.layers()
-    low = plans(module, calibration_images, 2, sensitive_share=0.0, end_bits=6)
-    assert [plan.bits for plan in low] == [6, 2, 2, 2, 2, 2, 6]
+    low = plans(module, calibration_images, 2, 2, extra_share=0.0, end_bits=6)
+    assert [plan.act_bits for plan in low] == [6, 2, 2, 2, 2, 2, 6]
     assert {(p.bits, p.reason) for p in plans(module, calibration_images, 8, 8)} == {(8, None)}
 
 
-@pytest.mark.parametrize(("limit", "bits"), [(1000.0, 8), (-1000.0, 2)])
-def test_a_last_layer_that_holds_much_is_judged_as_the_others_are(
-    limit: float, bits: int, module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
-) -> None:
-    module = module_of("plain")
-    last = plans(module, calibration_images, 2, 4, end_share=0.0, sensitive_share=1.0, sensitive_snr=limit)[-1]
-    assert (last.bits, last.act_bits) == (bits, 8)
-    assert last.snr is not None
-    assert last.reason is not None
-    assert last.reason.startswith("alone it leaves" if bits == 8 else "last layer's input")
-    share = last.layer.parameters / sum(layer.parameters for layer in module.layers())
-    at_the_limit = plans(module, calibration_images, end_share=share)[-1]
-    assert (at_the_limit.bits, at_the_limit.snr, at_the_limit.reason) == (8, None, "last layer")
-
-
+@pytest.mark.parametrize("act_bits", [None, 8])
 def test_ratios_are_those_of_the_whole_model_with_one_layer_rounded(
-    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+    act_bits: int | None, module_of: Modules, calibration_images: ImageSet
 ) -> None:
+    """Rounded as it will be written: with zero point 0 where integer kernels may take it."""
     module = module_of("residual")
     x = module.spec.to_input(calibration_images.pixels[:8])
+    noise = measure_noise(module, x, (3, 6), act_bits, PORTABLE, NEAREST)
     with torch.no_grad():
         reference = module(x)
-        for plan in plans(module, calibration_images, 3)[1:-1]:
-            rounded = QuantizedWeight(module.constant(plan.layer.weight), plan.layer.axis, 3, NEAREST).tensor()
-            logits = module.whole({module.input_name: x}, {plan.layer.weight: rounded})[module.logits_name]
-            assert plan.snr == pytest.approx(decibels(noise_to_signal(reference, logits)), abs=0.05)
+        for layer in module.layers():
+            for bits, measured in zip((3, 6), noise[layer.output], strict=True):
+                symmetric = PORTABLE.symmetric(bits, act_bits)
+                assert symmetric == (act_bits is not None and bits == 6)
+                weight = module.constant(layer.weight)
+                rounded = QuantizedWeight(weight, layer.axis, bits, NEAREST, symmetric).tensor()
+                logits = module.whole({module.input_name: x}, {layer.weight: rounded})[module.logits_name]
+                assert measured == pytest.approx(noise_to_signal(reference, logits), rel=0.01)
 
 
 def test_inputs_of_the_ends_keep_their_bits_whatever_the_weights_have(
-    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+    module_of: Modules, calibration_images: ImageSet
 ) -> None:
     found = plans(module_of("plain"), calibration_images, 8, 4)
     assert [plan.act_bits for plan in found] == [8, 4, 4, 4, 4, 4, 8]
 
 
-def test_the_ratio_of_a_layer_is_measured_with_it_alone_rounded(
-    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
-) -> None:
+def test_decibels_are_of_power() -> None:
     reference = torch.tensor([[3.0, 4.0]])
     noise = noise_to_signal(reference, reference + torch.tensor([[0.3, 0.4]]))
     assert decibels(noise) == pytest.approx(20, abs=1e-4)
     assert decibels(noise_to_signal(reference, reference)) == float("inf")
-    two, three = (plans(module_of("plain"), calibration_images, bits, sensitive_share=0.01) for bits in (2, 3))
-    for coarse, fine in zip(two[1:-1], three[1:-1], strict=True):
-        assert coarse.snr is not None
-        assert fine.snr is not None
-        assert coarse.snr < fine.snr
+    assert noise_of(decibels(0.01)) == pytest.approx(0.01)
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=4), min_size=1, max_size=5
+    ),
+    st.integers(0, 120),
+    st.integers(0, 100),
+)
+def test_enough_is_the_cheapest_and_otherwise_the_best(
+    rows: list[list[tuple[int, int]]], budget: int, enough: int
+) -> None:
+    choices = [[Choice(cost, harm) for cost, harm in row] for row in rows]
+    every = [
+        (sum(choice.cost for choice in chosen), sum(choice.harm for choice in chosen))
+        for chosen in itertools.product(*choices)
+    ]
+    within = [(cost, harm) for cost, harm in every if cost <= budget]
+    if not within:
+        with pytest.raises(MixMixError, match="below what the cheapest choices cost"):
+            allocate_enough(choices, budget, enough)
+        return
+    found = allocate_enough(choices, budget, enough)
+    cost = sum(row[index].cost for row, index in zip(choices, found, strict=True))
+    harm = sum(row[index].harm for row, index in zip(choices, found, strict=True))
+    assert cost <= budget
+    cheap = [c for c, h in within if h <= enough]
+    if cheap:
+        assert harm <= enough
+        assert cost == min(cheap)
+    else:
+        assert harm == min(h for _, h in within)
 
 
 @pytest.mark.parametrize(

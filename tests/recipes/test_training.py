@@ -81,7 +81,7 @@ def test_free_training_starts_where_rounding_left_off_and_goes_any_distance() ->
     weight.learn_freely()
     torch.testing.assert_close(weight.tensor(), before)
     group = weight.groups()[0]
-    assert group.rate == settings.train_rounding_rate
+    assert group.rate == settings.rounding_rate
     (free,) = group.tensors
     free.requires_grad_(True)
     weight.tensor().sum().backward()
