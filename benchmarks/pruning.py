@@ -65,8 +65,8 @@ ROWS = {
     "one-stage, real images": Row("one-stage", REAL),
     "two-stage, real images": Row("two-stage", REAL),
     "two-stage, Gaussian noise": Row("two-stage", Source("noise")),
-    "two-stage, images from the target": Row("two-stage", made(TARGET)),
-    "two-stage, images from six models": Row("two-stage", made(*ALL)),
+    "two-stage, images from the target": Row("two-stage", made(TARGET, recipe="small")),
+    "two-stage, images from six models": Row("two-stage", made(*ALL, recipe="small")),
 }
 
 

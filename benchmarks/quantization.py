@@ -60,8 +60,8 @@ TABLES = {
     },
     "images": {
         "real images": Row("qdrop", REAL),
-        "made from six models": Row("qdrop", made(*ALL)),
-        "made from the target": Row("qdrop", made(TARGET)),
+        "made from six models": Row("qdrop", made(*ALL, recipe="small")),
+        "made from the target": Row("qdrop", made(TARGET, recipe="small")),
     },
 }
 

@@ -1,29 +1,43 @@
 """Which channels of a graph can be removed, and what has to be cut with them: dependency groups, read from the graph.
 
-Every weighted layer makes new channels, each with a number; what follows carries the numbers along one axis of its
-value (a `Lane`). Where values are added or multiplied, the channels that meet become one. A movement of elements
-(Reshape, Transpose, Concat, Split, Slice) is followed by moving the numbers themselves; where it spreads channels over
-several axes, as a channel shuffle does, those at one place of the last axis become one, so that what is left is still
-rectangular. Number 0 stands for what must stay: the image, the logits, and whatever meets an operator that is not known
-to leave channels apart (LayerNormalization, Softmax along them, grouped convolutions, a product of two activations).
+Every weighted layer makes new channels, each with a number; what follows carries the numbers in the grid of its value
+(`numbering`). Where values are added or multiplied, the channels that meet become one. The groups of a convolution are
+one channel each, on both sides of it. A movement of elements (Reshape, Transpose, Concat, Split, Slice, Gather) is
+followed by moving the numbers themselves. Where it spreads channels over several axes, what is left has to be
+rectangular: what an operator mixes along an axis becomes one there, and of the axes that are left at the end, those at
+one place of the last.
+
+A product of two activations mixes along its last two axes. So the heads of attention come out as one channel each:
+scores leave what lies side by side before those axes apart, the heads of queries and keys, and the heads of values with
+them. Number 0 stands for what must stay: the image, the logits, and whatever meets an operator that is not known to
+leave channels apart (LayerNormalization or Softmax along them, a sum over them).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from converters import writeback
+from converters.channel_cuts import (
+    Channels,
+    Lane,
+    LayerChannels,
+    Pin,
+    Regroup,
+    Reshape,
+    Resize,
+    Slice,
+    Slot,
+    Split,
+)
+from converters.numbering import FIXED, Numbering, Numbers, along
+from converters.sizes import Sizes
 from converters.torch_module import Layer, Step, TorchClassifier
-
-Numbers = NDArray[np.int64]
-FIXED = 0
 
 UNARY = {
     "Abs", "Cast", "Ceil", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
@@ -36,96 +50,7 @@ SPATIAL = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "MaxPo
 """Operators that treat every channel (axis 1) alike and alone."""
 NORMS = {"BatchNormalization", "InstanceNormalization"}
 REDUCTIONS = {"ReduceMean", "ReduceMax", "ReduceSum", "ReduceMin"}
-MOVEMENTS = {"Concat", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
-
-
-@dataclass(frozen=True)
-class Lane:
-    """The axis of a value that channels lie along, and their numbers."""
-
-    axis: int
-    numbers: Numbers
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A constant operand that is cut along an axis: operand `index` of the node that writes `output`."""
-
-    output: str
-    index: int
-    name: str
-    axis: int
-    numbers: Numbers
-
-
-@dataclass(frozen=True)
-class LayerChannels:
-    """A layer's channels: numbers along the output axis of its weight, and along its input axis (None: depthwise)."""
-
-    layer: Layer
-    outputs: Numbers
-    inputs: Numbers | None
-    places: int
-    """Positions of one image that each output channel is computed at."""
-
-
-@dataclass(frozen=True)
-class Channels:
-    """All that removing channels touches. Channels of one number go together; FIXED ones stay."""
-
-    slots: list[Slot]
-    layers: list[LayerChannels]
-    lanes: dict[str, Lane]
-    steps: dict[str, Step]
-    """Nodes whose sizes, bounds or group counts follow from the channels, by the value they write."""
-
-    def numbers(self) -> Numbers:
-        """Those that can be removed."""
-        found = np.unique(np.concatenate([np.zeros(1, np.int64), *(entry.outputs for entry in self.layers)]))
-        return found[found != FIXED]
-
-    def edits(
-        self, removed: Numbers, tensors: Mapping[str, Tensor], original: Callable[[str], Tensor]
-    ) -> Sequence[writeback.Edit]:
-        """The cuts, with `tensors` by initializer name where they have changed, and `original` ones elsewhere."""
-        cuts: dict[tuple[str, int], Tensor] = {}
-        for slot in self.slots:
-            key = (slot.output, slot.index)
-            value = cuts.get(key)
-            if value is None:
-                value = tensors[slot.name] if slot.name in tensors else original(slot.name)
-            kept = np.flatnonzero(~np.isin(slot.numbers, removed))
-            cuts[key] = value.index_select(slot.axis, torch.from_numpy(kept).to(value.device))
-        found: list[writeback.Edit] = [
-            writeback.TensorEdit(output, index, value.cpu().numpy()) for (output, index), value in cuts.items()
-        ]
-        for name, step in self.steps.items():
-            found += self._sizes(name, step, removed)
-        return found
-
-    def _count(self, value: str, removed: Numbers) -> int:
-        return int((~np.isin(self.lanes[value].numbers, removed)).sum())
-
-    def _sizes(self, name: str, step: Step, removed: Numbers) -> list[writeback.Edit]:
-        if step.op == "Conv":
-            return [writeback.AttributeEdit(name, "group", self._count(name, removed))]
-        if step.op == "Split":
-            sizes = [self._count(output, removed) for output in step.outputs]
-            return [writeback.TensorEdit(name, 1, np.array(sizes, np.int64))]
-        lane = self.lanes[name]
-        if step.op == "Reshape":
-            shape = np.array(step.fixed[1], np.int64)
-            if shape[lane.axis] > 0:
-                shape[lane.axis] = self._count(name, removed)
-            return [writeback.TensorEdit(name, 1, shape)]
-        kept = np.cumsum(np.append(0, ~np.isin(self.lanes[step.inputs[0]].numbers, removed)))  # Slice
-        length = len(kept) - 1
-        bounds = [int(np.array(step.fixed[index]).ravel()[0]) for index in (1, 2)]
-        places = [min(max(bound + length if bound < 0 else bound, 0), length) for bound in bounds]
-        return [
-            writeback.TensorEdit(name, index, np.array([kept[place]], np.int64))
-            for index, place in zip((1, 2), places, strict=True)
-        ]
+MOVEMENTS = {"Concat", "Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def find_channels(module: TorchClassifier) -> Channels:
@@ -133,232 +58,325 @@ def find_channels(module: TorchClassifier) -> Channels:
     return _Trace(module).run()
 
 
+@dataclass(frozen=True)
+class _OpenSlot:
+    """A constant operand that lies along one axis of a grid, whose numbers are not settled yet."""
+
+    step: Step
+    index: int
+    axis: int
+    """In the constant."""
+    grid: Numbers
+    along: int
+    """In the grid."""
+
+
 class _Trace:
     def __init__(self, module: TorchClassifier) -> None:
         self.module = module
-        self.parent = np.zeros(1, np.int64)
-        self.lanes: dict[str, Lane] = {}
-        self.slots: list[Slot] = []
-        self.steps: dict[str, Step] = {}
+        self.sizes = Sizes(module)
+        self.numbering = Numbering()
+        self.grids: dict[str, Numbers] = {}
+        self.measured: dict[str, set[str]] = {}
+        """Values with channels that a measured value was computed from."""
+        self.slots: list[_OpenSlot] = []
+        self.resizes: list[Resize] = []
         self.found: list[LayerChannels] = []
         self.layers = {layer.output: layer for layer in module.layers()}
-        values = [name for step in module.whole.steps for name in step.outputs if name]
-        x = module.black_image()
-        with torch.no_grad():
-            read = {name for step in module.whole.steps for name in step.inputs} | {module.logits_name}
-            everything = module.segment([module.input_name], [name for name in values if name in read])
-            self.shapes = {name: tuple(value.shape) for name, value in everything({module.input_name: x}).items()}
-        self.shapes[module.input_name] = tuple(x.shape)
 
     def run(self) -> Channels:
         for step in self.module.whole.steps:
             layer = self.layers.get(step.outputs[0])
+            if step.outputs[0] in self.sizes.measured:
+                self._measure(step)
+                continue
+            self._pin(step)
             if layer is not None:
                 self._layer(step, layer)
-            elif any(name in self.lanes for name in step.inputs):
+            elif any(name in self.grids for name in step.inputs):
                 self._follow(step)
-        self._freeze(self.module.logits_name)
-        lanes = {name: replace(lane, numbers=self._roots(lane.numbers)) for name, lane in self.lanes.items()}
-        slots = [replace(slot, numbers=self._roots(slot.numbers)) for slot in self.slots]
+        self._settle()
+        roots = self.numbering.roots
         layers = [
-            LayerChannels(
-                e.layer, self._roots(e.outputs), None if e.inputs is None else self._roots(e.inputs), e.places
-            )
+            LayerChannels(e.layer, roots(e.outputs), None if e.inputs is None else roots(e.inputs), e.places)
             for e in self.found
         ]
-        return Channels(slots, layers, lanes, self.steps)
+        lanes = {name: lane for name, grid in self.grids.items() if (lane := self._lane(grid)) is not None}
+        return Channels(self._closed_slots(), layers, lanes, self.resizes)
 
-    # numbers
+    def _settle(self) -> None:
+        """Every grid varies along one axis at most, and not all of a value can be removed."""
+        numbering = self.numbering
+        self._freeze(self.module.logits_name)
+        for grid in self.grids.values():
+            numbering.level(grid, numbering.varying(grid)[:-1])
+        for grid in self.grids.values():
+            if not numbering.varying(grid):
+                numbering.fix(grid)
 
-    def _fresh(self, count: int) -> Numbers:
-        start = len(self.parent)
-        self.parent = np.concatenate([self.parent, np.arange(start, start + count)])
-        return np.arange(start, start + count)
+    def _lane(self, grid: Numbers) -> Lane | None:
+        axes = self.numbering.varying(grid)
+        line = self.numbering.line(grid, axes[0]) if axes else None
+        return None if line is None else Lane(axes[0], line)
 
-    def _roots(self, numbers: Numbers) -> Numbers:
-        roots = self.parent[numbers]
-        while not np.array_equal(roots, self.parent[roots]):
-            roots = self.parent[roots]
-        return roots
+    def _closed_slots(self) -> list[Slot]:
+        slots = []
+        for slot in self.slots:
+            numbers = self.numbering.line(slot.grid, slot.along)
+            if numbers is not None and (numbers != FIXED).any():
+                step = slot.step
+                slots.append(Slot(step.outputs[0], slot.index, step.inputs[slot.index], slot.axis, numbers))
+        return slots
 
-    def _join(self, a: Numbers, b: Numbers) -> None:
-        """Make channels one, pair by pair; the smaller number stands for both, so that FIXED wins."""
-        for one, other in np.unique(np.stack([a.ravel(), b.ravel()], 1), axis=0):
-            low, high = sorted((int(self._roots(one)), int(self._roots(other))))
-            self.parent[high] = low
+    # grids
 
     def _freeze(self, *values: str) -> None:
         for value in values:
-            lane = self.lanes.get(value)
-            if lane is not None:
-                self._join(lane.numbers, np.zeros_like(lane.numbers))
+            if value in self.grids:
+                self.numbering.fix(self.grids[value])
+
+    def _mix(self, value: str, axes: Iterable[int]) -> None:
+        """What lies along these axes is mixed: it is one channel at each place of the others, or stays."""
+        grid = self.grids[value]
+        varying, axes = self.numbering.varying(grid), set(axes)
+        if set(varying) - axes:
+            self.numbering.level(grid, axes.intersection(varying))
+        elif varying:
+            self.numbering.fix(grid)
+
+    def _line(self, value: str, axis: int) -> Numbers | None:
+        """The numbers along the only axis where channels may lie, or None where they cannot be told apart there."""
+        grid = self.grids.get(value)
+        if grid is None:
+            return None
+        varying = self.numbering.varying(grid)
+        if axis not in varying:
+            self.numbering.fix(grid)
+            return None
+        self.numbering.level(grid, [other for other in varying if other != axis])
+        return self.numbering.line(grid, axis)
+
+    def _slot(self, step: Step, index: int, axis: int, grid: Numbers, at: int = 0) -> None:
+        self.slots.append(_OpenSlot(step, index, axis, grid, at))
+
+    # what is measured
+
+    def _measure(self, step: Step) -> None:
+        """A size, or what is computed from sizes: note which values with channels it depends on."""
+        sources = {name for name in step.inputs if name in self.grids}
+        sources |= set().union(*(self.measured.get(name, set()) for name in step.inputs))
+        self.measured.update(dict.fromkeys(step.outputs, sources))
+
+    def _pin(self, step: Step) -> None:
+        """What is computed from the sizes of values with channels must stay as it was, or they must.
+
+        Sizes that follow from the step's own channels are noted after this, and so written over it.
+        """
+        for index, name in enumerate(step.inputs):
+            sources = sorted(self.measured.get(name, ()))
+            if not sources:
+                continue
+            constant, target = self.sizes.constant(name), self.sizes.any_batch(step.outputs[0])
+            if constant is not None:
+                self.resizes.append(Pin(step.outputs[0], index, sources, constant))
+            elif step.op == "Reshape" and target is not None:
+                self.resizes.append(Reshape(step.outputs[0], sources, target))
+            else:
+                self._freeze(*sources)
 
     # operators
 
     def _layer(self, step: Step, layer: Layer) -> None:
-        lane, count = self.lanes.get(layer.input), layer.shape[layer.axis]
-        rank = len(self.shapes[layer.input])
-        depthwise = layer.groups > 1 and layer.shape[1] == 1 and count == layer.groups
-        straight = layer.groups == 1 and layer.operand == 1
-        channel_axis = 1 if layer.op in ("Conv", "Gemm") else rank - 1
-        if lane is not None and (
-            lane.axis != channel_axis or not (straight or depthwise) or step.attributes.get("transA")
-        ):
+        shape, count = self.sizes.shape(layer.output), layer.shape[layer.axis]
+        axis = 1 if layer.op in ("Conv", "Gemm") else len(shape) - 1
+        straight = layer.operand == 1 and not step.attributes.get("transA")
+        if not straight:
             self._freeze(layer.input)
-            lane = None
-        if depthwise and lane is not None:
-            outputs, inputs = lane.numbers, None
-            self.steps[layer.output] = step
-        else:
-            width = layer.shape[1 - layer.axis]
-            inputs = lane.numbers if lane is not None else np.zeros(width, np.int64)
-            outputs = self._fresh(count) if straight else np.zeros(count, np.int64)
-        places = math.prod(self.shapes[layer.output]) // count
-        self.found.append(LayerChannels(layer, outputs, inputs, places))
-        if straight or (depthwise and lane is not None):
-            self.lanes[layer.output] = Lane(channel_axis, outputs)
-            self._slot(step, layer.operand, layer.axis, outputs)
-            if layer.bias is not None and self.module.constant(layer.bias).shape[-1:] == (count,):
-                self._slot(step, 2, self.module.constant(layer.bias).dim() - 1, outputs)
-            elif len(step.inputs) > 2 and step.inputs[2]:
-                self._freeze(layer.output)
-        if straight and lane is not None:
-            self._slot(step, layer.operand, 1 - layer.axis, lane.numbers)
+        line = self._line(layer.input, axis) if straight else None
+        inputs: Numbers | None = np.zeros(layer.shape[1 - layer.axis], np.int64) if line is None else line
+        outputs = np.zeros(count, np.int64)
+        if layer.groups > 1:
+            inputs = None
+            outputs = outputs if line is None else self._groups(layer, line)
+        elif straight and count > 1:
+            outputs = self.numbering.fresh(count)
+        if inputs is not None:
+            self._slot(step, layer.operand, 1 - layer.axis, inputs)
+        self._slot(step, layer.operand, layer.axis, outputs)
+        self.found.append(LayerChannels(layer, outputs, inputs, math.prod(shape) // count))
+        self.grids[layer.output] = along(outputs, axis, len(shape))
+        if layer.bias is not None and self.module.constant(layer.bias).shape[-1:] == (count,):
+            self._slot(step, 2, self.module.constant(layer.bias).dim() - 1, outputs)
+        elif len(step.inputs) > 2 and step.inputs[2]:
+            self._freeze(layer.output, step.inputs[2])
 
-    def _slot(self, step: Step, index: int, axis: int, numbers: Numbers) -> None:
-        self.slots.append(Slot(step.outputs[0], index, step.inputs[index], axis, numbers))
+    def _groups(self, layer: Layer, inputs: Numbers) -> Numbers:
+        """The numbers of a grouped convolution's outputs: a group goes whole, and what it reads with it."""
+        groups = inputs.reshape(layer.groups, -1)
+        self.numbering.level(groups, [1])
+        self.resizes.append(Regroup(layer.output, layer.groups))
+        return np.repeat(groups[:, 0], layer.shape[0] // layer.groups)
 
     def _follow(self, step: Step) -> None:
-        data = step.inputs[0]
-        lane, shape = self.lanes.get(data), self.shapes.get(data, ())
-        alone = sum(name in self.lanes for name in step.inputs) == 1 and lane is not None
-        if step.op in UNARY and alone and lane is not None:
-            self._pass(step, lane)
+        data, output = step.inputs[0], step.outputs[0]
+        alone = data in self.grids and sum(name in self.grids for name in step.inputs) == 1
+        if step.op in UNARY and alone:
+            self.grids[output] = self.grids[data]
         elif step.op in BINARY:
             self._combine(step)
-        elif step.op in SPATIAL and alone and lane is not None and lane.axis == 1:
-            self._pass(step, lane)
-        elif step.op in NORMS and alone and lane is not None and lane.axis == 1:
+        elif (step.op == "MatMul" and all(len(self.sizes.shape(name)) > 2 for name in step.inputs)) or (
+            step.op == "Attention" and self._has_separate_heads(step)
+        ):
+            self._multiply(step)
+        elif step.op in SPATIAL and alone:
+            self._line(data, 1)
+            self.grids[output] = self.grids[data]
+        elif step.op in NORMS and alone and all(self.module.is_constant(name) for name in step.inputs[1:]):
+            self._line(data, 1)
             for index in range(1, len(step.inputs)):
-                self._slot(step, index, 0, lane.numbers)
-            self._pass(step, lane)
-        elif step.op in REDUCTIONS and alone and lane is not None:
-            self._reduce(step, lane, len(shape))
-        elif step.op in ("Softmax", "LogSoftmax") and alone and lane is not None:
-            axis = step.attributes.get("axis", -1)
-            if isinstance(axis, int) and axis % len(shape) != lane.axis:
-                self._pass(step, lane)
-            else:
-                self._freeze(data)
-        elif step.op in MOVEMENTS and all(index in step.fixed for index in self._sizes_of(step)):
+                self._slot(step, index, 0, self.grids[data], 1)
+            self.grids[output] = self.grids[data]
+        elif step.op in REDUCTIONS and alone:
+            self._reduce(step)
+        elif step.op in ("Softmax", "LogSoftmax", "LayerNormalization") and alone:
+            rank = len(self.sizes.shape(data))
+            axis = self._axis(step, -1, rank)
+            self._mix(data, range(axis, rank if step.op == "LayerNormalization" else axis + 1))
+            self.grids[output] = self.grids[data]
+        elif step.op in MOVEMENTS and (alone or step.op == "Concat"):
             self._move(step)
         else:
             self._freeze(*step.inputs)
 
-    def _sizes_of(self, step: Step) -> list[int]:
-        """Operands that say how elements are moved."""
-        if step.op == "Concat":
-            return []
-        return [index for index, name in enumerate(step.inputs) if index and name]
+    def _axis(self, step: Step, default: int, rank: int) -> int:
+        axis = step.attributes.get("axis", default)
+        assert isinstance(axis, int)
+        return axis % rank
 
-    def _pass(self, step: Step, lane: Lane) -> None:
-        self.lanes[step.outputs[0]] = lane
+    def _reduce(self, step: Step) -> None:
+        data, given = step.inputs[0], step.attributes.get("axes")
+        rank = len(self.sizes.shape(data))
+        if len(step.inputs) > 1 and step.inputs[1]:
+            given = self._numbers(step, 1)
+        axes = {int(axis) % rank for axis in np.array(given).ravel()} if given is not None else set()
+        axes = axes or set(range(rank))
+        self._mix(data, axes)
+        grid = self.numbering.narrow(self.grids[data])
+        if step.attributes.get("keepdims", 1) == 0:
+            grid = grid.squeeze(tuple(axes))
+        self.grids[step.outputs[0]] = grid
 
-    def _reduce(self, step: Step, lane: Lane, rank: int) -> None:
-        given = step.attributes.get("axes")
-        if len(step.inputs) > 1 and self.module.is_constant(step.inputs[1]):
-            given = self.module.constant(step.inputs[1]).tolist()
-        axes = sorted(int(axis) % rank for axis in np.array(given).ravel()) if given is not None else list(range(rank))
-        if lane.axis in axes:
-            self._freeze(step.inputs[0])
-            return
-        gone = sum(axis < lane.axis for axis in axes) if step.attributes.get("keepdims", 1) == 0 else 0
-        self.lanes[step.outputs[0]] = Lane(lane.axis - gone, lane.numbers)
+    def _has_separate_heads(self, step: Step) -> bool:
+        """Whether Attention reads queries, keys and values [N, heads, T, D], as many heads of each, and no cache."""
+        shapes = [self.sizes.shape(name) for name in step.inputs[:3]]
+        alike = all(len(shape) == 4 and shape[1] == shapes[0][1] for shape in shapes)
+        return alike and not any((*step.inputs[4:], *step.outputs[1:], step.attributes.get("q_num_heads")))
+
+    def _multiply(self, step: Step) -> None:
+        """A product of activations [..., M, K] and [..., K, N]: what lies before those axes is kept apart."""
+        for name in step.inputs:
+            if name in self.grids:
+                rank = len(self.sizes.shape(name))
+                self._mix(name, (rank - 2, rank - 1))
+        self._combine(step)
 
     def _combine(self, step: Step) -> None:
         """Operands of an elementwise operator, aligned from the last axis as they are broadcast."""
-        rank = len(self.shapes[step.outputs[0]])
-        lanes = {
-            name: (self.lanes[name].axis + rank - len(self.shapes[name]), self.lanes[name].numbers)
-            for name in step.inputs
-            if name in self.lanes
-        }
-        axis, numbers = next(iter(lanes.values()))
-        width = self.shapes[step.outputs[0]][axis]
-        alike = len(numbers) == width and all(other == axis for other, _ in lanes.values())
-        if not alike:
-            self._freeze(*step.inputs)
-            return
+        rank, grids = len(self.sizes.shape(step.outputs[0])), {}
+        operands = [name for name in step.inputs if name]
+        for name in operands:
+            if name in self.grids:
+                grid = self.numbering.narrow(self.grids[name])
+                grids[name] = grid.reshape([1] * (rank - grid.ndim) + list(grid.shape))
+        varying = sorted({axis for grid in grids.values() for axis in self.numbering.varying(grid)})
+        spans = {name: self._span(name, varying, rank) for name in operands}
+        constants = [name for name in operands if self.module.is_constant(name)]
+        apart = [name for name in operands if name not in grids or spans[name] != varying]
+        if any(spans[name] for name in apart if name not in constants):  # what cannot be cut with the others
+            self._freeze(*grids)
+            varying, spans = [], {name: [] for name in spans}
+        meeting = [grid for name, grid in grids.items() if spans[name] == varying]
+        joined = np.broadcast_arrays(*meeting)[0]
+        for grid in meeting:
+            self.numbering.join(joined, grid)
         for index, name in enumerate(step.inputs):
-            if name in lanes:
-                if len(lanes[name][1]) == width:
-                    self._join(numbers, lanes[name][1])
-                continue
-            constant = self.module.is_constant(name)
-            shape = tuple(self.module.constant(name).shape) if constant else self.shapes[name]
-            at = axis - (rank - len(shape))
-            if at < 0 or shape[at] == 1:
-                continue
-            if constant:
-                self._slot(step, index, at, numbers)
-            else:  # what it meets cannot be cut
-                self._join(numbers, np.zeros_like(numbers))
-        self.lanes[step.outputs[0]] = Lane(axis, numbers)
+            for axis in spans[name] if name in constants else ():
+                self._slot(step, index, axis - rank + len(self.sizes.shape(name)), joined, axis)
+        self.grids[step.outputs[0]] = joined
+
+    def _span(self, name: str, axes: Sequence[int], rank: int) -> list[int]:
+        """Those of a result's axes along which an operand that is broadcast to its rank has places of its own."""
+        shape = self.sizes.shape(name)
+        shift = rank - len(shape)
+        return [axis for axis in axes if axis >= shift and shape[axis - shift] > 1]
 
     def _move(self, step: Step) -> None:
-        operands: list[object] = []
-        for index, name in enumerate(step.inputs):
-            if index in step.fixed:
-                operands.append(step.fixed[index])
-            elif not name:
-                operands.append(None)
+        if not self._can_move(step):
+            self._freeze(*step.inputs)
+            return
+        operands: list[object] = [self._spread(step.inputs[0])]
+        for index, name in enumerate(step.inputs[1:], 1):
+            if step.op == "Concat":
+                operands.append(self._spread(name))
+            elif step.op == "Reshape":
+                operands.append(list(self.sizes.shape(step.outputs[0])))
+            elif step.op == "Gather":
+                operands.append(self.module.constant(name).cpu())
             else:
-                operands.append(torch.from_numpy(self._spread(name)))
+                operands.append(self._numbers(step, index) if name else None)
         moved = step.operator.body(*operands)
         for name, value in zip(step.outputs, moved if isinstance(moved, (tuple, list)) else (moved,), strict=False):
-            self._settle(name, value.numpy())
-        if step.op in ("Reshape", "Slice", "Split") and any(name in self.lanes for name in step.outputs):
-            self._resize(step)
+            self.grids[name] = self.numbering.narrow(value.numpy())
 
-    def _spread(self, name: str) -> Numbers:
-        """The numbers of a value, one for each of its elements."""
-        shape = tuple(self.module.constant(name).shape) if self.module.is_constant(name) else self.shapes[name]
-        if name not in self.lanes:
-            return np.zeros(shape, np.int64)
-        lane = self.lanes[name]
-        view = self._roots(lane.numbers).reshape([-1 if axis == lane.axis else 1 for axis in range(len(shape))])
-        return np.array(np.broadcast_to(view, shape))
+    def _can_move(self, step: Step) -> bool:
+        """Whether the numbers can be moved and the file says so afterwards; notes which sizes follow from them."""
+        data = step.inputs[0]
+        match step.op:
+            case "Reshape":
+                target = self.sizes.any_batch(step.outputs[0])
+                if target is not None:
+                    self.resizes.append(Reshape(step.outputs[0], [data], target))
+                return target is not None
+            case "Squeeze" if len(step.inputs) < 2 and "axes" not in step.attributes:
+                return False  # takes an axis away that is cut to one channel
+            case "Gather":
+                if not self.module.is_constant(step.inputs[1]):
+                    return False
+                self._mix(data, [self._axis(step, 0, len(self.sizes.shape(data)))])
+                return True
+            case "Slice" | "Split":
+                return self._can_pick(step)
+            case "Concat" | "Flatten" | "Transpose":
+                return True
+            case _:
+                return all(self._numbers(step, index) is not None for index in range(1, len(step.inputs)))
 
-    def _settle(self, name: str, numbers: Numbers) -> None:
-        """The lane of a value whose elements have these numbers."""
-        varying = [axis for axis in range(numbers.ndim) if not np.array_equal(numbers, np.roll(numbers, 1, axis))]
-        if not varying:
-            self._join(numbers.ravel()[:1], np.zeros(1, np.int64))
-            return
-        rows = np.moveaxis(numbers, varying[-1], -1).reshape(-1, numbers.shape[varying[-1]])
-        if len(varying) > 1:
-            for row in np.unique(rows, axis=0):
-                self._join(rows[0], row)
-        self.lanes[name] = Lane(varying[-1], rows[0])
-
-    def _resize(self, step: Step) -> None:
-        """Note that the node's sizes follow from its channels, or freeze them where they cannot be written."""
-        source = self.lanes.get(step.inputs[0])
-        along = True
+    def _can_pick(self, step: Step) -> bool:
+        """A Slice or Split: its sizes are written anew where channels lie along it, or nothing is told apart there."""
+        data = step.inputs[0]
+        shape = self.sizes.shape(data)
+        given = {index: self._numbers(step, index) for index, name in enumerate(step.inputs) if index and name}
+        numbers = {index: found for index, found in given.items() if found is not None}
+        if len(numbers) < len(given):
+            return False
+        axes = [self._axis(step, 0, len(shape))]
         if step.op == "Slice":
-            rank = len(self.shapes[step.inputs[0]])
-            axes = [int(axis) % rank for axis in np.array(step.fixed.get(3, [0])).ravel()]
-            steps = np.array(step.fixed.get(4, [1])).ravel()
-            if source is not None and source.axis not in axes:
-                return
-            along = len(axes) == 1 and 3 in step.fixed and bool((steps == 1).all())
-        if step.op == "Split":
-            along = 1 in step.fixed and all(name in self.lanes for name in step.outputs)
-            axis = step.attributes.get("axis", 0)
-            rank = len(self.shapes[step.inputs[0]])
-            if source is not None and isinstance(axis, int) and axis % rank != source.axis:
-                return
-        if along and (source is not None):
-            self.steps[step.outputs[0]] = step
+            axes = [axis % len(shape) for axis in numbers.get(3, range(len(numbers[1])))]
+        if step.op == "Split" and 1 in numbers:
+            self.resizes.append(Split(step.outputs[0], data, axes[0], numbers[1]))
+        elif step.op == "Slice" and len(axes) == 1 and numbers.get(4, [1]) == [1]:
+            self.resizes.append(Slice(step.outputs[0], data, axes[0], (numbers[1][0], numbers[2][0])))
         else:
-            self._freeze(*step.inputs, *step.outputs)
+            self._mix(data, axes)
+        return True
+
+    def _numbers(self, step: Step, index: int) -> list[int] | None:
+        """A constant operand of sizes, axes or bounds."""
+        constant = self.sizes.constant(step.inputs[index])
+        return None if constant is None else [int(number) for number in constant.flatten().tolist()]
+
+    def _spread(self, name: str) -> Tensor:
+        """The numbers of a value, one for each of its elements."""
+        shape: Sequence[int] = self.sizes.shape(name)
+        grid = self.grids.get(name, np.zeros([1] * len(shape), np.int64))
+        return torch.from_numpy(np.broadcast_to(self.numbering.roots(grid), shape).copy())

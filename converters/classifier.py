@@ -159,6 +159,7 @@ def build(
 ) -> Classifier:
     """The classifier around a graph that has been checked already (a loaded one, or one prepared for quantization)."""
     normal = original.clone()
+    graphs.name_nodes(normal.graph)
     image = graphs.image_input(normal.graph)
     batch = image.shape[0] if image.shape is not None else None
     image.shape = ir.Shape([batch if isinstance(batch, int) else BATCH, *_fixed_shape(spec)])

@@ -14,7 +14,8 @@ from torch.onnx import TrainingMode
 from converters.errors import MixMixError
 from converters.files import read_model
 from converters.input_spec import InputSpec
-from converters.writeback import TEMPORARY, ensure_writable, save
+from converters.outputs import TEMPORARY, ensure_writable
+from converters.writeback import save
 
 
 def write_kept(

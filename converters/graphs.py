@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -85,6 +86,18 @@ def unused_name(graph: ir.Graph, name: str) -> str:
         count += 1
         candidate = f"{name}.{count}"
     return candidate
+
+
+def node_names(graph: ir.Graph) -> dict[ir.Node, str]:
+    """What a user finds each node by in a viewer: its name or, where it has none or shares it, its first output's."""
+    shared = Counter(node.name for node in graph)
+    return {node: node.name if node.name and shared[node.name] == 1 else str(node.outputs[0].name) for node in graph}
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Give every node its name of `node_names`, before a pass invents one for those that have none."""
+    for node, name in node_names(graph).items():
+        node.name = name
 
 
 def value_names(graph: ir.Graph) -> Iterable[str]:

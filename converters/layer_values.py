@@ -35,12 +35,14 @@ Values = Mapping[str, ir.Value]
 class LayerValue:
     """A node with a constant weight in a candidate.
 
-    `value` is its output. `bits` is the least width for the integers that occur in the weight, `act_bits` that of the
-    activation it reads; None where they are float. `measured` and `reference` name the candidate's and the reference's
-    value to compare, None where there is none. `reads` names the value that the layer's input is made of and the
-    reference's for it, None where it is the image or has no counterpart.
+    `name` is what users know it by (`graphs.node_names`), `value` its output. `bits` is the least width for the
+    integers that occur in the weight, `act_bits` that of the activation it reads; None where they are float.
+    `measured` and `reference` name the candidate's and the reference's value to compare, None where there is none.
+    `reads` names the value that the layer's input is made of and the reference's for it, None where it is the image or
+    has no counterpart.
     """
 
+    name: str
     value: str
     op: str
     bits: int | None
@@ -57,13 +59,14 @@ class LayerValue:
 def read_layers(candidate: Classifier, reference: Classifier) -> list[LayerValue]:
     """The layers of `candidate`, in order, with their counterparts in `reference`."""
     known = _float_values(reference.original.graph)
-    found = []
+    names, found = graphs.node_names(candidate.original.graph), []
     for node, operand, weight in _layers(candidate.original.graph):
         bits, container, sparsity = _stored(*weight)
         value, data = node.outputs[0], node.inputs[1 - operand]
         pair, reads = _counterparts(value, known), _origin(data, known)
         found.append(
             LayerValue(
+                name=names[node],
                 value=str(value.name),
                 op=node.op_type,
                 bits=bits,

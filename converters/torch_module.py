@@ -73,7 +73,8 @@ class Step:
 class Layer:
     """A node with a constant weight: Conv, Gemm or MatMul.
 
-    `output` identifies the layer (ONNX values are unique); `weight` and `bias` name initializers; `operand` is the
+    `name` is what users know it by (`graphs.node_names`), in every file that it is in; `output` identifies the layer
+    (ONNX values are unique); `weight` and `bias` name initializers; `operand` is the
     weight's position; `axis` is the output channel's axis in it (Conv [O, I/g, kh, kw]: 0; Gemm transB=1 [O, I]: 0;
     Gemm and MatMul [I, O]: 1; MatMul with the weight first, [O, I] times [..., I, T]: 0).
     """
@@ -131,7 +132,7 @@ class TorchClassifier(nn.Module):
 
     def _steps(self, operators: Mapping[str, registry.Found]) -> list[Step]:
         steps: list[Step] = []
-        for name, (node, operator) in operators.items():
+        for node, operator in operators.values():
             if operator.module is not None:
                 self.add_module(f"node_{len(steps)}", operator.module)
             fixed = {
@@ -139,7 +140,7 @@ class TorchClassifier(nn.Module):
                 for index in operator.static
                 if index < len(operator.inputs) and self.is_constant(operator.inputs[index])
             }
-            steps.append(Step(name, node.operation_type, operator, node.attributes, fixed))
+            steps.append(Step(node.name, node.operation_type, operator, node.attributes, fixed))
         return steps
 
     def constant(self, name: str) -> Tensor:

@@ -8,7 +8,6 @@ go on reading the old tensor, and what nobody reads any more is removed.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from converters.classifier import Classifier, build, logits_session
 from converters.endings import find_ending
 from converters.errors import ConversionError, ModelError, OutputError
 from converters.input_spec import METADATA_PREFIX
+from converters.outputs import TEMPORARY, ensure_writable, write_atomically
 from converters.runtime import Session, fits_protobuf, serialise
 from converters.targets import PLAIN_IR, PLAIN_OPSET, Container, Target
 from converters.torch_module import relative_difference
@@ -31,8 +31,6 @@ from converters.torch_module import relative_difference
 BIAS = 2  # operand position
 NOISE_SHARE = 0.05
 """The part of the noise of quantization that values on the other side of a rounding boundary may add to it."""
-TEMPORARY = ".mixmix-"
-"""How names of files begin that are being written; one that is left over is from a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -365,45 +363,6 @@ def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], No
             return path.stat().st_size + data.stat().st_size
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
-
-
-def ensure_writable(path: Path, *, overwrite: bool) -> None:
-    """Raise OutputError, before any work is done, when the file exists or its folder cannot be written to."""
-    folder = path.parent
-    try:
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder: name a file")
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists: choose another name, or pass --force to replace it")
-        if not folder.is_dir():
-            raise OutputError(f"{folder} is not a folder: create it or choose another output")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except ValueError:  # a NUL character
-        raise OutputError(f"{path} is not a file name: choose another output") from None
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written to ({error.strerror}): choose another output") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another output") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def difference_from(

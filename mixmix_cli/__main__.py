@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 
 import click
 
 from mixmix_cli.cli import cli
+from mixmix_cli.pipes import while_read
 
 DONE, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -23,17 +26,30 @@ def main(arguments: list[str] | None = None) -> int:
         return int(result or DONE)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except SystemExit:  # click's, when nobody reads what it prints: `mixmix --help | true`
+        return DONE
     except click.ClickException as error:
-        error.show()
+        _say_once(error.show)
         return BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was finished is kept, and the same command goes on from there", err=True)
+        message = "interrupted: what was finished is kept, and the same command goes on from there"
+        _say_once(lambda: click.echo(message, err=True))
         return INTERRUPTED
     except Exception as error:  # the last line of defence: a sentence, never a traceback
-        if "--traceback" in arguments:
-            traceback.print_exc()
-        click.echo(_sentence(error), err=True)
+        sentence = (traceback.format_exc() if "--traceback" in arguments else "") + _sentence(error)
+        _say_once(lambda: click.echo(sentence, err=True))
         return BAD_INPUT
+
+
+def _say_once(say: Callable[[], None]) -> None:
+    """Call `say`; of the processes that torchrun has started, in one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        with while_read(sys.stderr):
+            say()
+        return
+    from recipes.ranks import say_once
+
+    say_once(say)
 
 
 def _sentence(error: Exception) -> str:
@@ -46,7 +62,14 @@ def _sentence(error: Exception) -> str:
 
 def run() -> None:
     """The console script."""
-    sys.exit(main())
+    status = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Of three processes that had trained together, one in four runs saw one abort (SIGABRT) while native libraries
+        # were taken down, all work done and said; torchrun then calls the run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import click
 
@@ -20,6 +21,9 @@ COMMANDS = {
     "validate": "Hold candidates against a reference through onnxruntime, with gates for CI.",
     "report": "Write one page of images, accuracy, gates and error by layer, for people.",
 }
+
+SHARED_OUT = ("synth", "quantize", "distill")
+"""Commands that several processes, started by torchrun, work on together."""
 
 
 class LazyGroup(click.Group):
@@ -42,7 +46,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mixmix")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Compress ONNX image classifiers without their training data.
 
     \b
@@ -51,3 +56,9 @@ def cli() -> None:
     mixmix prune --sparsity 0.5 model.onnx --data data/
     mixmix validate model.onnx model.w4.onnx --data images/ --min-agreement 0.9
     """
+    started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if started_by_torchrun and os.environ["WORLD_SIZE"] != "1" and context.invoked_subcommand not in SHARED_OUT:
+        raise click.UsageError(
+            f"{context.invoked_subcommand} is work for one process: start it without torchrun, which is for"
+            f" {', '.join(SHARED_OUT[:-1])} and {SHARED_OUT[-1]}"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mixmix_cli.pipes import hush, while_read
+
 if TYPE_CHECKING:
     from converters.classifier import Classifier
     from converters.input_spec import InputSpec
@@ -32,13 +35,21 @@ FILE_WIDTH = 200
 """Columns of what goes to a file or a pipe, where nothing has to be broken."""
 
 
+class _Printer(Console):
+    """Rich ends the program where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        hush(self.file)
+
+
 class Terminal:
     """The one place that prints. Also the recipes' `Progress`."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
-        self.errors = Console(stderr=True, highlight=False)
-        self.results = Console(highlight=False, soft_wrap=True)
+        self.errors = _Printer(stderr=True, highlight=False)
+        self.results = _Printer(highlight=False, soft_wrap=True)
         if not self.results.is_terminal and "COLUMNS" not in os.environ:
             self.results.width = FILE_WIDTH
         self._warn_of_installation()
@@ -89,19 +100,15 @@ class Terminal:
                 f" {pixels(spec)}: set --mean, --std and --scale if that is wrong"
             )
 
-    def check_output(self, path: Path, force: bool) -> None:
-        """Refuse an output that exists or cannot be written, before any work is done."""
-        from converters.writeback import ensure_writable
-
-        ensure_writable(path, overwrite=force)
-
     def annotate(self, line: str) -> None:
         """A line for the CI server's log, whatever the verbosity."""
-        click.echo(line, err=True)
+        with while_read(sys.stderr):
+            click.echo(line, err=True)
 
     def document(self, value: Any) -> None:
         """The JSON result."""
-        click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+        with while_read(sys.stdout):
+            click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
 
     def show(self, content: Table | str) -> None:
         """A result for people, on stdout."""

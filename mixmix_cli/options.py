@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL = click.Path(path_type=Path)
+
+
+class ImagesPath(click.Path):
+    """Where images are; where none can be, that is said before anything heavy is imported."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from recipes.refusals import check_source
+
+        path = cast("Path", super().convert(value, param, ctx))
+        check_source(path)
+        return path
+
+
+IMAGES = ImagesPath(path_type=Path)
 
 
 def _apply(function: F, decorators: list[Callable[[F], F]]) -> F:
@@ -107,9 +121,7 @@ def smaller(function: F) -> F:
     return _apply(
         function,
         [
-            click.option(
-                "--data", type=click.Path(path_type=Path), help="Images to calibrate on (folder, synth output or .npz)."
-            ),
+            click.option("--data", type=IMAGES, help="Images to calibrate on (folder, synth output or .npz)."),
             click.option(
                 "--zoo",
                 cls=ListOption,

@@ -14,6 +14,7 @@ from mixmix_cli.results import compression_json, fusion_line, validation_table
 if TYPE_CHECKING:
     from recipes.account import Compression
     from recipes.pipeline import Request
+    from recipes.ranks import Ranks
     from recipes.validate import Validation
 
 
@@ -21,17 +22,38 @@ SLOWER = 1.05
 """Times the float model's latency from which it is said; below is noise."""
 
 
+def terminal_for(given: dict[str, Any], ranks: Ranks | None = None) -> Terminal:
+    """The terminal as the user wants it; of several processes, the first one alone says anything."""
+    heard = ranks is None or ranks.leads
+    return Terminal(as_json=given["as_json"], quiet=given["quiet"] or not heard, verbose=given["verbose"] and heard)
+
+
+def refuse_early(given: dict[str, Any], output: Path | None) -> None:
+    """Say what cannot work before torch is imported, which takes seconds. `output` is None where it depends on more."""
+    from recipes.refusals import check_compression
+
+    if given["zoo"] and given["data"] is not None:
+        raise click.UsageError("--zoo makes images, and --data gives them: leave one out")
+    models = [given["model"], *given["zoo"], *([given["student"]] if "student" in given else [])]
+    check_compression(models, output, given["data"], given["max_drop"], overwrite=given["force"])
+
+
 def request_from(
-    given: dict[str, Any], output: Path, recipe: str, terminal: Terminal, *, student: Path | None = None
+    given: dict[str, Any],
+    output: Path,
+    recipe: str,
+    terminal: Terminal,
+    *,
+    student: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Request:
     """Loads the models and says what had to be judged of them. Takes the input-spec options out of `given`."""
     from converters.load import load_classifier
     from recipes.pipeline import Request
+    from recipes.ranks import ALONE
     from recipes.settings import choose_device
     from recipes.validate import Gates
 
-    if given["zoo"] and given["data"] is not None:
-        raise click.UsageError("--zoo makes images, and --data gives them: leave one out")
     device = choose_device(given["device"])
     spec = {**options.spec_from(given), "size": given["size"]}
     classifier = load_classifier(given["model"], spec)
@@ -54,6 +76,7 @@ def request_from(
         overwrite=given["force"],
         version=__version__,
         student=taught,
+        ranks=ranks or ALONE,
     )
 
 

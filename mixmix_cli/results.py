@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from recipes.validate import Candidate, Validation
     from recipes.zoo import Zoo, ZooFacts
 
-ALWAYS = ("finite", "optimisations")
-"""Gates that nobody has to ask for."""
-
 
 def synthesis_json(result: Synthesis) -> dict[str, Any]:
     return {
@@ -141,8 +138,8 @@ def validation_json(result: Validation) -> dict[str, Any]:
                 "passed": candidate.passed,
                 "failed": candidate.failed,
                 "gates": [
-                    {"gate": verdict.gate, "passed": verdict.passed, "reason": verdict.reason}
-                    for verdict in candidate.verdicts
+                    {"gate": gate.gate, "passed": gate.passed, "reason": gate.reason, "seconds": gate.seconds}
+                    for gate in candidate.verdicts
                 ],
                 "layers": None if candidate.layers is None else [_layer_json(layer) for layer in candidate.layers],
             }
@@ -183,11 +180,12 @@ def validation_table(result: Validation) -> Table:
         for candidate in result.candidates
     ]
     columns = ["model", "top-1", "top-5", "agreement", "KL", "SNR", "size", "latency", "gates"]
-    return table(columns, rows)
+    return table(columns, rows, texts=["gates"])
 
 
 def _layer_json(layer: LayerNoise) -> dict[str, Any]:
     return {
+        "name": layer.name,
         "value": layer.value,
         "op": layer.op,
         "snr_db": layer.snr,
@@ -205,7 +203,7 @@ def layers_table(candidate: Candidate, layers: list[LayerNoise]) -> Table:
     """One row a layer, those that hurt most first."""
     rows = [
         [
-            escape(layer.value if layer.compared in (layer.value, None) else f"{layer.value} (as {layer.compared})"),
+            escape(layer.name if layer.compared in (layer.value, None) else f"{layer.name} (as {layer.compared})"),
             layer.op,
             _decibels(layer.own_snr),
             _decibels(layer.snr),
@@ -235,7 +233,7 @@ def layers_note(layers: list[LayerNoise]) -> str:
     if missing:
         note += f"\n{len(missing)} of {len(layers)} layers cannot be compared:"
         for reason in dict.fromkeys(layer.reason for layer in missing):
-            note += f"\n  {reason}: {', '.join(layer.value for layer in missing if layer.reason == reason)}"
+            note += f"\n  {reason}: {', '.join(layer.name for layer in missing if layer.reason == reason)}"
     return note
 
 
@@ -246,10 +244,10 @@ def _decibels(snr: float | None) -> str:
 
 
 def _gates(candidate: Candidate) -> str:
-    if candidate.failed:
-        return "failed: " + ", ".join(candidate.failed)
-    asked = [verdict for verdict in candidate.verdicts if verdict.gate not in ALWAYS]
-    return "passed" if asked else "none asked"
+    """Every gate by name, those that nobody has to ask for too."""
+    passed = [verdict.gate for verdict in candidate.verdicts if verdict.passed]
+    groups = {"failed": candidate.failed, "passed": passed}
+    return "; ".join(f"{word}: {', '.join(gates)}" for word, gates in groups.items() if gates)
 
 
 def inspection_json(result: Inspection) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.classifier import Classifier
-from converters.writeback import ensure_writable, write_atomically
+from converters.outputs import ensure_writable, write_atomically
 from recipes.images import ImageSet
 
 OTHER_TYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "FLOAT16": np.float16}

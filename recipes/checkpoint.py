@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from converters.errors import OutputError
+from converters.outputs import write_atomically
 from converters.torch_module import TorchClassifier
-from converters.writeback import write_atomically
 from recipes.images import ImageSet
 
 SECONDS = 20.0
@@ -36,6 +36,10 @@ class State:
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
+
+    def cpu(self) -> State:
+        """The same, where another process can take it over."""
+        return State({name: tensor.cpu() for name, tensor in self.tensors.items()}, self.numbers)
 
 
 class Stateful(Protocol):

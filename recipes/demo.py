@@ -32,6 +32,7 @@ from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE as QUANTIZE
 from recipes.quantize.settings import QuantizeSettings
+from recipes.refusals import check_empty
 from recipes.settings import load_recipe
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
@@ -142,9 +143,9 @@ def to_json(demo: Demo) -> dict[str, object]:
 
 
 def _make_room(directory: Path, overwrite: bool) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not overwrite:
-            raise OutputError(f"{directory} is not empty: choose another folder with -o, or pass --force to replace it")
+    if not overwrite:
+        check_empty(directory)
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         if not directory.is_dir() or not ((directory / RESULTS).is_file() or (directory / "images-single").is_dir()):
             raise OutputError(f"{directory} was not written by the demo, so --force will not clear it: remove it first")
         shutil.rmtree(directory)
@@ -156,7 +157,7 @@ def _make_room(directory: Path, overwrite: bool) -> None:
 
 def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Progress) -> ImageSet:
     modules = [to_torch(load_classifier(zoo.model_path(name))) for name in names]
-    settings = load_synth_recipe("default", "default", (), None, {"images": IMAGES})
+    settings = load_synth_recipe("small", "default", (), None, {"images": IMAGES})
     progress.say(f"{IMAGES} images from {', '.join(names)}")
     synthesize(modules, directory, settings, seed=seed, progress=progress)
     return load_images(directory)

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from converters.errors import OutputError
-from converters.writeback import TEMPORARY, write_atomically
+from converters.outputs import TEMPORARY, write_atomically
 from recipes.images import MANIFEST, METADATA, PREVIEW, contact_sheet, encode_image, to_bytes
+from recipes.refusals import check_set_folder
 
 PREVIEW_IMAGES = 64
 RECORDS = "shards"
@@ -42,7 +43,8 @@ class ImageStore:
         Raises OutputError where the folder holds something else, or cannot be written to.
         """
         directory, finished = self.directory, []
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        check_set_folder(directory, resume=resume, overwrite=overwrite)
+        if directory.exists() and any(directory.iterdir()):
             finished = self._take_over(resume=resume, overwrite=overwrite)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,6 @@ class ImageStore:
             except OtherSetError:
                 if not overwrite:
                     raise
-        if not overwrite:
-            raise OutputError(f"{self.directory} is not empty: pass --resume to go on, or --force to replace it")
         if not (self.directory / MANIFEST).is_file():
             raise OutputError(
                 f"{self.directory} was not written by synth, so --force will not clear it: remove it first"

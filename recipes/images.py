@@ -21,15 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from converters.errors import MixMixError
+from recipes.refusals import DataError, check_source
 
 LabelKind = Literal["real", "targets", "none"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".npy")
 MANIFEST, METADATA, PREVIEW = "manifest.json", "metadata.jsonl", "preview.png"
-
-
-class DataError(MixMixError):
-    """An image set that is missing, empty or malformed."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +77,8 @@ def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] |
     resized, centre cropped.
     Raises DataError with what is wrong, where, and what to do instead.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a folder of images, a folder that synth wrote, or an .npz file")
+    check_source(path)
     if path.is_file():
-        if path.suffix != ".npz":
-            raise DataError(f"{path} is neither a folder nor an .npz file: give one of these")
         return _load_npz(path).take(limit)
     if (path / METADATA).is_file():
         return _load_synthesized(path, limit)

@@ -33,10 +33,12 @@ Inputs = Callable[[Classifier, int, int], NDArray[np.float32]]
 class LayerNoise:
     """One layer of a candidate; SNRs in dB, infinite where nothing differs and -infinite where it is not finite.
 
-    `value` is the layer's output in the candidate, `compared` the reference's value it is held against. `snr` is None
-    where there is none to compare, `own_snr` (the layer on the reference's input) also where that input is not known.
+    `name` is what users know the layer by, `value` its output in the candidate, `compared` the reference's value that
+    it is held against. `snr` is None where there is none to compare, `own_snr` (the layer on the reference's input)
+    also where that input is not known.
     """
 
+    name: str
     value: str
     op: str
     snr: float | None
@@ -118,6 +120,7 @@ def _account(layer: LayerValue, running: Sums, alone: Sums) -> LayerNoise:
     elif not math.isfinite(snr):
         reason = "equal to the reference" if snr > 0 else "infinite or no numbers"
     return LayerNoise(
+        name=layer.name,
         value=layer.value,
         op=layer.op,
         snr=snr,

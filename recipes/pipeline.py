@@ -15,7 +15,7 @@ from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
 from converters.targets import PORTABLE, Target
 from converters.torch_module import TorchClassifier, to_torch
-from converters.writeback import ensure_writable, prepare_for_quantization
+from converters.writeback import prepare_for_quantization
 from recipes.account import Compression
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
@@ -28,11 +28,12 @@ from recipes.prune.settings import PruneSettings
 from recipes.quantize.budget import Budget
 from recipes.quantize.engine import check_bits, least_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
+from recipes.ranks import ALONE, Ranks
+from recipes.refusals import check_compression
 from recipes.settings import Effort
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import SynthSettings, load_synth_recipe
 from recipes.validate import (
-    GateError,
     Gates,
     LabelError,
     Validation,
@@ -41,6 +42,9 @@ from recipes.validate import (
     require_labels,
     validate,
 )
+
+SMALL = 64
+"""Pixels a side up to which the recipe `small` is taken: measured at 28, and the default at 224."""
 
 
 def convert_all(classifiers: Sequence[Classifier], device: torch.device, progress: Progress) -> list[TorchClassifier]:
@@ -62,11 +66,16 @@ def load_suitable_recipe(
     changes: Mapping[str, Any],
     progress: Progress,
 ) -> tuple[str, SynthSettings]:
-    """The recipe of that name, or the one that fits the models: `default`, or `labels` where none has statistics."""
+    """The recipe of that name, or the one that fits the models.
+
+    That is `labels` where none has statistics, `small` for images of up to SMALL pixels a side, and else `default`.
+    """
     if name is None:
-        name = "default" if any(model.has_statistics for model in models) else "labels"
-        if name == "labels":
+        if not any(model.has_statistics for model in models):
+            name = "labels"
             progress.say("no model has BatchNorm statistics: images are shaped by its labels alone (recipe labels)")
+        else:
+            name = "small" if max(max(model.spec.size) for model in models) <= SMALL else "default"
     return name, load_synth_recipe(name, effort, overrides, steps, changes)
 
 
@@ -117,6 +126,8 @@ class Request:
     version: str
     student: Classifier | None = None
     """Whom `classifier` teaches, where it is not itself made smaller."""
+    ranks: Ranks = ALONE
+    """Who works on it; `prune` is for one process."""
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -146,12 +157,8 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     """Images, the smaller file, and its validation on them. What cannot work is refused before any work is done."""
     classifier, gates = request.classifier, request.gates
     given = (classifier, *request.zoo, *([request.student] if request.student is not None else []))
-    sources = {model.path.resolve() for model in given}
-    if request.output.resolve() in sources:
-        raise OutputError(f"{request.output} is the model itself, which is never replaced: choose another name with -o")
-    ensure_writable(request.output, overwrite=request.overwrite)
-    if request.data is None and gates.max_drop is not None:
-        raise GateError("--max-drop needs real labels: give labelled images with --data")
+    models = (model.path for model in given)
+    check_compression(models, request.output, request.data, gates.max_drop, overwrite=request.overwrite)
     if request.data is None:  # the engine refuses too, but only when it has images
         write.check(request)
     images = calibration_images(request, progress)
@@ -165,7 +172,9 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
             progress.say(f"labels left aside: {error}")
             images = replace(images, labels=None, label_kind="none")
     result = write.write(request, images, progress)
-    return result, validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
+    return result, request.ranks.lead(
+        lambda: validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
+    )
 
 
 def check_quantizable(
@@ -195,6 +204,7 @@ def quantizing(
             target,
             **request.how(progress),
             provenance=request.provenance,
+            ranks=request.ranks,
         )
 
     return Write(check, write)
@@ -239,6 +249,7 @@ def distilling(settings: DistillSettings) -> Write:
             settings,
             **request.how(progress),
             provenance=request.provenance,
+            ranks=request.ranks,
         )
 
     return Write(check, write)
@@ -299,9 +310,7 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     )
     modules = convert_all(choose_models(models, settings, recipe), request.device, progress)
     directory = request.output.parent / f"{target.name}.images"
-    found = directory.exists()
-    if found and not request.overwrite and not (directory / MANIFEST).is_file():
-        raise OutputError(f"{directory}, where made images go, is there already: move it, or give images with --data")
+    found = request.ranks.lead(lambda: _were_made(directory, overwrite=request.overwrite))  # before anyone makes them
     try:
         synthesize(
             modules,
@@ -314,6 +323,7 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
             overwrite=request.overwrite,
             progress=progress,
             versions={"mixmix": request.version},
+            ranks=request.ranks,
         )
     except OtherSetError as error:
         raise OutputError(
@@ -321,4 +331,13 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
             f" as they are with --data {directory}, move them, or make new ones with --force"
         ) from error
     progress.say(f"calibration images, made from the models, are in {directory}")
+    request.ranks.wait()
     return load_images(directory)
+
+
+def _were_made(directory: Path, *, overwrite: bool) -> bool:
+    """Whether an earlier run has left images. Raises OutputError for a folder that is none of ours."""
+    found = directory.exists()
+    if found and not overwrite and not (directory / MANIFEST).is_file():
+        raise OutputError(f"{directory}, where made images go, is there already: move it, or give images with --data")
+    return found

@@ -12,9 +12,10 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from converters.writeback import write_atomically
+from converters.outputs import write_atomically
 from recipes.image_store import PREVIEW_IMAGES, ImageStore
-from recipes.images import MANIFEST, PREVIEW, DataError, contact_sheet, load_images, to_bytes
+from recipes.images import MANIFEST, PREVIEW, contact_sheet, load_images, to_bytes
+from recipes.refusals import DataError
 
 HEAVY = 2_000_000
 """Bytes of a contact sheet above which it is stored as JPEG: photographs compress badly as PNG."""

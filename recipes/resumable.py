@@ -48,13 +48,17 @@ class Walk:
         found = self.checkpoint.find()
         if found is None:
             return None
+        self.restore(found)
+        progress.say(f"going on after block {self._done}, as what was done before is kept")
+        return found
+
+    def restore(self, found: State) -> None:
+        """Take up what another run, or another process, has come to."""
         self._complete(found)
         scatter(found, self.tables)
         self.generator.set_state(found.tensors[GENERATOR])
         self.account = [(name, Reconstruction(before, after)) for name, before, after in found.numbers["account"]]
         self._done = int(found.numbers["blocks"])
-        progress.say(f"going on after block {self._done}, as what was done before is kept")
-        return found
 
     def through(self, stretches: Iterable[Stretch], passed: Callable[[Stretch], None]) -> Iterator[Stretch]:
         """The stretches that are not done yet; `passed` is told the others."""

@@ -2,6 +2,9 @@
 
 Both networks see the same image, moved and, for a share of the images, blended with another (Beyer et al. 2022), so
 that a fixed set of images is never seen twice. Adam, with a linear rise of the rate and then a half cosine to 0.
+
+Several processes (`ranks`) share out every batch once it is drawn, moved and mixed, and come to what one comes to, but
+for rounding: losses and statistics are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from converters.errors import MixMixError
 from recipes.checkpoint import Checkpoint, State
 from recipes.images import ImageSet
 from recipes.progress import Task
+from recipes.ranks import ALONE, Part, Ranks
 from recipes.reconstruct import Group
 
 LOOK_EVERY = 8
@@ -52,15 +56,18 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def train(
     images: ImageSet,
     groups: Sequence[Group],
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor, Part], Tensor],
     how: Training,
     generator: torch.Generator,
     task: Task,
     checkpoint: Checkpoint | None = None,
     found: State | None = None,
     before: State | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Train the tensors of `groups` in place. `loss_of` gives the loss for pixels [n, C, H, W].
+    """Train the tensors of `groups` in place, alike in all `ranks`.
+
+    `loss_of` gives the loss of a whole batch from this process's pixels of it [n, C, H, W] and which part that is.
 
     `found` is the state that an interrupted run left in `checkpoint`; the result is that of a run that was not
     interrupted. `before` is kept with every state: what the caller needs to come to this point again.
@@ -76,6 +83,7 @@ def train(
         begun = int(found.numbers["step"])
         order = _restore(found, tensors, optimizer, generator)
         task.advance(begun)
+    ranks.spread(tensors)
     for step in range(begun, how.steps):
         for entry, group in zip(optimizer.param_groups, groups, strict=True):
             entry["lr"] = group.rate * schedule(step / how.steps, how.warmup)
@@ -83,15 +91,17 @@ def train(
             order = torch.randperm(len(images), generator=generator)
         chosen, order = order[: how.batch], order[how.batch :]
         pixels = move_images(images.pixels[chosen], how.shift, how.flip, generator)
-        loss = loss_of(mix_images(pixels, how.mixing, generator))
+        part = Part.of(ranks, len(pixels))
+        loss = loss_of(part.take(mix_images(pixels, how.mixing, generator)), part)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        ranks.average([tensor.grad for tensor in tensors if tensor.grad is not None])
         optimizer.step()
         seen = float(loss.detach()) if step % LOOK_EVERY == 0 else 0.0
         if not math.isfinite(seen):
             raise _diverged(how)
         task.advance(1, f"loss {seen:.3f}" if step % LOOK_EVERY == 0 else None)
-        if checkpoint is not None:
+        if checkpoint is not None and ranks.leads:
             done = step + 1
             now = partial(_state, done, order, tensors, optimizer, generator, before)
             checkpoint.offer(now)

@@ -8,6 +8,7 @@ itself changes, that is a failure and not rounding.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from converters.runtime import Session
 from recipes.images import ImageSet, LabelKind
 from recipes.layer_noise import LayerNoise, measure_layers, ratio
 from recipes.progress import Progress, Silent
+from recipes.refusals import GateError
 
 BATCH = 50
 FUSION_SHARE = 0.25
@@ -31,10 +33,6 @@ SLACK = 1e-9
 """Shares of images are compared as if exact: 0.95 - 0.94 is a little more than 0.01 in floating point."""
 
 Logits = NDArray[np.float64]
-
-
-class GateError(MixMixError):
-    """A gate that cannot be decided on these images."""
 
 
 class LabelError(MixMixError):
@@ -51,6 +49,14 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a model makes of all images, and how long that took."""
+
+    logits: Logits
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a gate says of one candidate."""
 
@@ -58,6 +64,8 @@ class Verdict:
     passed: bool
     reason: str
     """The figure and its limit."""
+    seconds: float = 0.0
+    """How long the run took that it was judged on, which other gates may have been judged on too."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class Validation:
     candidates: list[Candidate]
     images: int
     labels: LabelKind
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -163,7 +172,7 @@ def validate(
 
     Raises GateError when a gate needs labels that are not there.
     """
-    gates, progress = gates or Gates(), progress or Silent()
+    gates, progress, started = gates or Gates(), progress or Silent(), time.perf_counter()
     require_labels(images, gates)
     labels = images.labels.numpy() if images.labels is not None and images.label_kind == "real" else None
     with progress.task("validating", 1 + (3 if layers else 2) * len(candidates)) as task:
@@ -175,12 +184,12 @@ def validate(
         task.advance()
         judged = []
         for candidate in candidates:
-            fused = _logits(candidate, reference, images, threads=threads)
+            fused = _run(candidate, reference, images, threads=threads)
             task.advance()
-            plain = _logits(candidate, reference, images, threads=threads, optimise=False)
-            if fused.shape != logits.shape:
+            plain = _run(candidate, reference, images, threads=threads, optimise=False)
+            if fused.logits.shape != logits.shape:
                 raise MixMixError(
-                    f"{candidate.path} has {fused.shape[1]} classes, {reference.path} has {logits.shape[1]}:"
+                    f"{candidate.path} has {fused.logits.shape[1]} classes, {reference.path} has {logits.shape[1]}:"
                     " give models of one task"
                 )
             latency = _latency(candidate, reference, images, threads)
@@ -189,40 +198,43 @@ def validate(
             if layers:
                 judged[-1] = replace(judged[-1], layers=_layers(candidate, reference, images, threads))
                 task.advance()
-    return Validation(held, judged, len(images), images.label_kind)
+    return Validation(held, judged, len(images), images.label_kind, time.perf_counter() - started)
 
 
 def _judge(
     candidate: Classifier,
     reference: Reference,
     expected: Logits,
-    fused: Logits,
-    plain: Logits,
+    fused: Run,
+    plain: Run,
     labels: NDArray[np.int64] | None,
     latency: float,
     gates: Gates,
 ) -> Candidate:
-    top1, top5 = _accuracy(fused, labels, candidate)
-    agreement = float((fused.argmax(1) == expected.argmax(1)).mean())
+    logits = fused.logits
+    top1, top5 = _accuracy(logits, labels, candidate)
+    agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
     drop = reference.top1 - top1 if reference.top1 is not None and top1 is not None else None
-    verdicts = _asked(gates, drop, top1, agreement)
-    finite = bool(np.isfinite(fused).all())
-    verdicts.append(Verdict("finite", finite, "logits are " + ("finite" if finite else "infinite or no numbers")))
-    allowed = max(FUSION_SHARE * float(np.square(plain - expected).sum()), FUSION_FLOOR * float(np.square(plain).sum()))
-    noise = float(np.square(fused - plain).sum())
+    finite = bool(np.isfinite(logits).all())
+    word = "finite" if finite else "infinite or no numbers"
+    verdicts = [*_asked(gates, drop, top1, agreement), Verdict("finite", finite, f"logits are {word}")]
+    verdicts = [replace(verdict, seconds=fused.seconds) for verdict in verdicts]
+    power, change = (float(np.square(values).sum()) for values in (plain.logits, plain.logits - expected))
+    allowed = max(FUSION_SHARE * change, FUSION_FLOOR * power)
+    noise = float(np.square(logits - plain.logits).sum())
     reason = f"graph optimisations change the logits by {noise:.2g} (squared), allowed are {allowed:.2g}"
-    verdicts.append(Verdict("optimisations", not noise > allowed, reason))
+    verdicts.append(Verdict("optimisations", not noise > allowed, reason, plain.seconds))
     return Candidate(
         path=candidate.path,
         top1=top1,
         top5=top5,
         agreement=agreement,
-        kl=divergence(expected, fused),
-        snr=decibels(expected, fused),
+        kl=divergence(expected, logits),
+        snr=decibels(expected, logits),
         drop=drop,
         size_bytes=candidate.size_bytes,
         latency_ms=latency,
-        fusion_snr=decibels(plain, fused),
+        fusion_snr=decibels(plain.logits, logits),
         verdicts=verdicts,
     )
 
@@ -260,6 +272,12 @@ def _layers(candidate: Classifier, reference: Classifier, images: ImageSet, thre
         return _inputs(model, reference, images, start, stop)
 
     return measure_layers(reference, candidate, inputs, len(images), threads=threads)
+
+
+def _run(model: Classifier, reference: Classifier, images: ImageSet, *, threads: int, optimise: bool = True) -> Run:
+    started = time.perf_counter()
+    logits = _logits(model, reference, images, threads=threads, optimise=optimise)
+    return Run(logits, time.perf_counter() - started)
 
 
 def _logits(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.outputs import ensure_writable
 from converters.runtime import fits_protobuf
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, share_of_zeros
@@ -27,9 +28,9 @@ PROOF_BATCH = 4  # images at once where the file takes any number
 
 def begin(prepared: Classifier, output: Path, device: torch.device | None, *, overwrite: bool) -> TorchClassifier:
     """The module to change, once it is sure that `output` can be written. Raises MixMixError where it cannot."""
-    writeback.ensure_writable(output, overwrite=overwrite)
+    ensure_writable(output, overwrite=overwrite)
     if not fits_protobuf(prepared.original):
-        writeback.ensure_writable(writeback.data_beside(output), overwrite=overwrite)
+        ensure_writable(writeback.data_beside(output), overwrite=overwrite)
     module = to_torch(prepared).to(device or torch.device("cpu"))
     if module.device.type == "cpu":
         keep_freed_memory()

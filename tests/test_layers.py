@@ -38,6 +38,11 @@ def test_imports_go_down(package: str) -> None:
         assert not seen & FORBIDDEN[package], f"{file} imports {seen & FORBIDDEN[package]}"
 
 
+def test_the_page_is_made_of_results() -> None:
+    for file in (ROOT / "mixmix_cli" / "report").rglob("*.py"):
+        assert "converters" not in {name.split(".")[0] for name in imported(file)}, file
+
+
 @pytest.mark.parametrize("package", SIBLINGS)
 def test_recipes_do_not_import_one_another(package: str) -> None:
     others = [f"recipes.{name}" for name in SIBLINGS if name != package]

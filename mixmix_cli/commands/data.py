@@ -9,8 +9,6 @@ import click
 
 from mixmix_cli import options
 
-DATA = click.Path(path_type=Path)
-
 
 @click.group("data")
 def command() -> None:
@@ -23,7 +21,7 @@ def command() -> None:
 
 
 @command.command("export")
-@click.argument("data", type=DATA)
+@click.argument("data", type=options.IMAGES)
 @click.option("--model", required=True, type=options.MODEL, help="The model that is to take the tensors.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Only this many images.")
@@ -36,17 +34,22 @@ def export(**given: Any) -> int:
 
     Example: mixmix data export data/ --model model.onnx -o calib.npz
     """
+    from converters.outputs import ensure_writable
+
+    output = given["output"]
+    if output.suffix != ".npz" and not output.is_dir():
+        raise click.UsageError(f"{output} does not end in .npz, as what is written does: choose another name")
+    ensure_writable(output, overwrite=given["force"])
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal, size
     from recipes.calibration import export_calibration
     from recipes.images import load_images
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    terminal.check_output(given["output"], given["force"])
     classifier = load_classifier(given["model"], {**options.spec_from(given), "size": given["size"]})
     terminal.tell_choices(classifier)
     images = load_images(given["data"], given["images"], size=classifier.spec.size)
-    result = export_calibration(classifier, images, given["output"], overwrite=given["force"])
+    result = export_calibration(classifier, images, output, overwrite=given["force"])
     if terminal.as_json:
         terminal.document(
             {"output": result.output, "key": result.key, "shape": result.shape, "dtype": result.dtype,
@@ -59,8 +62,8 @@ def export(**given: Any) -> int:
 
 
 @command.command("compare")
-@click.argument("a", type=DATA)
-@click.argument("b", type=DATA)
+@click.argument("a", type=options.IMAGES)
+@click.argument("b", type=options.IMAGES)
 @click.option("--model", required=True, type=options.MODEL, help="The model in whose features they are compared.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Only this many images of each set.")
 @click.option(

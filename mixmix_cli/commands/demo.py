@@ -23,6 +23,10 @@ def command(**given: Any) -> int:
 
     Example: mixmix demo -o mixmix-demo
     """
+    if not given["force"]:
+        from recipes.refusals import check_empty
+
+        check_empty(given["output"])
     from mixmix_cli.console import Terminal, percent, table
     from recipes.demo import COLUMNS, ROWS, run_demo, to_json
 

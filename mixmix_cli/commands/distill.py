@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mixmix_cli import options
+
+if TYPE_CHECKING:
+    from recipes.ranks import Ranks
+
+
+def output_path(student: Path) -> Path:
+    """`student.distilled.onnx`, beside the student."""
+    return student.with_suffix(".distilled.onnx")
 
 
 @click.command("distill", cls=options.CommandWithLists)
@@ -27,19 +35,34 @@ def command(**given: Any) -> int:
     What is said of the input (--mean, --std, --scale, --layout, --channels, --size) holds for both models: where they
     differ, leave it out and say it of each in a TOML file beside it (TEACHER.toml, STUDENT.toml, table [input]).
 
+    With several devices or machines, torchrun shares the training out:
+    torchrun --nproc-per-node 4 -m mixmix_cli distill large.onnx small.onnx
+
     Example: mixmix distill large.onnx small.onnx
     """
-    from mixmix_cli.console import Terminal, percent
-    from mixmix_cli.requests import request_from, show_result
-    from recipes.distill.engine import output_path
+    from mixmix_cli.requests import refuse_early
+
+    refuse_early(given, given["output"] or output_path(given["student"]))
+    from recipes.ranks import join_ranks
+
+    with join_ranks(given["device"]) as ranks:
+        return _distill(ranks, given)
+
+
+def _distill(ranks: Ranks, given: dict[str, Any]) -> int:
+    """What each process does; the first one alone says anything."""
+    from mixmix_cli.console import percent
+    from mixmix_cli.requests import request_from, show_result, terminal_for
     from recipes.distill.settings import PACKAGE, DistillSettings
     from recipes.pipeline import compress, distilling
     from recipes.settings import load_recipe
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given, ranks)
     overrides = [*given["overrides"], *([f"steps={given['steps']}"] if given["steps"] else [])]
     settings = load_recipe(DistillSettings, PACKAGE, given["recipe"], given["effort"], overrides)
-    request = request_from(given, output_path(given["student"]), given["recipe"], terminal, student=given["student"])
+    output = output_path(given["student"])
+    request = request_from(given, output, given["recipe"], terminal, student=given["student"], ranks=ranks)
     result, validation = compress(request, distilling(settings), terminal)
     zeros = f"; {percent(result.sparsity)} of its weights are zero, as before" if result.sparsity > 0.01 else ""
-    return show_result(terminal, result, validation, f"{settings.steps} steps on {validation.images} images{zeros}")
+    account = f"{settings.steps} steps on {validation.images} images{zeros}"
+    return ranks.lead(lambda: show_result(terminal, result, validation, account))

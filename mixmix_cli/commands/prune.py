@@ -36,8 +36,10 @@ def command(**given: Any) -> int:
 
     Example: mixmix prune --sparsity 0.5 model.onnx
     """
+    from mixmix_cli.requests import refuse_early, request_from, show_result
+
+    refuse_early(given, given["output"])
     from mixmix_cli.console import Terminal
-    from mixmix_cli.requests import request_from, show_result
     from recipes.pipeline import compress, pruning, pruning_then_quantizing
     from recipes.prune.engine import make_goal, output_path
     from recipes.prune.settings import PACKAGE, PruneSettings

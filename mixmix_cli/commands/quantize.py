@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mixmix_cli import options
+
+if TYPE_CHECKING:
+    from converters.targets import Target
+    from recipes.quantize.budget import Budget
+    from recipes.ranks import Ranks
 
 BITS = click.IntRange(2, 8)
 WIDE = 16
@@ -24,6 +29,12 @@ class ActivationBits(click.IntRange):
             return WIDE if str(value) == str(WIDE) else super().convert(value, param, ctx)
         except click.BadParameter:
             self.fail(f"{value!r} is not 2 to 8, or {WIDE}", param, ctx)
+
+
+def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
+    """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input; `model.mixed.onnx` by budget."""
+    weights = f"w{bits}" if isinstance(bits, int) else "mixed"
+    return model.with_suffix(f".{weights}{'' if act_bits is None else f'a{act_bits}'}.onnx")
 
 
 @click.command("quantize", cls=options.CommandWithLists)
@@ -60,28 +71,40 @@ class ActivationBits(click.IntRange):
 def command(**given: Any) -> int:
     """Quantize MODEL to --bits bits. Without --data, images are made from --zoo, or from MODEL itself.
 
+    With several devices or machines, torchrun shares out the training of --method qat:
+    torchrun --nproc-per-node 4 -m mixmix_cli quantize --bits 2 --act-bits 4 --method qat model.onnx
+
     Example: mixmix quantize --bits 4 model.onnx
     """
     if (given["bits"] is None) == (given["mixed"] is None):
         raise click.UsageError("give either --bits or --mixed: how many bits the weights get")
+    from mixmix_cli.requests import refuse_early
     from recipes.quantize.budget import Budget
 
     act_bits = given["act_bits"]
     bits = given["bits"] if given["mixed"] is None else Budget.parse(given["mixed"])
+    refuse_early(given, given["output"] or output_path(given["model"], bits, act_bits))
 
     from converters.targets import choose_target
 
     target = choose_target(given["target"], given["weight_container"], act_bits)
 
-    from mixmix_cli.console import Terminal
-    from mixmix_cli.requests import request_from, show_result
+    from recipes.ranks import join_ranks
+
+    with join_ranks(given["device"]) as ranks:
+        return _quantize(ranks, given, bits, target)
+
+
+def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: Target) -> int:
+    """What each process does; the first one alone says anything."""
+    from mixmix_cli.requests import request_from, show_result, terminal_for
     from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, quantizing
-    from recipes.quantize.engine import output_path
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
     from recipes.settings import load_recipe
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    act_bits = given["act_bits"]
+    terminal = terminal_for(given, ranks)
     if (
         target.integer_kernels
         and given["bits"] is not None
@@ -91,6 +114,11 @@ def command(**given: Any) -> int:
         terminal.say(f"{bits}-bit weights are stored in 8 bits, which integer kernels take: as large as --bits 8")
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
-    request = request_from(given, output_path(given["model"], bits, act_bits), recipe, terminal)
+    if ranks.count > 1 and not settings.train_steps:
+        raise click.UsageError(
+            f"{recipe} is work for one process: start it without torchrun, or take --method qat, whose training is"
+            " shared out"
+        )
+    request = request_from(given, output_path(given["model"], bits, act_bits), recipe, terminal, ranks=ranks)
     result, validation = compress(request, quantizing(settings, bits, act_bits, target), terminal)
-    return show_result(terminal, result, validation, placement_line(result))
+    return ranks.lead(lambda: show_result(terminal, result, validation, placement_line(result)))

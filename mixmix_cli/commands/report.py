@@ -30,21 +30,22 @@ def command(**given: Any) -> int:
 
     Example: mixmix report data/ quantize.json validate.json -o report.html
     """
-    from mixmix_cli.console import Terminal, size
+    from converters.outputs import ensure_writable
     from mixmix_cli.report.documents import ReportError, read_source
-    from recipes.records import write_text
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     output = given["output"]
     if any(path.resolve() == output.resolve() for path in given["inputs"]):
         raise ReportError(f"{output} is one of the inputs: choose another output with -o")
-    terminal.check_output(output, given["force"])
+    ensure_writable(output, overwrite=given["force"])
     sources = [read_source(path) for path in given["inputs"]]
 
+    from mixmix_cli.console import Terminal, size
     from mixmix_cli.report.models import summarise
     from mixmix_cli.report.page import render
     from mixmix_cli.report.sections import section_of, title_of
+    from recipes.records import write_text
 
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     with terminal.task("drawing", len(sources)) as task:
         sections = []
         for source in sources:

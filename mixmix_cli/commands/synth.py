@@ -37,6 +37,9 @@ def command(**given: Any) -> int:
 
     Example: mixmix synth models/*.onnx -o data/
     """
+    from recipes.refusals import check_set_folder
+
+    check_set_folder(given["output"], resume=given["resume"], overwrite=given["force"])
     from recipes.ranks import join_ranks
 
     with join_ranks() as ranks:
@@ -46,15 +49,13 @@ def command(**given: Any) -> int:
 def _synth(ranks: Ranks, given: dict[str, Any]) -> int:
     """What each process does; the first one alone says anything."""
     from converters.load import load_classifier
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.requests import terminal_for
     from mixmix_cli.results import synthesis_json
     from recipes.pipeline import choose_models, convert_all, load_suitable_recipe
     from recipes.settings import choose_device
     from recipes.synth.engine import synthesize
 
-    terminal = Terminal(
-        as_json=given["as_json"], quiet=given["quiet"] or not ranks.leads, verbose=given["verbose"] and ranks.leads
-    )
+    terminal = terminal_for(given, ranks)
     changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
     device = choose_device(given["device"])
     classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]

@@ -15,7 +15,7 @@ FRACTION = click.FloatRange(0, 1)
 @click.command("validate")
 @click.argument("reference", type=options.MODEL)
 @click.argument("candidates", nargs=-1, required=True, type=options.MODEL)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, synth output or .npz.")
+@click.option("--data", required=True, type=options.IMAGES, help="Images: a folder, synth output or .npz.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Use the first N images only.")
 @click.option("--layers", is_flag=True, help="Signal-to-noise ratio of every layer's output, what hurts most first.")
 @click.option("--max-drop", type=FRACTION, help="Gate: top-1 may fall by this fraction.")
@@ -33,6 +33,10 @@ def command(**given: Any) -> int:
 
     Example: mixmix validate model.onnx model.w4.onnx --data images/ --max-drop 0.01
     """
+    if given["junit"]:
+        from converters.outputs import ensure_writable
+
+        ensure_writable(given["junit"], overwrite=given["force"])
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import layers_note, layers_table, validation_json, validation_table
@@ -40,8 +44,6 @@ def command(**given: Any) -> int:
     from recipes.validate import Gates, validate
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    if given["junit"]:
-        terminal.check_output(given["junit"], given["force"])
     spec = {**options.spec_from(given), "size": given["size"]}
     reference = load_classifier(given["reference"], spec)
     candidates = [load_classifier(path, spec) for path in given["candidates"]]
@@ -68,7 +70,7 @@ def command(**given: Any) -> int:
                 terminal.show(layers_table(candidate, candidate.layers))
                 terminal.show(layers_note(candidate.layers))
     if given["junit"]:
-        from mixmix_cli.report import write_junit
+        from mixmix_cli.junit import write_junit
 
         write_junit(result, given["junit"])
     if given["github"]:

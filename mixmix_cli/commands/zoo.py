@@ -52,15 +52,15 @@ def show(**given: Any) -> int:
 
     Example: mixmix zoo show mixmix-mobile
     """
+    names = given["zoo"]
+    files = [name for name in names if name.endswith(".onnx")]
+    if files and len(files) < len(names):
+        raise click.UsageError("name zoos or files, not both")
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import files_json, files_page, zoo_json, zoo_page
     from recipes.zoo import embedded_files, find_zoo, show_files
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    names = given["zoo"]
-    files = [name for name in names if name.endswith(".onnx")]
-    if files and len(files) < len(names):
-        raise click.UsageError("name zoos or files, not both")
     if files or names == ("embedded",):
         facts = show_files(_load(names) if files else embedded_files(), terminal)
         if terminal.as_json:

@@ -52,6 +52,7 @@ class Gate(Part):
 
 
 class LayerNoise(Part):
+    name: str | None = None
     value: str
     op: str = ""
     snr_db: float | None = None
@@ -62,6 +63,11 @@ class LayerNoise(Part):
     container: str | None = None
     compared_with: str | None = None
     reason: str | None = None
+
+    @property
+    def known_as(self) -> str:
+        """The layer's name, which older documents do not have."""
+        return self.name or self.value
 
 
 class Judged(Part):

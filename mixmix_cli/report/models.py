@@ -35,7 +35,6 @@ from mixmix_cli.report.page import (
     text,
     text_columns,
 )
-from mixmix_cli.results import ALWAYS
 
 LABELS = {
     "real": "Accuracy is measured against real labels.",
@@ -43,6 +42,8 @@ LABELS = {
     "none": "There are no labels: agreement with the reference is told, not accuracy.",
 }
 ERROR_FORM = ".3g"
+ALWAYS = ("finite", "optimisations")
+"""Gates that nobody has to ask for."""
 
 
 def summarise(sources: Sequence[Source]) -> list[Block]:
@@ -209,7 +210,7 @@ def _noise(candidate: Candidate, layers: Sequence[LayerNoise]) -> list[Block]:
     """Signal-to-noise ratios by layer: the worst as a plot, all as a table, and which have none."""
     name = name_of(candidate.path)
     both = [
-        (layer.value, layer.own_snr_db, layer.snr_db)
+        (layer.known_as, layer.own_snr_db, layer.snr_db)
         for layer in layers
         if layer.own_snr_db is not None and layer.snr_db is not None
     ]
@@ -234,7 +235,7 @@ def _noise(candidate: Candidate, layers: Sequence[LayerNoise]) -> list[Block]:
         blocks.append(Drawing(svg, caption))
     rows = [
         [
-            text(layer.value),
+            text(layer.known_as),
             text(layer.op),
             number(layer.own_snr_db, ".1f", " dB"),
             number(layer.snr_db, ".1f", " dB"),
@@ -258,7 +259,7 @@ def _noise(candidate: Candidate, layers: Sequence[LayerNoise]) -> list[Block]:
     blocks.append(Table(f"All {len(layers)} layers of {name} in figures", columns, rows, folded=True))
     missing = [layer for layer in layers if layer.snr_db is None]
     for reason, group in groupby(sorted(missing, key=lambda layer: layer.reason or ""), lambda layer: layer.reason):
-        values = [clean(layer.value) for layer in group]
+        values = [clean(layer.known_as) for layer in group]
         why = clean(reason) if reason else "no finite SNR, as where nothing differs"
         blocks.append(Note(f"{name}: {len(values)} of {len(layers)} layers without SNR: {why}: {listed(values)}."))
     return blocks

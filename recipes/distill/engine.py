@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from converters import writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
+from converters.ops.registry import Body
 from converters.torch_module import Step, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint
@@ -27,6 +29,7 @@ from recipes.distill.losses import likeness_loss
 from recipes.distill.settings import DistillSettings
 from recipes.images import ImageSet
 from recipes.progress import Progress, Silent
+from recipes.ranks import ALONE, Part, Ranks
 from recipes.reconstruct import Group
 from recipes.training import Training, divergence, train
 from recipes.workpiece import Result, begin, model_inputs, sample_for_proof
@@ -81,16 +84,18 @@ def distill(
     overwrite: bool = False,
     progress: Progress | None = None,
     provenance: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Compression:
     """Train `student` to answer as `teacher` does on `images`, and write it to `output`.
 
-    Raises MixMixError for models, images or an output that cannot be used, before any long work starts.
+    All `ranks` train, and the first writes. Raises MixMixError for models, images or an output that cannot be used,
+    before any long work starts.
     """
     started, progress = time.perf_counter(), progress or Silent()
     prepared = writeback.prepare_for_training(student)
     module = begin(prepared, output, device, overwrite=overwrite)
     check_count(len(images), images.source)
-    run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed)
+    run = _Run(to_torch(teacher).to(module.device), module, images, settings, seed, ranks)
     facts = {"settings": settings.model_dump(), "seed": seed}
     checkpoint = Checkpoint(output, "distill", (run.teacher, run.student), images, facts, progress.say)
     run.train(progress, checkpoint)
@@ -98,7 +103,7 @@ def distill(
     result = Result(prepared, run.edits(), sample, run.logits(sample), [], run.layer_accounts(), checkpoint=checkpoint)
     asked = {"teacher": teacher.sha256, "steps": settings.steps, "images": len(images), "seed": seed}
     said = {PROVENANCE: json.dumps(asked), **(provenance or {})}
-    return result.write(student, output, said, started, overwrite=overwrite)
+    return ranks.lead(lambda: result.write(student, output, said, started, overwrite=overwrite))
 
 
 def trainable(module: TorchClassifier) -> dict[str, list[tuple[str, int]]]:
@@ -153,6 +158,19 @@ class BatchStatistics:
         return mean.float(), variance.float()
 
 
+def batch_norm_over(
+    part: Part, epsilon: float, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
+    """BatchNormalization in training of a part `x` [n, C, ...] of a batch, by mean and variance of the whole batch.
+
+    torch's SyncBatchNorm is for GPUs alone, and takes a process without images for one with them.
+    """
+    axes, shape = [axis for axis in range(x.dim()) if axis != 1], [1, -1] + [1] * (x.dim() - 2)
+    centred = x - part.mean(x.mean(axes)).view(shape)
+    factor = scale * torch.rsqrt(part.mean(centred.square().mean(axes)) + epsilon)
+    return centred * factor.view(shape) + bias.view(shape)
+
+
 class _Run:
     """One distillation in progress."""
 
@@ -163,8 +181,10 @@ class _Run:
         images: ImageSet,
         settings: DistillSettings,
         seed: int,
+        ranks: Ranks,
     ) -> None:
-        self.teacher, self.student, self.images, self.settings = teacher, student, images, settings
+        self.teacher, self.student, self.images = teacher, student, images
+        self.settings, self.ranks = settings, ranks
         self.generator = torch.Generator().manual_seed(seed)
         self.places = trainable(student)
         self.values = {name: student.constant(name).clone() for name in self.places}
@@ -195,30 +215,38 @@ class _Run:
             settings.steps, settings.batch, settings.warmup, settings.mixing, settings.shift, settings.flip, "rate"
         )
         groups = [Group(list(self.values.values()), settings.rate)]
-        found = None if checkpoint is None else checkpoint.find()
+        found = None if checkpoint is None else self.ranks.lead(checkpoint.find)
         if found is not None:
             progress.say(f"going on after {found.numbers['step']} of {settings.steps} steps")
         with progress.task("distilling", settings.steps) as task:
-            train(self.images, groups, self._loss(), how, self.generator, task, checkpoint, found)
+            train(self.images, groups, self._loss(), how, self.generator, task, checkpoint, found, ranks=self.ranks)
         self._gather_statistics()
 
-    def _loss(self) -> Callable[[Tensor], Tensor]:
-        """The loss of the student as it is, for pixels."""
-        settings = self.settings
+    def _loss(self) -> Callable[[Tensor, Part], Tensor]:
+        """The loss of the student as it is, for a part of a batch."""
+        settings, temperature = self.settings, self.settings.temperature
         teacher_taps, student_taps = self._taps
         teach = self.teacher.segment([self.teacher.input_name], teacher_taps)
         learn = self.student.segment([self.student.input_name], student_taps)
 
-        def loss_of(pixels: Tensor) -> Tensor:
+        def loss_of(pixels: Tensor, part: Part) -> Tensor:
             with torch.no_grad():
                 taught = teach({teach.inputs[0]: self._input(self.teacher, pixels)})
-            learned = learn({learn.inputs[0]: self._input(self.student, pixels)}, self._tensors(), bodies=self.norms)
-            loss = divergence(learned[student_taps[0]], taught[teacher_taps[0]], settings.temperature)
+            x = {learn.inputs[0]: self._input(self.student, pixels)}
+            learned = learn(x, self._tensors(), bodies=self._norms_over(part))
+            loss = divergence(part.join(learned[student_taps[0]]), part.join(taught[teacher_taps[0]]), temperature)
             if settings.features and len(student_taps) == len(teacher_taps) == 2:
-                loss = loss + settings.features * likeness_loss(learned[student_taps[1]], taught[teacher_taps[1]])
+                features = part.join(learned[student_taps[1]]), part.join(taught[teacher_taps[1]])
+                loss = loss + settings.features * likeness_loss(*features)
             return loss
 
         return loss_of
+
+    def _norms_over(self, part: Part) -> Mapping[str, Body]:
+        """What computes BatchNormalization for a part of a batch, by the value it writes."""
+        if part.ranks.count == 1:
+            return self.norms
+        return {name: partial(batch_norm_over, part, norm.epsilon) for name, norm in self.norms.items()}
 
     def _input(self, module: TorchClassifier, pixels: Tensor) -> Tensor:
         return module.spec.to_input(pixels).to(module.device)

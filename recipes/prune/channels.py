@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converters.channels import FIXED, Channels, LayerChannels
+from converters.channel_cuts import Channels, LayerChannels
 from converters.errors import MixMixError
+from converters.numbering import FIXED
 from converters.torch_module import TorchClassifier
 
 Numbers = NDArray[np.int64]
@@ -122,9 +123,12 @@ def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, b
     costs = _Costs(channels, budget.unit)
     kept = np.ones(len(harm), bool)
     whole = costs.total(kept)
-    waiting = [numbers[np.argsort(harm[numbers], kind="stable")] for numbers in _families(channels)]
-    least = [max(1, round(budget.least * len(numbers))) for numbers in waiting]
-    multiples = [_multiple(len(numbers), budget.multiple) for numbers in waiting]
+    needed = channels.needed(harm)
+    each = _channels_each(channels)
+    families = _families(channels)
+    waiting = [numbers[np.lexsort((harm[numbers], np.isin(numbers, needed)))] for numbers in families]
+    least = [max(round(budget.least * len(n)), int(np.isin(n, needed).sum()), 1) for n in families]
+    multiples = [_multiple(len(n), budget.multiple, math.gcd(*each[n].tolist())) for n in families]
     while costs.total(kept) > budget.share * whole:
         savings = costs.savings(kept)
         best, chosen = math.inf, -1
@@ -148,8 +152,9 @@ def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, b
     return np.flatnonzero(~kept)
 
 
-def _multiple(count: int, multiple: int) -> int:
-    """The multiple for a family of `count` channels: halved until twice as many are there."""
+def _multiple(count: int, multiple: int, each: int) -> int:
+    """The multiple for a family of `count` numbers, of `each` channels: halved until twice as many are there."""
+    multiple //= math.gcd(multiple, each)
     while multiple > 1 and count < 2 * multiple:
         multiple //= 2
     return multiple
@@ -170,6 +175,15 @@ def _families(channels: Channels) -> list[Numbers]:
             family[number] = joined
     distinct = {id(numbers): numbers for numbers in family.values()}
     return [np.array(sorted(numbers), np.int64) for numbers in distinct.values()]
+
+
+def _channels_each(channels: Channels) -> Numbers:
+    """By number, what divides how many channels of a layer it stands for: one, but for groups and heads."""
+    each = np.zeros(1 + max(int(entry.outputs.max()) for entry in channels.layers), np.int64)
+    for entry in channels.layers:
+        numbers, counts = np.unique(entry.outputs, return_counts=True)
+        each[numbers] = np.gcd(each[numbers], counts)
+    return each
 
 
 def masks(channels: Channels, removed: Numbers) -> Mapping[str, Callable[[Tensor], Tensor]]:

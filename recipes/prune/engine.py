@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from converters import writeback
-from converters.channels import Channels, find_channels
+from converters.channel_cuts import Channels
+from converters.channels import find_channels
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier, to_torch

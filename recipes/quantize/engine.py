@@ -36,6 +36,7 @@ from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.train import train_quantized
+from recipes.ranks import ALONE, Ranks
 from recipes.reconstruct import (
     Changed,
     Changes,
@@ -92,10 +93,12 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | None = None,
     provenance: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Compression:
     """Quantize `classifier` on `images` and write it to `output`.
 
-    Raises MixMixError for bits, images or an output that cannot be used, before any long work starts.
+    Of several `ranks`, the first reconstructs and writes, and all train. Raises MixMixError for bits, images or an
+    output that cannot be used, before any long work starts.
     """
     started = time.perf_counter()
     progress = progress or Silent()
@@ -113,7 +116,7 @@ def quantize(
     }
     said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
     metadata = {**classifier.spec.to_metadata(), **said}
-    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata)
+    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata, ranks)
     run.place(progress)
     run.reconstruct_all(progress)
     run.train(progress)
@@ -133,8 +136,12 @@ def quantize(
         tolerance=WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE,
         checkpoint=checkpoint,
     )
-    written = result.write(classifier, output, said, started, overwrite=overwrite)
-    return replace(written, fusion=run.fusion(output), target=target.name)
+
+    def write() -> Compression:
+        written = result.write(classifier, output, said, started, overwrite=overwrite)
+        return replace(written, fusion=run.fusion(output), target=target.name)
+
+    return ranks.lead(write)
 
 
 @dataclass(frozen=True)
@@ -162,9 +169,10 @@ class _Run:
         seed: int,
         checkpoint: Checkpoint,
         metadata: Mapping[str, str],
+        ranks: Ranks,
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
-        self.target, self.metadata = target, metadata
+        self.target, self.metadata, self.ranks = target, metadata, ranks
         self.generator = torch.Generator().manual_seed(seed)
         self.images, self.inputs = images, model_inputs(module, images)
         self.weights: dict[str, QuantizedWeight] = {}
@@ -185,7 +193,7 @@ class _Run:
 
     def place(self, progress: Progress) -> None:
         with progress.task("measuring what each layer does", len(self.module.layers())) as task:
-            self.plans = self._plan(lambda: task.advance())
+            self.plans = self.ranks.lead(lambda: self._plan(lambda: task.advance()))
         self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
         for plan in self.plans:
             layer = plan.layer
@@ -196,6 +204,7 @@ class _Run:
                 self.settings,
                 self.target.symmetric(plan.bits, plan.act_bits),
             )
+        self.ranks.spread([weight.zero for weight in self.weights.values()])  # no part of a weight's state
         counts = Counter(plan.bits for plan in self.plans)
         progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
 
@@ -224,6 +233,15 @@ class _Run:
         return writeback.stored_size(model)
 
     def reconstruct_all(self, progress: Progress) -> None:
+        """Settle every change, in the first process for all of them: on a GPU, no two would come to the same."""
+        if self.ranks.leads:
+            self._go_through_blocks(progress)
+        if self.ranks.count > 1:
+            self._found, state = self.ranks.share((self._found, self.walk.state().cpu()))
+            if not self.ranks.leads:
+                self.walk.restore(state)
+
+    def _go_through_blocks(self, progress: Progress) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
         settings = self.settings
         steps = settings.steps if settings.unit != "none" else 0
@@ -262,6 +280,7 @@ class _Run:
                 self.walk.checkpoint,
                 found,
                 self.walk.state(),
+                self.ranks,
             )
         self._snap_biases(self.module.layers())
         self._measure_again()

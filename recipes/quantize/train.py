@@ -10,7 +10,7 @@ its statistics are frozen from the first step (the appendix freezes them late, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from recipes.images import ImageSet
 from recipes.progress import Task
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.ranks import Part, Ranks
 from recipes.reconstruct import Change, Changes, LearnedTensor
 from recipes.training import Training, divergence, train
 from recipes.workpiece import to_inputs
@@ -40,11 +41,12 @@ def train_quantized(
     checkpoint: Checkpoint,
     found: State | None,
     before: State,
+    ranks: Ranks,
 ) -> None:
     """Train all changes together on `images`, in place; afterwards they are hard again.
 
     `found` is what an interrupted run has left in `checkpoint` while it trained, `before` the state that all began
-    from. Raises MixMixError when training diverges.
+    from; all `ranks` train alike. Raises MixMixError when training diverges.
     """
     for weight in weights.values():
         weight.learn_freely()
@@ -53,15 +55,17 @@ def train_quantized(
     segment = module.segment([module.input_name], taps)
     changes = Changes((weights, biases), values)
 
-    def loss_of(pixels: Tensor) -> Tensor:
+    def loss_of(pixels: Tensor, part: Part) -> Tensor:
         x = {module.input_name: to_inputs(module, pixels)}
         with torch.no_grad():
             expected = segment(x)
         actual = segment(x, **changes.of(segment))
-        loss = divergence(actual[module.logits_name], expected[module.logits_name], settings.train_temperature)
+        student, teacher = (part.join(found[module.logits_name]) for found in (actual, expected))
+        loss = divergence(student, teacher, settings.train_temperature)
         if settings.train_features:
-            errors = [_relative(actual[name], expected[name]) for name in outputs if name != module.logits_name]
-            loss = loss + settings.train_features * torch.stack(errors).mean() if errors else loss
+            names = [name for name in outputs if name != module.logits_name]
+            if names:
+                loss = loss + settings.train_features * _relative(actual, expected, names, part).mean()
         return loss
 
     everything: list[Change] = [*weights.values(), *biases.values(), *values.values()]
@@ -77,12 +81,16 @@ def train_quantized(
         flip=settings.train_flip,
         rate_key="train_rate",
     )
-    train(images, groups, loss_of, how, generator, task, checkpoint, found, before)
+    train(images, groups, loss_of, how, generator, task, checkpoint, found, before, ranks)
     for weight in weights.values():
         weight.harden()
     for value in values.values():
         value.harden()
 
 
-def _relative(actual: Tensor, expected: Tensor) -> Tensor:
-    return (actual - expected).square().mean() / expected.square().mean().clamp_min(1e-12)
+def _relative(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Sequence[str], part: Part) -> Tensor:
+    """||y~ - y||^2 / ||y||^2 over the whole batch of the value of each name, [names]."""
+    noise = torch.stack([(actual[name] - expected[name]).square().mean() for name in names])
+    power = torch.stack([expected[name].square().mean() for name in names])
+    noise, power = part.mean(torch.stack([noise, power]))
+    return noise / power.clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Results of real runs, and the report of all of them."""
+"""A model, images made by the command, results of real runs, and the report of all of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mixmix_cli.__main__ import main
 from recipes import zoo
 from recipes.demo import COLUMNS, Demo, to_json
 from recipes.validate import Reference, Validation
+from tests.mixmix_cli.command import TINY
 from tests.mixmix_cli.report_page import NAMES, Page
 
-TINY = ("--set", 'stages=[{"scale":0.5,"steps":2},{"scale":1.0,"steps":2}]')
+SHORT = ("--set", 'stages=[{"scale":0.5,"steps":2},{"scale":1.0,"steps":2}]')
 
 
 def printed(folder: Path, name: str, *arguments: object, status: int = 0) -> Path:
@@ -37,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.write_bytes(zoo.model_path("inverted").read_bytes())
     small, fast = ("--data", data), ("--effort", "fast")
     plain = zoo.model_path("plain")
-    printed(folder, "synth", "synth", model, plain, "-o", data, "-n", 6, "--batch", 4, *TINY)
+    printed(folder, "synth", "synth", model, plain, "-o", data, "-n", 6, "--batch", 4, *SHORT)
     printed(folder, "quantize", "quantize", model, "--bits", 2, *small, "--method", "nearest")
     printed(folder, "brecq", "quantize", model, "--bits", 3, *small, *fast, "--set", "steps=4")
     printed(
@@ -68,3 +69,20 @@ def page(made: Path) -> Page:
     inputs = [made / "data", made / "demo", *(made / f"{name}.json" for name in NAMES)]
     assert main(["report", *map(str, inputs), "-o", str(output), "-q"]) == 0
     return Page(output)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight synthesized images, made by the command."""
+    directory = tmp_path_factory.mktemp("synth") / "data"
+    models = [str(zoo.model_path(name)) for name in ("inverted", "plain")]
+    assert main(["synth", *models, "-o", str(directory), "-n", "8", *TINY]) == 0
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the target, so that outputs beside it do not touch the zoo."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(zoo.model_path("inverted").read_bytes())
+    return path

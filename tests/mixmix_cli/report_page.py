@@ -8,10 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from mixmix_cli.__main__ import main
-
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 NAMES = ("synth", "quantize", "brecq", "prune", "distill", "validate", "pass", "inspect", "compare")
@@ -96,12 +92,6 @@ class Page(HTMLParser):
 
     def facts(self, section: str) -> Grid:
         return next(grid for grid in self.grids if section in grid.section)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def load(made: Path, name: str) -> Any:

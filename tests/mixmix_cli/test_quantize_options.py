@@ -40,7 +40,7 @@ def test_a_file_for_integer_kernels(capsys: pytest.CaptureFixture[str], model: P
     assert document["output"] == str(model.with_name("model.w4a8.onnx"))
     assert fusion["counted"] == fusion["forecast"] == fusion["layers"] == len(document["layers"])
     assert fusion["operators"]["QLinearConv"] > 0
-    assert {layer["bits"] for layer in document["layers"]} == {4, 7}
+    assert {4, 7} <= {layer["bits"] for layer in document["layers"]} <= {4, 6, 7}
 
 
 def test_what_runs_in_integers_is_said(capsys: pytest.CaptureFixture[str], model: Path) -> None:

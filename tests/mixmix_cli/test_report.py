@@ -17,7 +17,8 @@ from PIL import Image
 
 from recipes import records
 from recipes.demo import COLUMNS
-from tests.mixmix_cli.report_page import NAMES, Page, load, run
+from tests.mixmix_cli.command import run
+from tests.mixmix_cli.report_page import NAMES, Page, load
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -101,7 +102,7 @@ def test_layer_noise_is_told_in_full(made: Path, page: Page) -> None:
     for column, key in {"own SNR": "own_snr_db", "SNR": "snr_db", "zeros": "sparsity"}.items():
         assert [cell.value for cell in grid.column(column)] == [layer[key] for layer in candidate["layers"]]
     for layer in candidate["layers"]:
-        assert layer["value"] in page.labels
+        assert layer["name"] in page.labels
         assert format(layer["own_snr_db"], ".1f") in page.labels
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from mixmix_cli.report.documents import FORMS
-from tests.mixmix_cli.report_page import load, run
+from tests.mixmix_cli.command import run
+from tests.mixmix_cli.report_page import load
 
 ROOT = Path(__file__).parent.parent.parent
 

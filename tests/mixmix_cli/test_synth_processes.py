@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from recipes import zoo
+from tests.mixmix_cli.command import finish, start, torchrun
 
 HOW = ("-n", "10", "--batch", "2", "--seed", "3", "--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":6}]')
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SYNTH = ("-m", "mixmix_cli", "synth", *(str(zoo.model_path(name)) for name in ("inverted", "plain")), *HOW)
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, *(str(argument) for argument in arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    return out, err
+TORCHRUN = torchrun(2)
 
 
 def content(directory: Path) -> dict[str, bytes]:

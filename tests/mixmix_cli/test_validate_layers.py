@@ -44,6 +44,27 @@ def test_json(capsys: pytest.CaptureFixture[str], damaged: Path) -> None:
     assert {(layer["snr_db"], layer["reason"]) for layer in second} == {(None, "equal to the reference")}
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_layer_has_one_name(capsys: pytest.CaptureFixture[str], tmp_path: Path, named: bool) -> None:
+    """In every account: that of its node in the file or, where it has none, that of its output."""
+    path = tmp_path / "model.onnx"
+    proto = onnx.load(zoo.model_path("inverted"))
+    for node in proto.graph.node:
+        node.name = node.name if named else ""
+    onnx.save(proto, path)
+    assert main(["quantize", str(path), "--bits", "4", "--method", "nearest", *DATA[:4], "--json"]) == 0
+    told = {layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]}
+    written = path.with_name("model.w4.onnx")
+    layers = json.loads(run(capsys, path, written, "--layers", "--json")[1])["candidates"][0]["layers"]
+    assert {layer["name"] for layer in layers} == told
+    nodes = [node for node in onnx.load(written).graph.node if node.op_type in ("Conv", "Gemm")]
+    assert {node.name if named else node.output[0] for node in nodes} == told
+    assert main(["inspect", str(written), "--json"]) == 0
+    assert {layer["name"] for layer in json.loads(capsys.readouterr().out)[0]["layers"]} == told
+    shown = run(capsys, path, written, "--layers")[1]
+    assert all(f"\n{name} " in shown for name in told)
+
+
 def test_json_without_layers(capsys: pytest.CaptureFixture[str]) -> None:
     model = zoo.model_path("inverted_folded")
     assert json.loads(run(capsys, model, model, "--json")[1])["candidates"][0]["layers"] is None
@@ -57,7 +78,7 @@ def test_on_screen(capsys: pytest.CaptureFixture[str], damaged: Path) -> None:
     titles = [index for index, line in enumerate(lines) if line.startswith("layers of ")]
     assert len(titles) == 2
     assert lines[titles[0] + 1].split()[:2] == ["layer", "op"]
-    assert lines[titles[0] + 2].startswith("getitem_24 ")
+    assert lines[titles[0] + 2].startswith("node_Conv_336 ")
     assert "dB" in lines[titles[0] + 2]
     assert lines[titles[1] + 2].count("equal") == 2
     assert "layers of" not in run(capsys, reference, damaged)[1]
@@ -66,7 +87,7 @@ def test_on_screen(capsys: pytest.CaptureFixture[str], damaged: Path) -> None:
 def test_what_cannot_be_compared_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     _, out = run(capsys, zoo.model_path("plain"), zoo.model_path("residual"), "--layers")
     assert "10 of 12 layers cannot be compared:" in out
-    assert "no value of its name, nor of what follows it: /3/body/body.0/Conv_output_0, " in out
+    assert "no value of its name, nor of what follows it: /3/body/body.0/Conv, " in out
 
 
 def test_another_task_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recipes.images import (
-    DataError,
     ImageSet,
     contact_sheet,
     encode_image,
@@ -26,6 +25,7 @@ from recipes.images import (
     load_images,
     to_bytes,
 )
+from recipes.refusals import DataError
 
 Bytes = NDArray[np.uint8]
 checked = settings(deadline=None, max_examples=50, derandomize=True)

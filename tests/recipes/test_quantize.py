@@ -51,12 +51,15 @@ def quantized(
     folder = tmp_path_factory.mktemp("quantized")
 
     @cache
-    def make(model: str, method: str, bits: int, act_bits: int | None, steps: int) -> Compression:
-        output = folder / f"{model}.{method}.{bits}.{act_bits}.{steps}.onnx"
-        return quantize(classifier_of(model), calibration_images, output, recipe(method, steps), bits, act_bits)
+    def make(model: str, method: str, bits: int, act_bits: int | None, steps: int, extra_share: float) -> Compression:
+        output = folder / f"{model}.{method}.{bits}.{act_bits}.{steps}.{extra_share}.onnx"
+        settings = recipe(method, steps, extra_share=extra_share)
+        return quantize(classifier_of(model), calibration_images, output, settings, bits, act_bits)
 
-    def ask(model: str, method: str, bits: int, act_bits: int | None = None, steps: int = 6) -> Compression:
-        return make(model, method, bits, act_bits, steps)
+    def ask(
+        model: str, method: str, bits: int, act_bits: int | None = None, steps: int = 6, extra_share: float = 0.1
+    ) -> Compression:
+        return make(model, method, bits, act_bits, steps, extra_share)
 
     return ask
 
@@ -212,8 +215,8 @@ def test_types_and_ranges_in_the_file_are_those_of_the_account(
     module = to_torch(writeback.prepare_for_quantization(classifier_of("inverted"), PORTABLE, 4), check=False)
     written, layers = Written(result.output), module.layers()
     assert [account.name for account in result.layers] == [layer.name for layer in layers]
-    assert result.layers[0].bits == result.layers[-1].bits == 8
-    assert sum(account.bits == bits for account in result.layers) >= len(layers) // 2
+    added = sum((account.bits - bits) * account.weights for account in result.layers)
+    assert 0 < added <= 0.1 * (8 - bits) * sum(account.weights for account in result.layers)
     widths: dict[str, int] = {}
     for layer, account in zip(layers, result.layers, strict=True):
         integers, kind = written.integers(layer.output)
@@ -222,7 +225,7 @@ def test_types_and_ranges_in_the_file_are_those_of_the_account(
         assert -(2 ** (account.bits - 1)) <= integers.min()
         assert integers.max() <= 2 ** (account.bits - 1) - 1
         assert integers.max() - integers.min() > 2 ** (account.bits - 1)  # and the range is used
-        assert account.bits in (bits, 8)
+        assert account.bits >= bits
         assert account.bits == bits or account.reason
         assert (account.act_bits is None) == (act_bits is None)
         if account.act_bits is not None:
@@ -251,20 +254,19 @@ def test_reconstruction_beats_nearest_by_far_at_two_bits(
     quantized: Quantizer, classifier_of: Classifiers, judging_images: ImageSet
 ) -> None:
     classifier = classifier_of("inverted")
-    nearest = top1(quantized("inverted", "nearest", 2).output, classifier, judging_images)
-    for method in ("brecq", "qdrop"):
-        rebuilt = top1(quantized("inverted", method, 2, steps=50).output, classifier, judging_images)
-        assert rebuilt > nearest + 0.15
-    assert top1(quantized("inverted", "adaround", 2, steps=25).output, classifier, judging_images) > nearest + 0.1
+    nearest = top1(quantized("inverted", "nearest", 2, extra_share=0.0).output, classifier, judging_images)
+    for method, steps in (("brecq", 50), ("qdrop", 50), ("adaround", 25)):
+        rebuilt = quantized("inverted", method, 2, steps=steps, extra_share=0.0)
+        assert top1(rebuilt.output, classifier, judging_images) > nearest + 0.25
 
 
 def test_reconstruction_works_on_a_folded_model(
     quantized: Quantizer, classifier_of: Classifiers, judging_images: ImageSet
 ) -> None:
     classifier = classifier_of("inverted_folded")
-    nearest = top1(quantized("inverted_folded", "nearest", 2).output, classifier, judging_images)
-    rebuilt = top1(quantized("inverted_folded", "brecq", 2, steps=30).output, classifier, judging_images)
-    assert rebuilt > nearest + 0.1
+    nearest = top1(quantized("inverted_folded", "nearest", 2, extra_share=0.0).output, classifier, judging_images)
+    rebuilt = quantized("inverted_folded", "brecq", 2, steps=30, extra_share=0.0)
+    assert top1(rebuilt.output, classifier, judging_images) > nearest + 0.25
 
 
 def test_the_account_of_a_block_starts_at_nearest_rounding(quantized: Quantizer) -> None:

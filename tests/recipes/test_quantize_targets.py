@@ -129,7 +129,7 @@ def test_sixteen_bit_activations_are_nearer_than_eight(
 def test_two_bit_storage_is_smaller_and_the_same(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
-    settings: QuantizeSettings = recipe("nearest")
+    settings: QuantizeSettings = recipe("nearest", extra_share=0.0)  # the same bits, whatever the containers
     sizes, logits = [], []
     for container in ("int2", "int4", "int8"):
         output = tmp_path / f"{container}.onnx"

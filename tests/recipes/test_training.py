@@ -15,6 +15,7 @@ from recipes.progress import Silent
 from recipes.quantize.engine import quantize
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.ranks import Part
 from recipes.reconstruct import Group
 from recipes.settings import load_recipe, recipe_names
 from recipes.training import Training, schedule, train
@@ -30,7 +31,7 @@ def test_the_loop_finds_a_minimum(generator: torch.Generator) -> None:
     images, value = ImageSet(torch.rand(50, 1, 4, 4, generator=generator)), torch.zeros(1, 4, 4)
     with Silent().task("", 1) as task:
         groups = [Group([value], 0.1)]
-        train(images, groups, lambda x: (x - value).square().mean(), PLAIN, generator, task)
+        train(images, groups, lambda x, _: (x - value).square().mean(), PLAIN, generator, task)
     torch.testing.assert_close(value, images.pixels.mean(0), atol=0.03, rtol=0)
     assert not value.requires_grad
 
@@ -39,7 +40,7 @@ def test_every_image_is_seen_once_a_round(generator: torch.Generator) -> None:
     images, value = ImageSet(torch.arange(20.0).view(20, 1, 1, 1)), torch.zeros(1)
     seen: list[float] = []
 
-    def loss_of(pixels: torch.Tensor) -> torch.Tensor:
+    def loss_of(pixels: torch.Tensor, _: Part) -> torch.Tensor:
         seen.extend(pixels.flatten().tolist())
         return value.sum()
 
@@ -66,7 +67,12 @@ def test_divergence_is_said(generator: torch.Generator) -> None:
         pytest.raises(MixMixError, match="training diverged: lower its rate with --set rate="),
     ):
         train(
-            ImageSet(torch.ones(4, 1, 2, 2)), [Group([value], 1.0)], lambda x: value * torch.inf, PLAIN, generator, task
+            ImageSet(torch.ones(4, 1, 2, 2)),
+            [Group([value], 1.0)],
+            lambda x, _: value * torch.inf,
+            PLAIN,
+            generator,
+            task,
         )
 
 

@@ -19,6 +19,7 @@ from recipes.validate import (
     Candidate,
     Gates,
     Reference,
+    Run,
     Validation,
     _judge,
     check_labels,
@@ -55,7 +56,7 @@ def judged(right: int, gates: Gates, **logits: np.ndarray) -> Candidate:
     plain = logits.get("plain", fused)
     classifier = load_classifier(EMBEDDED)
     labels = np.zeros(100, np.int64)
-    return _judge(classifier, reference, with_answers(95), fused, plain, labels, 1.0, gates)
+    return _judge(classifier, reference, with_answers(95), Run(fused, 0.5), Run(plain, 0.7), labels, 1.0, gates)
 
 
 EMBEDDED = Path(__file__).parents[2] / "recipes" / "embedded" / "plain.onnx"

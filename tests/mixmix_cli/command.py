@@ -1,0 +1,40 @@
+"""The command line as a function and as processes, and words that make commands quick."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mixmix_cli.__main__ import main
+
+TINY = ("--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":4}]', "--batch", "8")
+FEW = ("--set", "steps=6")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one call."""
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """A Python process with these arguments, on one thread."""
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    """What it has printed, stdout and stderr."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == status, err
+    return out, err
+
+
+def torchrun(count: int) -> tuple[str, ...]:
+    """Arguments that start what follows in `count` processes."""
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))

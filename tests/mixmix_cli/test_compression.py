@@ -1,0 +1,184 @@
+"""`mixmix quantize`, `prune` and `distill`, end to end: the files, the JSON keys, the exit statuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from mixmix_cli.cli import cli
+from recipes import zoo
+from tests import models
+from tests.mixmix_cli.command import FEW, run
+
+
+def test_quantize_json_and_file(capsys: pytest.CaptureFixture[str], images: Path, model: Path) -> None:
+    status, out, _ = run(capsys, "quantize", "--bits", 4, model, "--data", images, *FEW, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.w4.onnx"))
+    assert set(document) >= {"input", "bits", "act_bits", "sparsity", "blocks", "layers", "size_bytes", "seconds"}
+    assert set(document["layers"][0]) >= {"name", "bits", "act_bits", "sparsity", "error"}
+    assert document["validation"]["labels"] == "targets"
+    assert document["validation"]["candidates"][0]["top1"] is None
+    written = onnx.load(document["output"])
+    types = {tensor.data_type for tensor in written.graph.initializer}
+    assert {onnx.TensorProto.INT4, onnx.TensorProto.INT8} <= types
+    assert {entry.key for entry in written.metadata_props} >= {"mixmix.input.size", "mixmix.quantize"}
+
+
+def test_quantize_exactly_as_typed(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mixmix quantize --bits 4 model.onnx`: images from the model itself, kept, and found again the second time."""
+    recipe = model.with_name("tiny.toml")
+    recipe.write_text('images = 8\nbatch = 8\nlabel = 0.0\nmixing = "none"\nstages = [{ scale = 1.0, steps = 5 }]\n')
+    quick = (*FEW, "--synth-recipe", recipe)
+    status, out, err = run(capsys, "quantize", "--bits", 4, model, *quick)
+    assert status == 0
+    assert "where more bits take the most noise out of the logits" in out
+    assert model.with_name("model.w4.onnx").is_file()
+    assert "made from the models" in err
+    pictures = model.with_name("model.images") / "images"
+    before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")}
+    assert len(before) == 8
+    assert run(capsys, "quantize", "--bits", 2, model, *quick)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")} == before
+    status, _, err = run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick)
+    assert status == 2
+    assert "--force" in err
+    assert run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick, "--force")[0] == 0
+    assert len(list(pictures.rglob("*.png"))) == 4
+
+
+def test_a_batch_fixed_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, data = models.write(models.conv(image=(4, 3, 8, 8)), tmp_path / "m.onnx"), tmp_path / "d.npz"
+    np.savez(data, images=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8))
+    status, out, _ = run(capsys, "quantize", "--bits", 4, model, "--data", data, *FEW, "--json")
+    assert status == 0
+    assert json.loads(out)["validation"]["images"] == 6
+
+
+def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No statistics, no zoo, no images: they are shaped by the model's labels, and the manifest says so."""
+    model = tmp_path / "folded.onnx"
+    model.write_bytes(zoo.model_path("inverted_folded").read_bytes())
+    status, _, err = run(capsys, "quantize", "--bits", 4, model, "-n", 8, "--effort", "fast", *FEW)
+    assert status == 0
+    assert "recipe labels" in err
+    assert model.with_name("folded.w4.onnx").is_file()
+    identity = json.loads((tmp_path / "folded.images" / "manifest.json").read_text())["identity"]
+    assert identity["recipe"] == "labels"
+    status, out, _ = run(capsys, "synth", model, "-o", tmp_path / "d", "-n", 4, "--steps", 8, "--json")
+    assert status == 0
+    assert list(json.loads(out)["final"]) == ["label/folded"]
+
+
+def test_zoo_takes_what_a_glob_gives(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    """Several values behind one --zoo, before and after MODEL, all of them loaded."""
+    a, b = (zoo.model_path(name) for name in ("plain", "residual"))
+    missing = tmp_path / "missing.onnx"
+    for words in (
+        ("--zoo", a, b, missing, "--bits", 4, model),
+        (model, "--bits", 4, "--zoo", a, b, missing),
+        ("--bits", 4, "--zoo", a, b, missing, model),
+        ("--zoo", a, "--zoo", b, "--zoo", missing, "--bits", 4, model),
+    ):
+        status, _, err = run(capsys, "quantize", *words)
+        assert status == 2
+        assert f"{missing} does not exist" in err
+
+
+def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    status, _, _ = run(
+        capsys, "quantize", "--bits", 2, model, "--data", zoo.calibration_images_path(), "-n", 64,
+        "--method", "nearest", "--max-drop", 0.01,
+    )  # fmt: skip
+    assert status == 1
+    assert model.with_name("model.w2.onnx").is_file()
+
+
+def test_prune_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3")
+    status, out, _ = run(capsys, "prune", model, "--sparsity", 0.5, *few, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.s50.onnx"))
+    assert (document["bits"], document["act_bits"]) == (None, None)
+    assert document["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert {"input", "output", "blocks", "layers", "size_bytes", "seconds", "validation"} <= document.keys()
+    assert {"name", "bits", "act_bits", "sparsity", "error"} <= document["layers"][0].keys()
+    status, out, err = run(capsys, "prune", model, "--sparsity", 0.5, *few)
+    assert (status, out) == (2, "")
+    assert "--force" in err
+    assert run(capsys, "prune", model, "--sparsity", 0.5, *few, "--force")[0] == 0
+
+
+def test_prune_with_bits_writes_one_file_that_keeps_its_zeros(
+    capsys: pytest.CaptureFixture[str], model: Path, images: Path
+) -> None:
+    few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3", "--effort", "fast", "--json")
+    status, out, _ = run(capsys, "prune", model, "--sparsity", 0.6, "--bits", 4, *few)
+    document = json.loads(out)
+    assert status == 0
+    assert document["bits"] == 4
+    assert document["sparsity"] > 0.59
+    written = model.with_name("model.s60.w4.onnx")
+    assert [path.name for path in model.parent.glob("*.onnx")] in (
+        ["model.onnx", written.name], [written.name, "model.onnx"],
+    )  # fmt: skip
+    facts = {entry.key: entry.value for entry in onnx.load(written).metadata_props}
+    assert json.loads(facts["mixmix.prune"])["sparsity"] == 0.6
+    assert json.loads(facts["mixmix.quantize"])["bits"] == 4
+    document = json.loads(run(capsys, "inspect", written, "--json")[1])
+    assert document[0]["sparsity"] > 0.59
+
+
+def test_prune_channels_and_bits(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--set", "steps=3", "--set", "mask_steps=0", "--effort", "fast", "--json")
+    status, out, _ = run(capsys, "prune", model, "--pattern", "channel", "--macs", 0.6, *few)
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.c40.onnx"))
+    macs = [json.loads(run(capsys, "inspect", p, "--json")[1])[0]["macs"] for p in (model, document["output"])]
+    assert 0.56 < macs[1] / macs[0] <= 0.6
+    assert document["size_bytes"]["after"] < 0.8 * document["size_bytes"]["before"]
+    status, out, _ = run(capsys, "prune", model, "--pattern", "channel", "--sparsity", 0.4, "--bits", 4, *few)
+    document = json.loads(out)
+    assert status == 0
+    assert document["output"] == str(model.with_name("model.c40.w4.onnx"))
+    assert document["sparsity"] == pytest.approx(0.4, abs=0.02)
+    assert document["bits"] == 4
+
+
+def test_distill_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    few = ("--data", images, "--steps", 3, "--set", "batch=4")
+    status, out, _ = run(capsys, "distill", zoo.model_path("plain"), model, *few, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert (document["input"], document["output"]) == (str(model), str(model.with_name("model.distilled.onnx")))
+    assert {"blocks", "layers", "size_bytes", "seconds", "sparsity", "validation"} <= document.keys()
+    assert document["validation"]["reference"]["path"] == str(zoo.model_path("plain"))
+    assert run(capsys, "distill", zoo.model_path("plain"), model, *few)[0] == 2
+    assert run(capsys, "distill", zoo.model_path("plain"), model, *few, "--force")[0] == 0
+
+
+def test_distill_makes_its_own_images(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    """From the teacher alone, beside the output, whatever is taught."""
+    status, _, err = run(
+        capsys, "distill", zoo.model_path("plain"), model, "-n", 8, "--effort", "fast", "--steps", 2,
+        "--set", "batch=4",
+    )  # fmt: skip
+    assert status == 0
+    assert "plain.images" in err
+    assert (model.parent / "plain.images" / "manifest.json").is_file()
+
+
+def test_distill_says_whom_input_options_are_for() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["distill", "--help"]).output.split())
+    assert "holds for both models" in text
+    assert "STUDENT.toml" in text
