@@ -1,7 +1,8 @@
-"""What cannot work on any images is refused before images are made."""
+"""Which images are made, and what cannot work on any of them is refused before."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.load import load_classifier
-from recipes import pipeline
+from recipes import pipeline, zoo
 from recipes.distill.settings import DistillSettings
 from recipes.pipeline import (
     Request,
     Write,
     compress,
     distilling,
+    load_suitable_recipe,
     pruning,
     pruning_then_quantizing,
     quantizing,
@@ -27,12 +29,32 @@ from recipes.prune.engine import Goal, make_goal
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import load_recipe
+from recipes.synth.settings import load_synth_recipe
 from recipes.validate import Gates
 from tests import models
 
 HALF = make_goal("unstructured", 0.5)
 QUANTIZE = load_recipe(QuantizeSettings, "recipes.quantize", "nearest")
 DISTILL = DistillSettings(steps=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "size", "recipe"),
+    [
+        (["inverted"], (28, 28), "small"),
+        (["inverted"], (64, 64), "small"),
+        (["inverted"], (64, 65), "default"),
+        (["attention"], (28, 28), "labels"),
+        (["attention", "inverted"], (28, 28), "small"),
+    ],
+)
+def test_the_recipe_fits_the_models(names: list[str], size: tuple[int, int], recipe: str) -> None:
+    """Images have the size of the largest model's."""
+    given = [load_classifier(zoo.model_path(name)) for name in names]
+    given[-1] = replace(given[-1], spec=given[-1].spec.model_copy(update={"size": size}))
+    name, settings = load_suitable_recipe(None, given, "default", (), None, {}, Silent())
+    assert name == recipe
+    assert settings == load_synth_recipe(recipe, "default", (), None, {})
 
 
 class ImagesMadeError(Exception):
