@@ -62,14 +62,7 @@ def _sentence(error: Exception) -> str:
 
 def run() -> None:
     """The console script."""
-    status = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Of three processes that had trained together, one in four runs saw one abort (SIGABRT) while native libraries
-        # were taken down, all work done and said; torchrun then calls the run failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""Training dealt out by torchrun comes to what one process comes to; what cannot work is said once."""
+"""Training shared out by torchrun comes to what one process comes to; what cannot work is said once."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import recipes.ranks
 from converters.load import load_classifier
 from converters.runtime import Session
-from recipes import zoo
+from recipes import checkpoint, training, zoo
 from recipes.images import load_images
-from tests.mixmix_cli.command import finish, start, torchrun
+from recipes.ranks import Ranks
+from tests.mixmix_cli.command import finish, run, start, torchrun
 
 IMAGES = zoo.calibration_images_path()
-MIXMIX = ("-m", "mixmix_cli")
-QUICK = ("--set", "steps=2", "--set", "batch=16")
-QAT = ("--method", "qat", "--bits", "4", *QUICK, "--set", "train_steps=4")
 DATA = ("--data", IMAGES, "-n", "10")
+SCHEDULE = training.schedule
 
 
 @pytest.fixture
@@ -45,50 +47,74 @@ def assert_alike(one: Path, other: Path, start: Path) -> None:
     assert apart < 0.01 * moved
 
 
-@pytest.mark.parametrize(("count", "batch"), [(2, 5), (3, 2)])
-def test_quantized_training_in_several_processes(
-    count: int, batch: int, models: tuple[Path, Path], tmp_path: Path
+def stopping(progress: float, warmup: float) -> float:
+    """The rates of training that is interrupted half-way."""
+    if progress >= 0.5:
+        raise KeyboardInterrupt
+    return SCHEDULE(progress, warmup)
+
+
+def test_two_processes_quantize_what_one_began(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches that do not divide evenly, and a process that is left without images."""
-    model, files = models[0], [tmp_path / f"{name}.onnx" for name in ("one", "several", "before")]
-    quantize = (*MIXMIX, "quantize", model, *DATA, *QAT, "--set", f"train_batch={batch}")
-    alone = start(*quantize, "-o", files[0])
-    together = start(*torchrun(count), *quantize, "-o", files[1], "--json")
-    begun = start(*quantize, "--set", "train_steps=0", "-o", files[2])
-    out, _ = finish(together)
+    """They reconstruct nothing again, train the other half with batches of 5, and clear up."""
+    model, files = models[0], [tmp_path / f"{name}.onnx" for name in ("one", "two", "before")]
+    how = ("--method", "qat", "--bits", "4", "--act-bits", "8", "--set", "steps=2", "--set", "train_batch=5")
+    quantize = ("quantize", model, *DATA, *how, "--set")
+    assert run(capsys, *quantize, "train_steps=6", "-o", files[0], "-q")[0] == 0
+    assert run(capsys, *quantize, "train_steps=0", "-o", files[2], "-q")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SECONDS", 0.0)
+        patch.setattr(training, "schedule", stopping)
+        assert run(capsys, *quantize, "train_steps=6", "-o", files[1])[0] == 130
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    out, err = finish(start(*torchrun(2), "-m", "mixmix_cli", *quantize, "train_steps=6", "-o", files[1], "--json"))
     assert json.loads(out)["output"] == str(files[1])  # one document: only the first process speaks
-    finish(alone)
-    finish(begun)
+    assert err.count("what was done before is kept") == 1
     assert_alike(*files)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (*models, *files)}
 
 
-def test_distillation_in_two_processes(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_processes_distil_what_one_does(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """BatchNorm sees the whole batch, whoever computes which part of it."""
     model, teacher = models
     files = tmp_path / "one.onnx", tmp_path / "two.onnx"
-    distill = (*MIXMIX, "distill", teacher, model, *DATA, "--steps", "6", "--set", "batch=5")
-    alone = start(*distill, "-o", files[0])
-    finish(start(*torchrun(2), *distill, "-o", files[1]))
-    finish(alone)
+    distill = ("distill", teacher, model, *DATA, "--steps", "6", "--set", "batch=5")
+    assert run(capsys, *distill, "-o", files[0], "-q")[0] == 0
+    finish(start(*torchrun(2), "-m", "mixmix_cli", *distill, "-o", files[1]))
     assert_alike(*files, model)
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (("quantize", "model.onnx", "--bits", "4", "--method", "brecq"), "brecq is work for one process"),
-        (("prune", "model.onnx", "--sparsity", "0.5"), "prune is work for one process"),
-        (("quantize", "missing.onnx", "--method", "qat", "--bits", "4"), "missing.onnx"),
-        (("distill", "teacher.onnx", "model.onnx", "--data", "nowhere"), "nowhere does not exist"),
-    ],
-)
-def test_what_cannot_work_is_said_once(
-    command: tuple[str, ...], said: str, models: tuple[Path, Path], tmp_path: Path
-) -> None:
-    words = [tmp_path / word if word.endswith((".onnx", "nowhere")) else word for word in command]
-    process = start(*torchrun(2), *MIXMIX, *words)
+def test_what_cannot_work_is_said_once(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """And every process that torchrun does not end before ends with status 2."""
+    model, teacher = models
+    process = start(*torchrun(2), "-m", "mixmix_cli", "distill", teacher, model, "--data", tmp_path / "nowhere")
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert err.count(said) == 1
+    assert err.count("nowhere does not exist") == 1
+    assert "exitcode  : 2 " in err.partition("Root Cause")[2]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in models}
+
+
+def test_methods_without_training_are_refused(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def pair(device: str) -> Iterator[Ranks]:
+        yield Ranks(0, 2)
+
+    monkeypatch.setattr(recipes.ranks, "join_ranks", pair)
+    status, _, err = run(capsys, "quantize", models[0], "--bits", "4", "--method", "brecq", *DATA)
+    assert status == 2
+    assert "brecq is work for one process: start it without torchrun, or take --method qat" in err
+
+
+def test_other_commands_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(recipes.ranks, "say_once", lambda say: say())
+    status, _, err = run(capsys, "prune", "model.onnx", "--sparsity", "0.5")
+    assert status == 2
+    assert "prune is work for one process: start it without torchrun" in err
