@@ -72,16 +72,19 @@ NAMED = 4
 def placement_line(result: Compression) -> str:
     """Which layers have other bits than was asked for and why; where a budget was given, how many have how many."""
     if result.bits is None:
-        widths = sorted({layer.bits for layer in result.layers if layer.bits is not None})
-        counts = [f"{sum(layer.bits == bits for layer in result.layers)} layers at {bits} bits" for bits in widths]
+        used = sorted({layer.bits for layer in result.layers if layer.bits is not None})
+        counts = [f"{sum(layer.bits == bits for layer in result.layers)} layers at {bits} bits" for bits in used]
         return ", ".join(counts)
-    groups: dict[tuple[int | None, str | None], list[str]] = {}
+    reasons: dict[str | None, dict[int | None, list[str]]] = {}
     for layer in result.kept:
-        groups.setdefault((layer.bits, layer.reason), []).append(layer.name)
-    parts = [
-        f"{', '.join(names[:NAMED])}{f' and {len(names) - NAMED} more' * (len(names) > NAMED)} {bits} bits ({reason})"
-        for (bits, reason), names in groups.items()
-    ]
+        reasons.setdefault(layer.reason, {}).setdefault(layer.bits, []).append(layer.name)
+    parts = []
+    for reason, widths in reasons.items():
+        groups = [
+            f"{', '.join(names[:NAMED])}{f' and {len(names) - NAMED} more' * (len(names) > NAMED)} {bits} bits"
+            for bits, names in widths.items()
+        ]
+        parts.append(f"{'; '.join(groups)} ({reason})")
     text = f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits"
     return f"{text}: {'; '.join(parts)}" if parts else text
 
