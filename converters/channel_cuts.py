@@ -81,44 +81,48 @@ class Reshape:
 
 
 @dataclass(frozen=True)
-class Split:
-    """A Split of `source` along an axis, into `sizes`."""
+class _Pick:
+    """A node that takes parts of `source` along an axis."""
 
     output: str
     source: str
     axis: int
-    sizes: Sequence[int]
 
     @property
     def values(self) -> Sequence[str]:
         return [self.source]
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+    def kept(self, lanes: Mapping[str, Lane], removed: Numbers) -> NDArray[np.bool_] | None:
+        """What is left along the axis; None where channels lie along another."""
         lane = lanes[self.source]
-        if lane.axis != self.axis:
+        return lane.kept(removed) if lane.axis == self.axis else None
+
+
+@dataclass(frozen=True)
+class Split(_Pick):
+    """A Split of `source` along an axis, into `sizes`."""
+
+    sizes: Sequence[int]
+
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+        kept = self.kept(lanes, removed)
+        if kept is None:
             return []
-        parts = np.split(lane.kept(removed), np.cumsum(self.sizes)[:-1])
+        parts = np.split(kept, np.cumsum(self.sizes)[:-1])
         return [writeback.TensorEdit(self.output, 1, np.array([part.sum() for part in parts], np.int64))]
 
 
 @dataclass(frozen=True)
-class Slice:
+class Slice(_Pick):
     """A Slice of `source` along an axis from one bound to another, which may count from the end."""
 
-    output: str
-    source: str
-    axis: int
     bounds: tuple[int, int]
 
-    @property
-    def values(self) -> Sequence[str]:
-        return [self.source]
-
     def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
-        lane = lanes[self.source]
-        if lane.axis != self.axis:
+        kept = self.kept(lanes, removed)
+        if kept is None:
             return []
-        before = np.append(0, np.cumsum(lane.kept(removed)))
+        before = np.append(0, np.cumsum(kept))
         length = len(before) - 1
         places = [min(max(bound + length if bound < 0 else bound, 0), length) for bound in self.bounds]
         return [

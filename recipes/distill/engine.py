@@ -43,11 +43,6 @@ SAMPLE = 64
 """Images that the written file is tried on, at most."""
 
 
-def output_path(student: Path) -> Path:
-    """`student.distilled.onnx`, beside the student."""
-    return student.with_suffix(".distilled.onnx")
-
-
 def check_pair(teacher: Classifier, student: Classifier) -> None:
     """Raise MixMixError for two models of which one cannot learn from the other, whatever the images."""
     module = to_torch(writeback.prepare_for_training(student))

@@ -73,12 +73,6 @@ def check_bits(bits: int | Budget, act_bits: int | None) -> None:
         )
 
 
-def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
-    """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input; `model.mixed.onnx` by budget."""
-    weights = "mixed" if isinstance(bits, Budget) else f"w{bits}"
-    return model.with_suffix(f".{weights}{'' if act_bits is None else f'a{act_bits}'}.onnx")
-
-
 def quantize(
     classifier: Classifier,
     images: ImageSet,

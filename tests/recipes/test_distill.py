@@ -18,7 +18,7 @@ from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.account import Compression
-from recipes.distill.engine import BatchStatistics, distill, output_path, trainable
+from recipes.distill.engine import BatchStatistics, distill, trainable
 from recipes.distill.losses import likeness, likeness_loss
 from recipes.distill.settings import PACKAGE, DistillSettings
 from recipes.images import ImageSet
@@ -321,7 +321,3 @@ def test_batch_statistics_normalise_by_the_batch_and_gather_without_gradients() 
     everything = torch.cat([x, x[:2] + 2])
     torch.testing.assert_close(mean, everything.mean((0, 2, 3)))
     torch.testing.assert_close(variance, everything.var((0, 2, 3), correction=0))
-
-
-def test_output_name() -> None:
-    assert output_path(Path("m/student.onnx")) == Path("m/student.distilled.onnx")

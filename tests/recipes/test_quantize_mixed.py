@@ -14,7 +14,7 @@ from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.budget import Budget
-from recipes.quantize.engine import output_path, quantize
+from recipes.quantize.engine import quantize
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import measure_noise
 from recipes.quantize.settings import QuantizeSettings
@@ -130,11 +130,6 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(
     with pytest.raises(MixMixError, match=r"bits=1 cannot be reached: with 2 bits everywhere it is bits=2: allow more"):
         quantize(*ask, Budget("bits", 1))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_output_is_named_mixed() -> None:
-    assert output_path(Path("a/model.onnx"), Budget("bits", 3), None) == Path("a/model.mixed.onnx")
-    assert output_path(Path("a/model.onnx"), Budget("bits", 3), 8) == Path("a/model.mixeda8.onnx")
 
 
 def test_what_a_file_of_four_bits_takes_is_enough_for_four_bits(

@@ -21,7 +21,7 @@ from converters.torch_module import TorchClassifier
 from recipes.allocate import Choice
 from recipes.images import ImageSet
 from recipes.progress import Silent
-from recipes.quantize.engine import output_path, quantize
+from recipes.quantize.engine import quantize
 from recipes.quantize.plan import LayerPlan, allocate_enough, decibels, measure_noise, noise_of, plan_bits
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -221,11 +221,6 @@ def test_an_existing_file_is_replaced_only_when_told(
     quantize(classifier_of("plain"), calibration_images, output, NEAREST, 4, overwrite=True)
     assert load_classifier(output).name == "out"
     assert list(tmp_path.iterdir()) == [output]
-
-
-def test_the_output_is_named_after_the_bits() -> None:
-    assert output_path(Path("a/model.onnx"), 4, None) == Path("a/model.w4.onnx")
-    assert output_path(Path("a/model.v2.onnx"), 2, 8) == Path("a/model.v2.w2a8.onnx")
 
 
 def test_the_file_carries_spec_and_provenance(
