@@ -18,6 +18,8 @@ from converters.errors import MixMixError
 from converters.torch_module import Layer
 
 CHANNEL = "channel"
+STAGES = 4
+"""In how many stages single weights go where those that stay are settled in between; each leaves the same part."""
 
 
 class Pattern(Protocol):
@@ -33,7 +35,11 @@ class Pattern(Protocol):
         ...
 
     def choose(self, size: Tensor, layer: Layer, share: float) -> Tensor:
-        """A mask, true where a weight stays; `size` are absolute values, `share` the part to remove."""
+        """A mask, true where a weight stays; `size` is what weights are worth, `share` the part to remove."""
+        ...
+
+    def by_stages(self, share: float) -> list[tuple[Pattern, float]]:
+        """Ever stricter patterns and shares, the last of which are this one and `share`."""
         ...
 
 
@@ -81,6 +87,9 @@ class Unstructured:
     def choose(self, size: Tensor, layer: Layer, share: float) -> Tensor:
         return keep_largest(size, share)
 
+    def by_stages(self, share: float) -> list[tuple[Pattern, float]]:
+        return [(self, 1 - (1 - share) ** (stage / STAGES)) for stage in range(1, STAGES + 1)]
+
 
 @dataclass(frozen=True)
 class NofM:
@@ -103,6 +112,9 @@ class NofM:
 
     def choose(self, size: Tensor, layer: Layer, share: float) -> Tensor:
         return keep_n_of_m(size, self.n, self.m, input_axis(layer))
+
+    def by_stages(self, share: float) -> list[tuple[Pattern, float]]:
+        return [(NofM(n, self.m), 1 - n / self.m) for n in range(self.m - 1, self.n - 1, -1)]
 
     def obeyed_by(self, weight: Tensor, layer: Layer) -> bool:
         """Whether the layer's weight has the pattern."""

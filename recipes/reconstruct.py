@@ -43,6 +43,12 @@ class LoopSettings(Settings):
     """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
     bias_rate: float = Field(default=0.0, ge=0)
     """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
+    compensate: bool = False
+    """Begin from weights that make up for one another in closed form: rounded so (GPTQ), or taken out (OBS)."""
+    compensate_places: int = Field(default=256, ge=1)
+    """Output positions an image that the statistics for it are taken from."""
+    compensate_inputs: int = Field(default=8192, ge=1)
+    """Most weights an output channel of a layer that it is done in: the statistics are that number squared."""
 
     def minibatch(self, x: Tensor) -> int:
         """Images a step for a block with input `x` [N, ...]."""
@@ -211,9 +217,10 @@ def batches(
 ) -> Iterator[Tensor]:
     """The segment's only output for `x` [N, ...], batch by batch, the last partial one included."""
     name, output = segment.inputs[0], segment.outputs[0]
-    with torch.no_grad():
-        for part in x.split(batch):
-            yield segment({name: part.to(segment.owner.device)}, parameters, transforms)[output]
+    for part in x.split(batch):
+        with torch.no_grad():  # left before it is yielded: of two that take turns, each would undo the other's
+            found = segment({name: part.to(segment.owner.device)}, parameters, transforms)[output]
+        yield found
 
 
 def run_batched(

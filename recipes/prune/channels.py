@@ -186,8 +186,8 @@ def _channels_each(channels: Channels) -> Numbers:
     return each
 
 
-def masks(channels: Channels, removed: Numbers) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    """By layer output, a choice of weights: all but those of removed channels, on both sides."""
+def masks(channels: Channels, removed: Numbers) -> Mapping[str, list[Callable[[Tensor], Tensor]]]:
+    """By layer output, the one choice of weights: all but those of removed channels, on both sides."""
 
     def choice(entry: LayerChannels) -> Callable[[Tensor], Tensor]:
         def choose(size: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def masks(channels: Channels, removed: Numbers) -> Mapping[str, Callable[[Tensor
 
         return choose
 
-    return {entry.layer.output: choice(entry) for entry in channels.layers if _touched(entry, removed)}
+    return {entry.layer.output: [choice(entry)] for entry in channels.layers if _touched(entry, removed)}
 
 
 def _touched(entry: LayerChannels, removed: Numbers) -> bool:

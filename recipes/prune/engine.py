@@ -26,6 +26,7 @@ from converters.torch_module import Layer, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
+from recipes.least_squares import settled_layers, stretch_moments
 from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
 from recipes.prune import shares
@@ -186,9 +187,12 @@ Cut = Callable[[Mapping[str, Tensor]], Sequence[writeback.Edit]]
 
 @dataclass(frozen=True)
 class Removal:
-    """What is to go: how weights are chosen in each layer that is pruned, by its output, and why others are not."""
+    """What is to go: how weights are chosen in each layer that is pruned, by its output, and why others are not.
 
-    choices: Mapping[str, Choose]
+    Choices are ever stricter, and the last is what was asked for.
+    """
+
+    choices: Mapping[str, Sequence[Choose]]
     reasons: Mapping[str, str]
     cut: Cut = lambda _: ()
     """What is cut out of the file; nothing where weights only become zero."""
@@ -263,8 +267,10 @@ def choose_weights(
         found = _shares(module, fitting, inputs, settings, sparsity, progress)
         reason = "first layer"
     by_output = {layer.output: layer for layer in layers}
-    choices: dict[str, Choose] = {
-        name: partial(pattern.choose, layer=by_output[name], share=share) for name, share in found.items() if share > 0
+    choices: dict[str, list[Choose]] = {
+        name: [partial(stage.choose, layer=by_output[name], share=part) for stage, part in pattern.by_stages(share)]
+        for name, share in found.items()
+        if share > 0
     }
     return Removal(choices, {layer.output: reason for layer in layers if layer.output not in found})
 
@@ -295,7 +301,7 @@ class _Run:
         module: TorchClassifier,
         inputs: Tensor,
         settings: PruneSettings,
-        choices: Mapping[str, Choose],
+        choices: Mapping[str, Sequence[Choose]],
         generator: torch.Generator,
         checkpoint: Checkpoint,
     ) -> None:
@@ -311,6 +317,8 @@ class _Run:
             if layer.bias is not None
         }
         self.changes = Changes((self.weights, self.biases), {})
+        self.settled = settled_layers(module, settings) if settings.compensate else set()
+        """Outputs of the layers whose weights make up for those taken out."""
         self.walk = Walk(checkpoint, {"weights": self.weights, "biases": self.biases}, generator)
 
     def reconstruct_all(self, progress: Progress) -> None:
@@ -331,6 +339,9 @@ class _Run:
             return block_error(stretch.segment, stretch.changed_input, stretch.target, changed, {}, settings.batch)
 
         before = error()
+        for layer in layers:
+            if layer.weight in weights and layer.output in self.settled:
+                self._operate(layer, stretch)
         for weight in weights.values():
             weight.soften()
         self._train(stretch, changed, settings.mask_steps, before, task)
@@ -343,6 +354,13 @@ class _Run:
         if not settings.mask_steps + settings.steps:
             task.advance(len(layers))
         self.walk.account.append((stretch.block.name, Reconstruction(before, error())))
+
+    def _operate(self, layer: Layer, stretch: Stretch) -> None:
+        """Take the weights out of one layer, behind the layers before it as they are now."""
+        found = stretch_moments(self.module, layer, stretch, self.changes, self.settings)
+        shift = self.weights[layer.weight].operate(layer, found)
+        if layer.bias is not None:
+            self.biases[layer.bias].value += shift
 
     def _train(
         self,
@@ -368,7 +386,7 @@ class _Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has changed, by initializer name."""
-        biases = self.biases if self.settings.bias_rate else {}
+        biases = self.biases if self.settings.bias_rate or self.settled else {}
         return {name: change.tensor() for table in (self.weights, biases) for name, change in table.items()}
 
     def logits(self, inputs: Tensor) -> Tensor:

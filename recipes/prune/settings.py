@@ -23,6 +23,8 @@ class PruneSettings(LoopSettings):
     weight_rate: float = Field(default=0.05, ge=0)
     """Relative to the root mean square of a layer's weights."""
     mask_rate: float = Field(default=0.03, ge=0)
+    settle_steps: int = Field(default=10, ge=1)
+    """Conjugate gradients that the weights of a layer are settled with after each stage (`compensate`)."""
     input_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of block-input elements taken from the float model (QDrop)."""
     allocation: Literal["uniform", "global", "sensitivity"] = "sensitivity"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import Choice, allocate
+from recipes.least_squares import from_rows, moments, operands, settled_layers, to_rows
 from recipes.patterns import keep_largest
+from recipes.prune import surgeon
+from recipes.prune.masks import Choose, sparing
 from recipes.prune.settings import PruneSettings
-from recipes.sensitivity import logit_noise
+from recipes.sensitivity import Before, logit_noise
 
 Shares = dict[str, float]
 """Part of the weights to remove, by layer output."""
@@ -58,15 +62,28 @@ def by_sensitivity(
     settings: PruneSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> Shares:
-    """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID."""
+    """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID.
+
+    Where weights will make up for those taken out, the noise is what is left then.
+    """
     grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
     _check_most(sparsity, settings)
 
-    def versions(layer: Layer) -> list[Tensor]:
-        weight = module.constant(layer.weight)
-        return [torch.where(keep_largest(weight.abs(), share), weight, 0.0) for share in grid[1:]]
+    stages: list[Choose] = [partial(keep_largest, share=share) for share in grid[1:]]
+    settled = settled_layers(module, settings) if settings.compensate else set()
 
-    noise = logit_noise(module, inputs[: settings.sensitive_images], versions, settings.max_chain, advance)
+    def versions(layer: Layer, before: Before) -> Iterator[Tensor]:
+        weight = module.constant(layer.weight)
+        if layer.output in settled:
+            vectors = operands(module, layer, before.block.input, before.x, settings)
+            found = moments((each, each) for each in vectors)
+            rules = surgeon.rules([sparing(choose, weight) for choose in stages], layer)
+            for rows, _ in surgeon.remove(to_rows(weight, layer), found, rules, settings.settle_steps):
+                yield from_rows(rows, layer)
+        else:
+            yield from (torch.where(choose(weight.abs()), weight, 0.0) for choose in stages)
+
+    noise = logit_noise(module, inputs, versions, settings.sensitive_images, settings, advance)
     fine = _between(grid)
     total = sum(layer.parameters for layer in layers)
     choices = []

@@ -28,9 +28,9 @@ from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassif
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
+from recipes.least_squares import settled_layers, stretch_moments
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.budget import Budget
-from recipes.quantize.compensate import moments
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
@@ -38,7 +38,6 @@ from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.train import train_quantized
 from recipes.ranks import ALONE, Ranks
 from recipes.reconstruct import (
-    Changed,
     Changes,
     DropMasks,
     LearnedTensor,
@@ -177,6 +176,8 @@ class _Run:
         }
         self.values: dict[str, QuantizedActivation] = {}
         self.changes = Changes((self.weights, self.biases), self.values)
+        self.settled = settled_layers(module, settings) if settings.compensate else set()
+        """Outputs of the layers that are rounded with compensation."""
         self.bounds = clipped_to(module) if target.integer_kernels else {}
         self.plans: list[LayerPlan] = []
         self.widths: dict[str, int] = {}
@@ -352,9 +353,10 @@ class _Run:
                 weights[layer.bias] = self.biases[layer.bias]
         values = {name: self.values[name] for name in unit.values}
         nearest = error = block_error(unit.segment, changed_input, target, weights, values, batch)
-        if settings.compensate:
+        if self.settled:
             for layer in unit.layers:
-                self._compensate(layer, stretch)
+                if layer.output in self.settled:
+                    self._compensate(layer, stretch)
             error = block_error(unit.segment, changed_input, target, weights, values, batch)
         if steps:
             for weight in weights.values():
@@ -388,12 +390,8 @@ class _Run:
 
     def _compensate(self, layer: Layer, stretch: Stretch) -> None:
         """Round one layer with compensation, behind the layers before it as they are now."""
-        before = self.module.segment([stretch.block.input], [layer.input])
-        parts, unchanged = [], Changed(parameters={}, transforms={})
-        for x, how in ((stretch.float_input, unchanged), (stretch.changed_input, self.changes.of(before))):
-            places, found = self.settings.compensate_places, batches(before, x, self.settings.batch, **how)
-            parts.append(torch.cat([self.module.operand_vectors(layer, part, places) for part in found], 1))
-        shift = self.weights[layer.weight].compensate(moments(*parts), layer.groups)
+        found = stretch_moments(self.module, layer, stretch, self.changes, self.settings)
+        shift = self.weights[layer.weight].compensate(found, layer)
         if layer.bias is not None:
             self.biases[layer.bias].value += shift
 

@@ -21,7 +21,7 @@ from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
-from recipes.sensitivity import logit_noise
+from recipes.sensitivity import Before, logit_noise
 
 WIDTHS = (2, 3, 4, 6, 8)
 MOST = "where more bits take the most noise out of the logits"
@@ -83,14 +83,15 @@ def measure_noise(
     `widths` rise; more bits never hurt. `inputs` [N, ...] are model inputs, of which `sensitive_images` are used.
     """
 
-    def versions(layer: Layer) -> list[Tensor]:
+    def versions(layer: Layer, before: Before) -> list[Tensor]:
         weight = module.constant(layer.weight)
         return [
             QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric(bits, act_bits)).tensor()
             for bits in widths
         ]
 
-    noise = logit_noise(module, inputs[: settings.sensitive_images], versions, settings.max_chain, advance)
+    count = settings.sensitive_images
+    noise = logit_noise(module, inputs[:count], versions, count, settings, advance)
     return {name: list(np.minimum.accumulate(found)) for name, found in noise.items()}
 
 

@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from converters.torch_module import Layer
+from recipes.least_squares import Moments, from_rows, to_rows
 from recipes.quantize import primitives as q
-from recipes.quantize.compensate import Moments, compensate
+from recipes.quantize.compensate import compensate
 from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import DropMasks, Group
 
@@ -159,14 +161,11 @@ class QuantizedWeight:
         """Start training without a bound on how far a weight moves."""
         self.rounding, self.rounding_rate = FreeRounding(self.latent), self.settings.rounding_rate
 
-    def compensate(self, found: Moments, groups: int) -> Tensor:
+    def compensate(self, found: Moments, layer: Layer) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
-        rows = self.weight.movedim(self.axis, 0)
-        shape = rows.shape
-        grouped = rows.reshape(groups, len(rows) // groups, -1)
-        scale, zero = (value.reshape(groups, -1) for value in (self.scale, self.zero))
-        chosen, shift = compensate(grouped, found, scale, zero, self.low, self.high)
-        self.weight = chosen.reshape(shape).movedim(0, self.axis)
+        scale, zero = (value.reshape(layer.groups, -1) for value in (self.scale, self.zero))
+        chosen, shift = compensate(to_rows(self.weight, layer), found, scale, zero, self.low, self.high)
+        self.weight = from_rows(chosen, layer)
         return shift.flatten()
 
     def groups(self) -> list[Group]:

@@ -37,10 +37,6 @@ class QuantizeSettings(LoopSettings):
     """Share of block-input elements taken from the float model (QDrop)."""
     activation_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of activation elements left unquantized in training (QDrop)."""
-    compensate: bool = False
-    """Begin from rounding that makes up for its own error in closed form (GPTQ), instead of nearest rounding."""
-    compensate_places: int = Field(default=256, ge=1)
-    """Output positions an image that its statistics are taken from."""
     range_steps: int = Field(default=80, ge=1)
     range_norm: float = Field(default=2.4, gt=0)
     end_bits: int = Field(default=8, ge=2, le=8)

@@ -1,4 +1,4 @@
-"""Closed-form compensation: its equations on small problems, and its worth on a real layer."""
+"""Rounding that makes up for its own error: its equations on small problems, and its worth on a real layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 from converters.load import load_classifier
 from converters.torch_module import to_torch
 from recipes import zoo
+from recipes.least_squares import DAMPING, moments
 from recipes.quantize import primitives as q
-from recipes.quantize.compensate import DAMPING, compensate, moments
+from recipes.quantize.compensate import compensate
 
 
 def problem(groups: int, rows: int, size: int, count: int = 400) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +26,7 @@ def problem(groups: int, rows: int, size: int, count: int = 400) -> tuple[Tensor
 def test_without_rounding_it_is_least_squares() -> None:
     """At 30 bits nothing is lost to rounding: what is left is the ridge regression, held against its own equation."""
     clean, noisy, rows = problem(2, 3, 5)
-    found = moments(clean, noisy)
+    found = moments([(clean, noisy)])
     scale, zero = torch.full((2, 3), 1e-6, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     chosen, _ = compensate(rows, found, scale, zero, -(2**29), 2**29 - 1)
     damping = (
@@ -42,7 +43,7 @@ def test_it_answers_better_than_nearest_rounding(bits: int) -> None:
     clean, noisy, rows = problem(3, 8, 12)
     low, high = q.signed_range(bits)
     scale, zero = (value.view(3, 8) for value in q.search_range(rows.reshape(24, 12), low, high))
-    chosen, shift = compensate(rows, moments(clean, noisy), scale, zero, low, high)
+    chosen, shift = compensate(rows, moments([(clean, noisy)]), scale, zero, low, high)
     target = clean @ rows.mT
 
     def error(weights: Tensor, bias: Tensor | float = 0.0) -> float:

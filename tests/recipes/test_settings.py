@@ -36,7 +36,7 @@ def load_synth(recipe: str, *overrides: str, effort: Effort = "default") -> synt
 
 def test_the_methods_of_the_command_line_are_shipped() -> None:
     assert {"nearest", "adaround", "brecq", "qdrop"} <= set(recipe_names(quantize.PACKAGE))
-    assert set(recipe_names(prune.PACKAGE)) == {"one-shot", "one-stage", "two-stage"}
+    assert set(recipe_names(prune.PACKAGE)) == {"obs", "one-shot", "one-stage", "two-stage"}
     assert {"default", "paper"} <= set(recipe_names(synth.PACKAGE))
 
 
