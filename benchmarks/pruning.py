@@ -55,6 +55,7 @@ class Row:
     method: str
     images: Source
     allocation: str = "sensitivity"
+    trained: bool = True
 
 
 REAL = Source("real")
@@ -64,9 +65,11 @@ ROWS = {
     "two-stage, uniform, real images": Row("two-stage", REAL, "uniform"),
     "one-stage, real images": Row("one-stage", REAL),
     "two-stage, real images": Row("two-stage", REAL),
-    "two-stage, Gaussian noise": Row("two-stage", Source("noise")),
-    "two-stage, images from the target": Row("two-stage", made(TARGET, recipe="small")),
-    "two-stage, images from six models": Row("two-stage", made(*ALL, recipe="small")),
+    "obs, not trained, real images": Row("obs", REAL, trained=False),
+    "obs (default), real images": Row("obs", REAL),
+    "obs, Gaussian noise": Row("obs", Source("noise")),
+    "obs, images from the target": Row("obs", made(TARGET, recipe="small")),
+    "obs, images from six models": Row("obs", made(*ALL, recipe="small")),
 }
 
 
@@ -79,7 +82,10 @@ def measure(target: str, pattern: str, sparsity: float | None, row: Row, seed: i
 
 
 def _settings(row: Row) -> PruneSettings:
-    return load_recipe(PruneSettings, PACKAGE, row.method).model_copy(update={"allocation": row.allocation})
+    untrained = {} if row.trained else {"mask_steps": 0, "steps": 0}
+    return load_recipe(PruneSettings, PACKAGE, row.method).model_copy(
+        update={"allocation": row.allocation, **untrained}
+    )
 
 
 def _fingerprint(row: Row) -> str:

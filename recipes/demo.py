@@ -188,7 +188,7 @@ def compress_cell(cell: Cell, images: ImageSet, directory: Path, seed: int) -> N
     classifier: Classifier = load_classifier(zoo.model_path(TARGET))
     output, row, trained = directory / cell.file_name, cell.row, cell.column != NEAREST
     if row.sparsity:
-        pruning = load_recipe(PruneSettings, PRUNE, "two-stage" if trained else "one-shot")
+        pruning = load_recipe(PruneSettings, PRUNE, "obs" if trained else "one-shot")
         prune(classifier, images, output, pruning, make_goal("unstructured", row.sparsity), seed=seed)
     else:
         settings = load_recipe(QuantizeSettings, QUANTIZE, "qdrop" if trained else "nearest")

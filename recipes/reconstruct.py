@@ -167,11 +167,12 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
 
 @dataclass(frozen=True)
 class Loop:
-    """How to train: number of steps, minibatch, and the share of inputs taken from the float stream (QDrop)."""
+    """How to train: steps, minibatch, share of inputs from the float stream (QDrop), and a factor on all rates."""
 
     steps: int
     batch: int
     input_drop: float = 0.0
+    rate: float = 1.0
 
 
 class DropMasks:
@@ -281,7 +282,7 @@ def reconstruct(
     for step in range(loop.steps):
         progress = step / loop.steps
         for entry, group in zip(optimizer.param_groups, groups, strict=True):
-            entry["lr"] = group.rate * (0.5 * (1 + math.cos(math.pi * progress)) if group.decay else 1)
+            entry["lr"] = loop.rate * group.rate * (0.5 * (1 + math.cos(math.pi * progress)) if group.decay else 1)
         if not len(order):
             order = torch.randperm(len(target), generator=generator)
         chosen, order = order[: loop.batch], order[loop.batch :]

@@ -342,13 +342,14 @@ class _Run:
         for layer in layers:
             if layer.weight in weights and layer.output in self.settled:
                 self._operate(layer, stretch)
+        rate = min(error(), 1.0) ** settings.rate_power
         for weight in weights.values():
             weight.soften()
-        self._train(stretch, changed, settings.mask_steps, before, task)
+        self._train(stretch, changed, settings.mask_steps, before, rate, task)
         for weight in weights.values():
             weight.absorb()
             weight.freeze()
-        self._train(stretch, changed, settings.steps, before, task)
+        self._train(stretch, changed, settings.steps, before, rate, task)
         for weight in weights.values():
             weight.harden()
         if not settings.mask_steps + settings.steps:
@@ -368,6 +369,7 @@ class _Run:
         changed: Mapping[str, PrunedWeight | LearnedTensor],
         steps: int,
         error: float,
+        rate: float,
         task: Task,
     ) -> None:
         share, name = len(stretch.block.layers), stretch.block.name
@@ -378,7 +380,7 @@ class _Run:
             stretch.target,
             changed,
             {},
-            Loop(steps, self.settings.minibatch(stretch.changed_input), self.settings.input_drop),
+            Loop(steps, self.settings.minibatch(stretch.changed_input), self.settings.input_drop, rate),
             error,
             self.generator,
             lambda done, loss: task.advance(share * done, None if math.isnan(loss) else f"{name}: loss {loss:.3f}"),

@@ -22,6 +22,9 @@ class PruneSettings(LoopSettings):
     steps: int = Field(default=0, ge=0)
     weight_rate: float = Field(default=0.05, ge=0)
     """Relative to the root mean square of a layer's weights."""
+    rate_power: float = Field(default=0.0, ge=0)
+    """All rates are multiplied with this power of the block's relative error when its training begins, 1 at most: the
+    nearer the block is to the float one, the smaller are the steps that bring it nearer still."""
     mask_rate: float = Field(default=0.03, ge=0)
     settle_steps: int = Field(default=10, ge=1)
     """Conjugate gradients that the weights of a layer are settled with after each stage (`compensate`)."""

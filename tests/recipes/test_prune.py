@@ -44,7 +44,7 @@ def recipe(method: str, steps: int, **changes: object) -> PruneSettings:
         "one-shot": {},
         "one-stage": {"steps": steps},
         "two-stage": {"mask_steps": steps // 2, "steps": steps // 2},
-        "obs": {"steps": steps},
+        "obs": {"mask_steps": steps // 2, "steps": steps // 2},
     }
     return load_recipe(PruneSettings, PACKAGE, method).model_copy(update={**budget[method], "batch": 16, **changes})
 
