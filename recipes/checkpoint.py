@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -26,6 +26,8 @@ from converters.outputs import write_atomically
 from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 
+T = TypeVar("T")
+MEASURED = "measured"
 SECONDS = 20.0
 """Work between two writes; a run that goes by blocks writes at the end of one."""
 
@@ -102,9 +104,26 @@ class Checkpoint:
                 mark.update(buffer.cpu().contiguous().numpy().tobytes())
         self.path = output.with_name(f"{output.name}.{kind}-{mark.hexdigest()[:8]}.partial")
         self._mark = mark.hexdigest()
+        self._measured: dict[str, Any] = {}
+
+    def measured(self, name: str, measure: Callable[[], T]) -> T:
+        """What `measure` gives (JSON), or gave an interrupted run of just this kind: measured once, in every state."""
+        found = self._read()
+        known = {} if found is None else found.numbers.get(MEASURED, {})
+        value: T = known[name] if name in known else measure()
+        self._measured = {**known, name: value}
+        if name not in known:
+            self.write(found or State({}, {}))
+        return value
 
     def find(self) -> State | None:
         """What an interrupted run of just this kind has left; None where there is nothing of use."""
+        found = self._read()
+        if found is None or not found.tensors:
+            return None
+        return State(found.tensors, {name: number for name, number in found.numbers.items() if name != MEASURED})
+
+    def _read(self) -> State | None:
         try:
             with safetensors.safe_open(str(self.path), "pt") as file:
                 said = file.metadata() or {}
@@ -125,7 +144,7 @@ class Checkpoint:
     def write(self, now: State) -> None:
         """Write a state; where that is not possible, the run goes on without."""
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in now.tensors.items()}
-        said = {"run": self._mark, "numbers": json.dumps(dict(now.numbers))}
+        said = {"run": self._mark, "numbers": json.dumps({**now.numbers, MEASURED: self._measured})}
         try:
             write_atomically(self.path, safetensors.torch.save(tensors, said))
         except OutputError as error:

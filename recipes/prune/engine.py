@@ -155,18 +155,21 @@ def prune_in_memory(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Prune `classifier` and write nothing; `output`, where it will go, is only checked."""
+    """Prune `classifier` and write no model; beside `output`, where it will go, lies the state of the run.
+
+    Raises MixMixError for a goal, images or an output that cannot be used, before any long work starts.
+    """
     progress = progress or Silent()
     prepared = writeback.prepare_for_pruning(classifier)
     module = begin(prepared, output, device, overwrite=overwrite)
     inputs = model_inputs(module, images)
+    facts = {"settings": settings.model_dump(), "goal": goal.to_json(images, seed)}
+    checkpoint = Checkpoint(output, "prune", (module,), images, facts, progress.say)
     if isinstance(goal.pattern, WholeChannels):  # which go is not trained, so all steps are the second stage's
         settings = settings.model_copy(update={"steps": settings.mask_steps + settings.steps, "mask_steps": 0})
         removal = _choose_channels(module, inputs, settings, goal)
     else:
-        removal = choose_weights(module, inputs, settings, goal.pattern, goal.sparsity, progress)
-    facts = {"settings": settings.model_dump(), "goal": goal.to_json(images, seed)}
-    checkpoint = Checkpoint(output, "prune", (module,), images, facts, progress.say)
+        removal = choose_weights(module, inputs, settings, goal.pattern, goal.sparsity, checkpoint, progress)
     run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed), checkpoint)
     run.reconstruct_all(progress)
     sample = sample_for_proof(prepared, inputs)
@@ -253,6 +256,7 @@ def choose_weights(
     settings: PruneSettings,
     pattern: Pattern,
     sparsity: float,
+    checkpoint: Checkpoint,
     progress: Progress,
 ) -> Removal:
     """The smallest weights of each layer that the pattern fits.
@@ -264,7 +268,7 @@ def choose_weights(
         found = {layer.output: pattern.share for layer in fitting}
         reason = f"{pattern.name} does not divide its input channels"
     else:
-        found = _shares(module, fitting, inputs, settings, sparsity, progress)
+        found = checkpoint.measured("shares", lambda: _shares(module, fitting, inputs, settings, sparsity, progress))
         reason = "first layer"
     by_output = {layer.output: layer for layer in layers}
     choices: dict[str, list[Choose]] = {

@@ -89,7 +89,7 @@ def with_a_threshold(classifier: Classifier, folder: Path) -> Classifier:
     return load_classifier(folder / "models" / "masked.onnx")
 
 
-@pytest.fixture(params=["layers", "blocks", "integers", "trained", "pruned", "taught", "taught strange"])
+@pytest.fixture(params=["layers", "blocks", "integers", "trained", "pruned", "settled", "taught", "taught strange"])
 def work(
     request: pytest.FixtureRequest, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> tuple[str, float, Run]:
@@ -109,7 +109,7 @@ def work(
         return quantize(classifier_of("inverted"), images, output, settings, 8, 8, target, **how)
 
     def pruning(output: Path, progress: Silent) -> Compression:
-        settings = PruneSettings(mask_steps=2, steps=2, batch=5)
+        settings = PruneSettings(mask_steps=2, steps=2, batch=5, compensate=request.param == "settled")
         goal = make_goal("unstructured", 0.5)
         return prune(model, images, output, settings, goal, seed=1, overwrite=True, progress=progress)
 
@@ -124,6 +124,7 @@ def work(
         "blocks": ("reconstructing", 14.0, quantizing()),
         "trained": ("training the whole network", 4.0, quantizing(train_steps=7, train_batch=4)),
         "pruned": ("reconstructing", 20.0, pruning),
+        "settled": ("reconstructing", 20.0, pruning),
         "integers": ("reconstructing", 40.0, for_integer_kernels),
         "taught": ("distilling", 5.0, teaching(classifier_of("inverted"))),
         "taught strange": ("distilling", 5.0, teaching(with_a_threshold(classifier_of("plain"), tmp_path))),
@@ -173,6 +174,22 @@ def test_what_was_put_down_is_taken_up(fresh: Callable[..., Checkpoint]) -> None
     assert all(torch.equal(found.tensors[name], state.tensors[name]) for name in state.tensors)
     fresh().remove()
     assert fresh().find() is None
+
+
+def test_what_was_measured_is_not_measured_again(fresh: Callable[..., Checkpoint]) -> None:
+    """Before anything else was kept, and in every state from then on."""
+    found, never = {"a": [0.1, 1 / 3]}, lambda: pytest.fail("measured twice")
+    assert fresh().measured("noise", lambda: found) == found
+    again = fresh()
+    assert again.find() is None  # there is nothing to go on with yet
+    assert again.measured("noise", never) == found
+    again.offer(lambda: State({"a": torch.ones(1)}, {"done": 1}))
+    last = fresh()
+    assert last.measured("noise", never) == found
+    state = last.find()
+    assert state is not None
+    assert state.numbers == {"done": 1}
+    assert fresh(seed=1).measured("noise", lambda: "another run") == "another run"
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"model": "residual"}, {"bright": 0.5}, {"mean": 0.25}])
@@ -268,4 +285,16 @@ def test_an_interruption_keeps_the_blocks_that_were_done(
     again = Stopping()
     quantize(*ask, progress=again)
     assert "going on after block 1, as what was done before is kept" in again.said
+    assert list(tmp_path.iterdir()) == [tmp_path / "o.onnx"]
+
+
+def test_pruning_does_not_measure_again(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    settings, images = PruneSettings(steps=2, batch=5, compensate=True), calibration_images.take(6)
+    ask = (classifier_of("plain"), images, tmp_path / "o.onnx", settings, make_goal("unstructured", 0.5))
+    with pytest.raises(KeyboardInterrupt):
+        prune(*ask, progress=Stopping("reconstructing", 1.0))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    prune(*ask, progress=Stopping("measuring what each layer can give up", 0.0))
     assert list(tmp_path.iterdir()) == [tmp_path / "o.onnx"]

@@ -218,6 +218,9 @@ def test_quantizing_keeps_the_zeros(
 ) -> None:
     goal, settings = make_goal("unstructured", 0.7), recipe("two-stage", 4)
     result = prune_in_memory(classifier_of("plain"), calibration_images, tmp_path / "q.onnx", settings, goal)
+    assert not list(tmp_path.glob("*.onnx"))
+    assert result.checkpoint is not None
+    result.checkpoint.remove()
     assert not list(tmp_path.iterdir())
     rounding = load_recipe(QuantizeSettings, "recipes.quantize", method, overrides=["steps=4"])
     written = quantize(result.classifier(), calibration_images, tmp_path / "q.onnx", rounding, 3)
