@@ -23,7 +23,11 @@ METHODS = ("one-shot", "one-stage", "two-stage", "obs")
 @click.option("--bits", type=click.IntRange(2, 8), help="Then quantize what is left to this many bits, into one file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.s50.onnx beside the input.")
 @click.option(
-    "--method", type=click.Choice(METHODS), default="obs", show_default=True, help="Which weights go, and what the others do."
+    "--method",
+    type=click.Choice(METHODS),
+    default="obs",
+    show_default=True,
+    help="Which weights go, and what the others do.",
 )
 @options.smaller
 @options.input_spec
