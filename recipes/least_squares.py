@@ -52,8 +52,8 @@ class Moments:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(X~ X~^T / n + d I)^-1 [G, K, K]."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+        """(X~ X~^T / n + d I)^-1 [G, K, K]; taken in float64, as positive inputs alone make one eigenvalue near K."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double())).to(self.own.dtype)
 
     def asked(self, rows: Tensor) -> Tensor:
         """The right-hand side W X X~^T / n + d W of the normal equations [G, R, K], for float weights of that shape."""

@@ -24,7 +24,7 @@ def compensate(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: i
     `rows` [G, R, K] are the weights by group, `scale` and `zero` [G, R]. Returns weights [G, R, K] that nearest
     rounding takes to the chosen integers, and what to add to the bias [G, R].
     """
-    factor = torch.linalg.cholesky(found.inverse, upper=True)
+    factor = torch.linalg.cholesky(found.inverse.double(), upper=True).to(rows.dtype)
     left = torch.linalg.solve(found.damped, found.asked(rows).mT).mT
     chosen, rounded = torch.empty_like(left), torch.empty_like(left)
     for k in range(rows.shape[2]):

@@ -351,7 +351,7 @@ def test_whole_channels(
     """The budget is kept, and not by much more than asked; the file is smaller and computes what was trained."""
     goal = make_goal("channel", None, 0.7) if unit == "macs" else make_goal("channel", 0.3)
     output = tmp_path / "o.onnx"
-    result = prune(classifier_of(model), calibration_images, output, recipe("two-stage", 8), goal)
+    result = prune(classifier_of(model), calibration_images, output, recipe("obs", 8), goal)
     assert result.written_difference < 1e-4
     before, after = (inspect_model(classifier) for classifier in (classifier_of(model), load_classifier(output)))
     assert before.macs is not None
