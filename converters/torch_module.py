@@ -230,6 +230,14 @@ class TorchClassifier(nn.Module):
         grouped = torch.stack(taps, 2).reshape(len(x), layer.groups, -1, len(chosen))
         return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, grouped.shape[2])
 
+    def bias_unit(self, layer: Layer) -> float | None:
+        """What a bias has to grow by where the layer's products lose 1: alpha / beta of Gemm; None where beta is 0."""
+        step = next(step for step in self.whole.steps if step.outputs[0] == layer.output)
+        alpha, beta = (step.attributes.get(name, 1.0) for name in ("alpha", "beta"))
+        assert isinstance(alpha, float)
+        assert isinstance(beta, float)
+        return alpha / beta if beta else None
+
     def batchnorms(self) -> list[BatchNorm]:
         """BatchNormalization nodes with stored statistics, in order."""
         return [

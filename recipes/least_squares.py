@@ -12,7 +12,6 @@ Brain Surgeon (Hassibi and Stork 1993) both start from (X~ X~^T + d I)^-1.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +19,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
-from recipes.reconstruct import Changed, Changes, LoopSettings, Stretch, batches
+from recipes.reconstruct import Changed, Changes, LearnedTensor, LoopSettings, Stretch, batches
 
 DAMPING = 0.01
 """The part of d that is always there, as a share of the mean of the diagonal of X~ X~^T."""
@@ -59,6 +59,10 @@ class Moments:
         """The right-hand side W X X~^T / n + d W of the normal equations [G, R, K], for float weights of that shape."""
         return rows @ (self.cross + self.damping)
 
+    def aimed(self, rows: Tensor) -> Tensor:
+        """The least-squares weights W' [G, R, K] for float weights of that shape."""
+        return torch.linalg.solve(self.damped, self.asked(rows).mT).mT
+
     def mean_difference(self, rows: Tensor, changed: Tensor) -> Tensor:
         """What to add to the bias [G, R] where `rows` [G, R, K] become `changed`."""
         return (rows @ self.float_mean[:, :, None] - changed @ self.mean[:, :, None])[:, :, 0]
@@ -88,7 +92,10 @@ def operands(
 def stretch_moments(
     module: TorchClassifier, layer: Layer, stretch: Stretch, changes: Changes, settings: LoopSettings
 ) -> Moments:
-    """Moments of a layer of the stretch's block, behind the layers before it as they are now."""
+    """Moments of a layer of the stretch's block, behind the layers before it as they are now.
+
+    Raises MixMixError where what the layer reads is not finite.
+    """
     start = stretch.block.input
     changed = changes.of(module.segment([start], [layer.input]))
     pairs = zip(
@@ -96,17 +103,32 @@ def stretch_moments(
         operands(module, layer, start, stretch.changed_input, settings, changed),
         strict=True,
     )
-    return moments(pairs)
+    return checked(moments(pairs), layer)
+
+
+def checked(found: Moments, layer: Layer) -> Moments:
+    """The same moments. Raises MixMixError where they are not finite."""
+    if not bool((found.own.isfinite() & found.cross.isfinite()).all()):
+        raise MixMixError(
+            f"what layer {layer.name} reads is not finite on these images: see which layer it begins in with"
+            " mixmix validate --layers, or leave its weights to training with --set compensate=false"
+        )
+    return found
+
+
+def shift_bias(module: TorchClassifier, layer: Layer, bias: LearnedTensor, shift: Tensor) -> None:
+    """Add `shift` [C], in units of what the layer's products come to, where the bias has a number for each channel."""
+    unit = module.bias_unit(layer)
+    if unit is not None and bias.value.numel() == shift.numel():
+        bias.value = bias.value + (shift * unit).view_as(bias.value)
 
 
 def settled_layers(module: TorchClassifier, settings: LoopSettings) -> set[str]:
-    """Outputs of the layers whose weights can be settled in closed form: their own, and not too many an output."""
-    layers = module.layers()
-    uses = Counter(layer.weight for layer in layers)
+    """Outputs of the layers whose weights can be settled in closed form: not too many an output channel."""
     return {
         layer.output
-        for layer in layers
-        if uses[layer.weight] == 1 and layer.parameters // layer.shape[layer.axis] <= settings.compensate_inputs
+        for layer in module.layers()
+        if layer.parameters // layer.shape[layer.axis] <= settings.compensate_inputs
     }
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ from converters.torch_module import Layer
 
 CHANNEL = "channel"
 STAGES = 4
-"""In how many stages single weights go where those that stay are settled in between; each leaves the same part."""
+"""In how many stages weights go where those that stay are settled in between; each leaves about the same part."""
 
 
 class Pattern(Protocol):
@@ -88,7 +89,7 @@ class Unstructured:
         return keep_largest(size, share)
 
     def by_stages(self, share: float) -> list[tuple[Pattern, float]]:
-        return [(self, 1 - (1 - share) ** (stage / STAGES)) for stage in range(1, STAGES + 1)]
+        return [*((self, 1 - (1 - share) ** (stage / STAGES)) for stage in range(1, STAGES)), (self, share)]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class NofM:
         return keep_n_of_m(size, self.n, self.m, input_axis(layer))
 
     def by_stages(self, share: float) -> list[tuple[Pattern, float]]:
-        return [(NofM(n, self.m), 1 - n / self.m) for n in range(self.m - 1, self.n - 1, -1)]
+        left = [self.m * (self.n / self.m) ** (stage / STAGES) for stage in range(1, STAGES)]
+        found = dict.fromkeys(min(max(math.ceil(n), self.n), self.m - 1) for n in (self.m - 1, *left, self.n))
+        return [(NofM(n, self.m), 1 - n / self.m) for n in found]
 
     def obeyed_by(self, weight: Tensor, layer: Layer) -> bool:
         """Whether the layer's weight has the pattern."""

@@ -26,7 +26,7 @@ from converters.torch_module import Layer, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
-from recipes.least_squares import settled_layers, stretch_moments
+from recipes.least_squares import settled_layers, shift_bias, stretch_moments
 from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 from recipes.progress import Progress, Silent, Task
 from recipes.prune import shares
@@ -268,7 +268,7 @@ def choose_weights(
         found = {layer.output: pattern.share for layer in fitting}
         reason = f"{pattern.name} does not divide its input channels"
     else:
-        found = checkpoint.measured("shares", lambda: _shares(module, fitting, inputs, settings, sparsity, progress))
+        found = _shares(module, fitting, inputs, settings, sparsity, checkpoint, progress)
         reason = "first layer"
     by_output = {layer.output: layer for layer in layers}
     choices: dict[str, list[Choose]] = {
@@ -285,16 +285,20 @@ def _shares(
     inputs: Tensor,
     settings: PruneSettings,
     sparsity: float,
+    checkpoint: Checkpoint,
     progress: Progress,
 ) -> shares.Shares:
+    def measure() -> shares.Shares:
+        with progress.task("measuring what each layer can give up", len(layers)) as task:
+            return shares.by_sensitivity(module, layers, inputs, sparsity, settings, lambda: task.advance())
+
     match settings.allocation:
         case "uniform":
             return shares.uniform(layers, sparsity, settings)
         case "global":
             return shares.by_threshold(module, layers, sparsity, settings)
         case "sensitivity":
-            with progress.task("measuring what each layer can give up", len(layers)) as task:
-                return shares.by_sensitivity(module, layers, inputs, sparsity, settings, lambda: task.advance())
+            return checkpoint.measured("shares", measure)
 
 
 class _Run:
@@ -342,11 +346,13 @@ class _Run:
         def error() -> float:
             return block_error(stretch.segment, stretch.changed_input, stretch.target, changed, {}, settings.batch)
 
-        before = error()
-        for layer in layers:
-            if layer.weight in weights and layer.output in self.settled:
-                self._operate(layer, stretch)
-        rate = min(error(), 1.0) ** settings.rate_power
+        before = now = error()
+        operable = [layer for layer in layers if layer.weight in weights and layer.output in self.settled]
+        for layer in operable:
+            self._operate(layer, stretch)
+        if operable:
+            now = error()
+        rate = min(now, 1.0) ** settings.rate_power
         for weight in weights.values():
             weight.soften()
         self._train(stretch, changed, settings.mask_steps, before, rate, task)
@@ -365,7 +371,7 @@ class _Run:
         found = stretch_moments(self.module, layer, stretch, self.changes, self.settings)
         shift = self.weights[layer.weight].operate(layer, found)
         if layer.bias is not None:
-            self.biases[layer.bias].value += shift
+            shift_bias(self.module, layer, self.biases[layer.bias], shift)
 
     def _train(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import Choice, allocate
-from recipes.least_squares import from_rows, moments, operands, settled_layers, to_rows
+from recipes.least_squares import checked, from_rows, moments, operands, settled_layers, to_rows
 from recipes.patterns import keep_largest
 from recipes.prune import surgeon
 from recipes.prune.masks import Choose, sparing
@@ -64,7 +64,8 @@ def by_sensitivity(
 ) -> Shares:
     """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID.
 
-    Where weights will make up for those taken out, the noise is what is left then.
+    Where weights will make up for those taken out, it is measured so: taken out stage by stage along GRID, and settled,
+    with the biases as they were. All of `inputs` tell what layers read, `sensitive_images` of them measure.
     """
     grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
     _check_most(sparsity, settings)
@@ -76,14 +77,15 @@ def by_sensitivity(
         weight = module.constant(layer.weight)
         if layer.output in settled:
             vectors = operands(module, layer, before.block.input, before.x, settings)
-            found = moments((each, each) for each in vectors)
+            found = checked(moments((each, each) for each in vectors), layer)
             rules = surgeon.rules([sparing(choose, weight) for choose in stages], layer)
             for rows, _ in surgeon.remove(to_rows(weight, layer), found, rules, settings.settle_steps):
                 yield from_rows(rows, layer)
         else:
             yield from (torch.where(choose(weight.abs()), weight, 0.0) for choose in stages)
 
-    noise = logit_noise(module, inputs, versions, settings.sensitive_images, settings, advance)
+    count = settings.sensitive_images
+    noise = logit_noise(module, inputs if settled else inputs[:count], versions, count, settings, advance)
     fine = _between(grid)
     total = sum(layer.parameters for layer in layers)
     choices = []

@@ -65,7 +65,7 @@ def rules(choices: Iterable[Rule], layer: Layer) -> list[Rule]:
 def remove(rows: Tensor, found: Moments, rules: Iterable[Rule], steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Weights [G, R, K] and mask after each of `rules`, which are ever stricter; `rows` are the float weights."""
     asked, importance = found.asked(rows), worth(found)
-    weights = torch.linalg.solve(found.damped, asked.mT).mT
+    weights = found.aimed(rows)
     for rule in rules:
         kept = rule(weights.abs() * importance)
         weights = settle(weights, kept, found.damped, asked, steps)

@@ -28,7 +28,7 @@ from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassif
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
-from recipes.least_squares import settled_layers, stretch_moments
+from recipes.least_squares import settled_layers, shift_bias, stretch_moments
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.budget import Budget
 from recipes.quantize.mixed import plan_mixed
@@ -393,7 +393,7 @@ class _Run:
         found = stretch_moments(self.module, layer, stretch, self.changes, self.settings)
         shift = self.weights[layer.weight].compensate(found, layer)
         if layer.bias is not None:
-            self.biases[layer.bias].value += shift
+            shift_bias(self.module, layer, self.biases[layer.bias], shift)
 
     def _snap_biases(self, layers: Sequence[Layer]) -> None:
         """Bring biases of fully quantized layers to whole multiples of input scale times weight scale.
