@@ -188,7 +188,7 @@ class _Trace:
 
     def _layer(self, step: Step, layer: Layer) -> None:
         shape, count = self.sizes.shape(layer.output), layer.shape[layer.axis]
-        axis = 1 if layer.op in ("Conv", "Gemm") else len(shape) - 1
+        axis = 1 if layer.op in ("Conv", "Gemm") else len(shape) - (1 if layer.operand == 1 else 2)
         straight = layer.operand == 1 and not step.attributes.get("transA")
         if not straight:
             self._freeze(layer.input)

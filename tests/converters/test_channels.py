@@ -138,6 +138,30 @@ def test_graphs_that_are_hard_to_cut(build: Callable[[], onnx.ModelProto], load:
         assert difference(module, channels, np.array([number])) < 1e-5
 
 
+def test_what_is_read_by_a_weight_that_comes_first_stays(load: Load) -> None:
+    """[6, 8] times [N, 8, places] mixes channels: what it reads and writes stays, what lies before can go."""
+    nodes = [
+        node("Conv", "image a.weight", "a", pads=[1, 1, 1, 1]),
+        node("Relu", "a", "b"),
+        node("Conv", "b c.weight", "c", pads=[1, 1, 1, 1]),
+        node("Reshape", "c rows", "tokens"),
+        node("MatMul", "mix.weight tokens", "mixed"),
+        node("Reshape", "mixed map", "d"),
+        *head("d"),
+    ]
+    tensors = {
+        "a.weight": weights(8, models.CHANNELS, 3, 3),
+        "c.weight": weights(8, 8, 3, 3, seed=1),
+        "rows": np.array([0, 8, models.SIDE**2], np.int64),
+        "map": np.array([0, 6, models.SIDE, models.SIDE], np.int64),
+        "mix.weight": weights(6, 8, seed=2),
+    }
+    module = prepared_module(load(assemble(nodes, {**tensors, **head_tensors(6)})))
+    channels = find_channels(module)
+    assert len(channels.numbers()) == 8
+    assert difference(module, channels, channels.numbers()[:4]) < 1e-5
+
+
 def test_softmax_and_layer_norm_along_channels_hold_them(load: Load) -> None:
     for op, extra, tensors in (
         ("Softmax", "", {}),
