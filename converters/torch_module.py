@@ -211,7 +211,7 @@ class TorchClassifier(nn.Module):
             x = x.transpose(-1, -2) if layer.operand == 0 else x
             rows = x.reshape(len(x), -1, x.shape[-1])
             return rows[:, _spread(rows.shape[1], places)].reshape(1, -1, x.shape[-1])
-        step = next(step for step in self.whole.steps if step.outputs[0] == layer.output)
+        step = self._step(layer)
         kernel = layer.shape[2:]
         strides, dilations, pads = convolution_geometry(step.attributes, tuple(x.shape[2:]), kernel)
         padded = F.pad(x, torch_pads(pads)) if any(pads) else x
@@ -230,9 +230,12 @@ class TorchClassifier(nn.Module):
         grouped = torch.stack(taps, 2).reshape(len(x), layer.groups, -1, len(chosen))
         return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, grouped.shape[2])
 
+    def _step(self, layer: Layer) -> Step:
+        return next(step for step in self.whole.steps if step.outputs[0] == layer.output)
+
     def bias_unit(self, layer: Layer) -> float | None:
         """What a bias has to grow by where the layer's products lose 1: alpha / beta of Gemm; None where beta is 0."""
-        step = next(step for step in self.whole.steps if step.outputs[0] == layer.output)
+        step = self._step(layer)
         alpha, beta = (step.attributes.get(name, 1.0) for name in ("alpha", "beta"))
         assert isinstance(alpha, float)
         assert isinstance(beta, float)

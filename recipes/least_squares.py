@@ -59,9 +59,9 @@ class Moments:
         """The right-hand side W X X~^T / n + d W of the normal equations [G, R, K], for float weights of that shape."""
         return rows @ (self.cross + self.damping)
 
-    def aimed(self, rows: Tensor) -> Tensor:
-        """The least-squares weights W' [G, R, K] for float weights of that shape."""
-        return torch.linalg.solve(self.damped, self.asked(rows).mT).mT
+    def aimed(self, asked: Tensor) -> Tensor:
+        """The least-squares weights W' [G, R, K] for a right-hand side of that shape."""
+        return torch.linalg.solve(self.damped, asked.mT).mT
 
     def mean_difference(self, rows: Tensor, changed: Tensor) -> Tensor:
         """What to add to the bias [G, R] where `rows` [G, R, K] become `changed`."""

@@ -47,7 +47,7 @@ class PrunedWeight:
         """Take weights out stage by stage, those that stay settled in between; what to add to the bias [C]."""
         rows = to_rows(self.weight, layer)
         self.importance = from_rows(surgeon.worth(found).expand_as(rows), layer)
-        rules = surgeon.rules(self.choices, layer)
+        rules = surgeon.by_rows(self.choices, layer)
         *_, (settled, kept) = surgeon.remove(rows, found, rules, self.settings.settle_steps)
         self.kept = from_rows(kept, layer)
         self.weight = torch.where(self.kept, from_rows(settled, layer), self.weight)

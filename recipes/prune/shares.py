@@ -78,7 +78,7 @@ def by_sensitivity(
         if layer.output in settled:
             vectors = operands(module, layer, before.block.input, before.x, settings)
             found = checked(moments((each, each) for each in vectors), layer)
-            rules = surgeon.rules([sparing(choose, weight) for choose in stages], layer)
+            rules = surgeon.by_rows([sparing(choose, weight) for choose in stages], layer)
             for rows, _ in surgeon.remove(to_rows(weight, layer), found, rules, settings.settle_steps):
                 yield from_rows(rows, layer)
         else:

@@ -53,7 +53,7 @@ def worth(found: Moments) -> Tensor:
     return found.inverse.diagonal(dim1=1, dim2=2).rsqrt()[:, None]
 
 
-def rules(choices: Iterable[Rule], layer: Layer) -> list[Rule]:
+def by_rows(choices: Iterable[Rule], layer: Layer) -> list[Rule]:
     """Choices in the weight's layout as rules for its rows."""
 
     def rule(choose: Rule) -> Rule:
@@ -65,7 +65,7 @@ def rules(choices: Iterable[Rule], layer: Layer) -> list[Rule]:
 def remove(rows: Tensor, found: Moments, rules: Iterable[Rule], steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Weights [G, R, K] and mask after each of `rules`, which are ever stricter; `rows` are the float weights."""
     asked, importance = found.asked(rows), worth(found)
-    weights = found.aimed(rows)
+    weights = found.aimed(asked)
     for rule in rules:
         kept = rule(weights.abs() * importance)
         weights = settle(weights, kept, found.damped, asked, steps)
