@@ -47,7 +47,8 @@ from recipes.distill.engine import distill
 from recipes.distill.settings import PACKAGE as DISTILL
 from recipes.distill.settings import DistillSettings
 from recipes.inspect import inspect_model
-from recipes.prune.engine import Goal, make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import Goal, make_goal
 from recipes.prune.settings import PACKAGE, PruneSettings
 from recipes.settings import load_recipe
 from recipes.synth.settings import load_synth_recipe

@@ -40,7 +40,8 @@ from converters.torch_module import to_torch
 from mixmix_cli.console import Terminal, table
 from recipes.account import Compression
 from recipes.images import ImageSet, gaussian_noise, load_images
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize

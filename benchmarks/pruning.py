@@ -33,7 +33,8 @@ from synthesis_quality import (
     spread,
 )
 
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE, PruneSettings
 from recipes.settings import load_recipe
 

@@ -26,6 +26,20 @@ class ImagesPath(click.Path):
 
 IMAGES = ImagesPath(path_type=Path)
 
+BITS = click.IntRange(2, 8)
+WIDE = 16
+TARGETS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
+
+
+class ActivationBits(click.IntRange):
+    """2 to 8, or 16."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return WIDE if str(value) == str(WIDE) else super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not 2 to 8, or {WIDE}", param, ctx)
+
 
 def _apply(function: F, decorators: list[Callable[[F], F]]) -> F:
     for decorate in reversed(decorators):
@@ -143,6 +157,18 @@ def smaller(function: F) -> F:
         ],
     )
 
+
+act_bits = click.option(
+    "--act-bits", type=ActivationBits(2, 8), help="Bits of the activations, 2 to 8 or 16; float when not given."
+)
+
+target = click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="portable",
+    show_default=True,
+    help="Runtime that the file is for: ort-cpu runs 8-bit activations in integers.",
+)
 
 force = click.option("--force", is_flag=True, help="Replace what exists.")
 

@@ -26,7 +26,8 @@ from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.images import PREVIEW, ImageSet, gaussian_noise, load_images
 from recipes.progress import Progress, Silent
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,29 +40,34 @@ class Moments:
 
     @cached_property
     def damping(self) -> Tensor:
-        """d I [G, K, K]."""
-        size = self.own.shape[2]
+        """d [G, 1, 1]."""
         power = self.own.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        share = DAMPING + size / self.count
-        return share * power[:, None, None] * torch.eye(size, dtype=self.own.dtype, device=self.own.device)
+        return (DAMPING + self.own.shape[2] / self.count) * power[:, None, None]
 
     @cached_property
     def damped(self) -> Tensor:
-        """X~ X~^T / n + d I [G, K, K]."""
-        return self.own + self.damping
+        """H = X~ X~^T / n + d I [G, K, K]."""
+        damped = self.own.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(self.damping[:, 0])
+        return damped
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """Cholesky factor of H, in float64: positive inputs alone make one eigenvalue near K."""
+        return torch.linalg.cholesky(self.damped.double())
 
     @cached_property
     def inverse(self) -> Tensor:
-        """(X~ X~^T / n + d I)^-1 [G, K, K]; taken in float64, as positive inputs alone make one eigenvalue near K."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double())).to(self.own.dtype)
+        """H^-1 [G, K, K]."""
+        return torch.cholesky_inverse(self._factor).to(self.own.dtype)
 
-    def asked(self, rows: Tensor) -> Tensor:
-        """The right-hand side W X X~^T / n + d W of the normal equations [G, R, K], for float weights of that shape."""
-        return rows @ (self.cross + self.damping)
+    def right_side(self, rows: Tensor) -> Tensor:
+        """B = W X X~^T / n + d W of the normal equations W' H = B [G, R, K], for float weights W of that shape."""
+        return rows @ self.cross + self.damping * rows
 
-    def aimed(self, asked: Tensor) -> Tensor:
+    def solve(self, right_side: Tensor) -> Tensor:
         """The least-squares weights W' [G, R, K] for a right-hand side of that shape."""
-        return torch.linalg.solve(self.damped, asked.mT).mT
+        return torch.cholesky_solve(right_side.mT.double(), self._factor).mT.to(self.own.dtype)
 
     def mean_difference(self, rows: Tensor, changed: Tensor) -> Tensor:
         """What to add to the bias [G, R] where `rows` [G, R, K] become `changed`."""
@@ -116,11 +122,41 @@ def checked(found: Moments, layer: Layer) -> Moments:
     return found
 
 
-def shift_bias(module: TorchClassifier, layer: Layer, bias: LearnedTensor, shift: Tensor) -> None:
-    """Add `shift` [C], in units of what the layer's products come to, where the bias has a number for each channel."""
+class Compensated(Protocol):
+    """A changed weight that can make up for its own change."""
+
+    def compensate(self, layer: Layer, found: Moments) -> Tensor:
+        """Change the weight of `layer`; what to add to its bias [C]."""
+        ...
+
+
+def compensate(
+    module: TorchClassifier,
+    layer: Layer,
+    stretch: Stretch,
+    changes: Changes,
+    settings: LoopSettings,
+    weight: Compensated,
+    bias: LearnedTensor | None,
+) -> None:
+    """Let a layer of the stretch's block make up for its change, behind the layers before it as they are now.
+
+    Raises MixMixError where what the layer reads is not finite.
+    """
+    shift = weight.compensate(layer, stretch_moments(module, layer, stretch, changes, settings))
+    if bias is not None:
+        bias.value = shifted(module, layer, bias.value, shift)
+
+
+def shifted(module: TorchClassifier, layer: Layer, bias: Tensor, shift: Tensor) -> Tensor:
+    """A layer's bias with `shift` [C] added, in units of what the layer's products come to.
+
+    The same bias where it has not a number for each channel.
+    """
     unit = module.bias_unit(layer)
-    if unit is not None and bias.value.numel() == shift.numel():
-        bias.value = bias.value + (shift * unit).view_as(bias.value)
+    if unit is None or bias.numel() != shift.numel():
+        return bias
+    return bias + (shift * unit).view_as(bias)
 
 
 def settled_layers(module: TorchClassifier, settings: LoopSettings) -> set[str]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from converters.errors import MixMixError
-from converters.torch_module import Layer
+
+if TYPE_CHECKING:  # what can be asked for is checked before torch is there, which takes seconds to import
+    from torch import Tensor
+
+    from converters.torch_module import Layer
 
 CHANNEL = "channel"
 STAGES = 4
@@ -47,9 +48,7 @@ class Pattern(Protocol):
 def keep_largest(size: Tensor, share: float) -> Tensor:
     """A mask of the shape of `size` that is false for exactly round(share * n) of its elements, the smallest."""
     removed = round(share * size.numel())
-    kept = torch.ones(size.numel(), dtype=torch.bool, device=size.device)
-    kept[torch.argsort(size.flatten(), stable=True)[:removed]] = False
-    return kept.view(size.shape)
+    return (size.flatten().argsort(stable=True).argsort() >= removed).view(size.shape)
 
 
 def keep_n_of_m(size: Tensor, n: int, m: int, axis: int) -> Tensor:
@@ -57,7 +56,7 @@ def keep_n_of_m(size: Tensor, n: int, m: int, axis: int) -> Tensor:
     groups = size.movedim(axis, -1)
     shape = groups.shape
     groups = groups.reshape(*shape[:-1], shape[-1] // m, m)
-    order = torch.argsort(torch.argsort(groups, dim=-1, descending=True, stable=True), dim=-1)
+    order = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return (order < n).reshape(shape).movedim(-1, axis)
 
 

@@ -23,7 +23,8 @@ from recipes.image_store import OtherSetError
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.patterns import WholeChannels
 from recipes.progress import Progress
-from recipes.prune.engine import PROVENANCE, Goal, check_goal, prune, prune_in_memory
+from recipes.prune.engine import check_goal, prune, prune_in_memory
+from recipes.prune.goal import PROVENANCE, Goal
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.budget import Budget
 from recipes.quantize.engine import check_bits, least_bits, quantize
@@ -256,17 +257,22 @@ def distilling(settings: DistillSettings) -> Write:
 
 
 def pruning_then_quantizing(
-    settings: PruneSettings, goal: Goal, quantize_settings: QuantizeSettings, bits: int
+    settings: PruneSettings,
+    goal: Goal,
+    quantize_settings: QuantizeSettings,
+    bits: int,
+    act_bits: int | None = None,
+    target: Target = PORTABLE,
 ) -> Write:
     """`mixmix prune --bits`: one file, whose weights are few and of few bits; what was removed stays zero.
 
-    The second step reconstructs the blocks of the pruned model. Raises MixMixError for a width that cannot be written.
+    The second step reconstructs the blocks of the pruned model. Raises MixMixError for widths that cannot be written.
     """
-    check_bits(bits, None)
+    check_bits(bits, act_bits)
 
     def check(request: Request) -> None:
         check_goal(request.classifier, settings, goal)
-        check_quantizable(request.classifier, bits)
+        check_quantizable(request.classifier, bits, act_bits, target)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         started = time.perf_counter()
@@ -284,6 +290,8 @@ def pruning_then_quantizing(
             request.output,
             quantize_settings,
             bits,
+            act_bits,
+            target,
             **request.how(progress),
             provenance=request.provenance | {PROVENANCE: goal.to_json(images, request.seed)},
         )

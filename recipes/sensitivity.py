@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,8 @@ class Before:
     x: Tensor
 
 
-Versions = Callable[[Layer, Before], Iterable[Tensor]]
-"""Changed weights of a layer, in the weight's layout."""
+Versions = Callable[[Layer, Before], Iterable[Mapping[str, Tensor]]]
+"""Changed tensors of a layer, by initializer name."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def logit_noise(
     settings: LoopSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Noise-to-signal ratios of the logits with each of `versions` of one layer's weight alone, by layer output.
+    """Noise-to-signal ratios of the logits with each of `versions` of one layer alone, by layer output.
 
     `inputs` [N, ...] are model inputs, on the first `count` of which it is measured. What lies before a layer's block
     is computed once for the block.
@@ -51,7 +51,7 @@ def logit_noise(
         rest = module.segment([block.input], [module.logits_name])
         for layer in block.layers:
             found[layer.output] = [
-                noise_to_signal(reference, rest(start, {layer.weight: version})[module.logits_name])
+                noise_to_signal(reference, rest(start, version)[module.logits_name])
                 for version in versions(layer, before)
             ]
             advance()

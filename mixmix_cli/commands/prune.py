@@ -17,10 +17,14 @@ METHODS = ("one-shot", "one-stage", "two-stage", "obs")
 
 @click.command("prune", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
-@click.option("--sparsity", type=float, help="Share of the weights to remove, such as 0.5 (2:4 says it already).")
+@click.option(
+    "--sparsity", type=float, help="Share of the weights to remove, such as 0.5 (2:4: as few layers as needed)."
+)
 @click.option("--macs", type=float, help="With --pattern channel: the share of the multiplications to leave.")
 @click.option("--pattern", default="unstructured", show_default=True, help="unstructured, channel, or N:M (2:4).")
-@click.option("--bits", type=click.IntRange(2, 8), help="Then quantize what is left to this many bits, into one file.")
+@click.option("--bits", type=options.BITS, help="Then quantize what is left to this many bits, into one file.")
+@options.act_bits
+@options.target
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.s50.onnx beside the input.")
 @click.option(
     "--method",
@@ -40,26 +44,35 @@ def command(**given: Any) -> int:
 
     Example: mixmix prune --sparsity 0.5 model.onnx
     """
+    bits, act_bits = given["bits"], given["act_bits"]
+    if bits is None and (act_bits is not None or given["target"] != "portable"):
+        raise click.UsageError("--act-bits and --target are for what --bits quantizes: give --bits too")
     from mixmix_cli.requests import refuse_early, request_from, show_result
+    from recipes.prune.goal import make_goal, output_path
 
-    refuse_early(given, given["output"])
+    goal = make_goal(given["pattern"], given["sparsity"], given["macs"])
+    output = given["output"] or output_path(given["model"], goal, bits, act_bits)
+    refuse_early(given, output)
+
+    from converters.targets import choose_target
+
+    target = choose_target(given["target"], None, act_bits)
+
     from mixmix_cli.console import Terminal
     from recipes.pipeline import compress, pruning, pruning_then_quantizing
-    from recipes.prune.engine import make_goal, output_path
     from recipes.prune.settings import PACKAGE, PruneSettings
     from recipes.quantize.settings import PACKAGE as QUANTIZE
     from recipes.quantize.settings import QuantizeSettings
     from recipes.settings import load_recipe
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    recipe, bits = given["recipe"] or given["method"], given["bits"]
+    recipe = given["recipe"] or given["method"]
     settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
-    goal = make_goal(given["pattern"], given["sparsity"], given["macs"])
     write = pruning(settings, goal)
     if bits is not None:
         quantization = load_recipe(QuantizeSettings, QUANTIZE, "qdrop", given["effort"])
-        write = pruning_then_quantizing(settings, goal, quantization, bits)
-    request = request_from(given, output_path(given["model"], goal, bits), recipe, terminal)
+        write = pruning_then_quantizing(settings, goal, quantization, bits, act_bits, target)
+    request = request_from(given, output, recipe, terminal)
     result, validation = compress(request, write, terminal)
     return show_result(terminal, result, validation, _account(result))
 

@@ -14,21 +14,8 @@ if TYPE_CHECKING:
     from recipes.quantize.budget import Budget
     from recipes.ranks import Ranks
 
-BITS = click.IntRange(2, 8)
-WIDE = 16
 METHODS = ("nearest", "adaround", "brecq", "qdrop", "qat")
-TARGETS = ("portable", "ort-cpu", "ort-cuda", "tensorrt")
 CONTAINERS = ("int2", "int4", "int8")
-
-
-class ActivationBits(click.IntRange):
-    """2 to 8, or 16."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return WIDE if str(value) == str(WIDE) else super().convert(value, param, ctx)
-        except click.BadParameter:
-            self.fail(f"{value!r} is not 2 to 8, or {WIDE}", param, ctx)
 
 
 def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
@@ -39,22 +26,14 @@ def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
 
 @click.command("quantize", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
-@click.option("--bits", type=BITS, help="Bits of the weights.")
+@click.option("--bits", type=options.BITS, help="Bits of the weights.")
 @click.option(
     "--mixed",
     metavar="BUDGET",
     help="Instead of --bits: bits by layer within size=2MB (the file), bops=1.5G or bits=3 (on average).",
 )
-@click.option(
-    "--act-bits", type=ActivationBits(2, 8), help="Bits of the activations, 2 to 8 or 16; float when not given."
-)
-@click.option(
-    "--target",
-    type=click.Choice(TARGETS),
-    default="portable",
-    show_default=True,
-    help="Runtime that the file is for: ort-cpu runs 8-bit activations in integers.",
-)
+@options.act_bits
+@options.target
 @click.option(
     "--weight-container",
     type=click.Choice(CONTAINERS),

@@ -26,10 +26,10 @@ def sparing(choose: Choose, weight: Tensor) -> Choose:
 class PrunedWeight:
     """W with a mask M: M * W.
 
-    At first M is what the last of `choices` makes of |W|. `operate` goes through all of them, which are ever stricter,
-    and settles what stays in between. `soften` lets M take any value and trains it with W, so that a weight that was
-    removed can come back; `absorb` multiplies both and chooses again; `freeze` trains W under the mask. What is exactly
-    zero in the given W stays so: a model that is sparse already gets no denser.
+    At first M is what the last of `choices` makes of |W|. `compensate` goes through all of them, which are ever
+    stricter, and settles what stays in between. `soften` lets M take any value and trains it with W, so that a weight
+    that was removed can come back; `absorb` multiplies both and chooses again; `freeze` trains W under the mask. What
+    is exactly zero in the given W stays so: a model that is sparse already gets no denser.
     """
 
     def __init__(self, weight: Tensor, choices: Sequence[Choose], settings: PruneSettings) -> None:
@@ -43,10 +43,10 @@ class PrunedWeight:
         self.trained = False
         self.rate = settings.weight_rate * float(weight.square().mean().sqrt())
 
-    def operate(self, layer: Layer, found: Moments) -> Tensor:
+    def compensate(self, layer: Layer, found: Moments) -> Tensor:
         """Take weights out stage by stage, those that stay settled in between; what to add to the bias [C]."""
         rows = to_rows(self.weight, layer)
-        self.importance = from_rows(surgeon.worth(found).expand_as(rows), layer)
+        self.importance = from_rows(surgeon.importance(found).expand_as(rows), layer)
         rules = surgeon.by_rows(self.choices, layer)
         *_, (settled, kept) = surgeon.remove(rows, found, rules, self.settings.settle_steps)
         self.kept = from_rows(kept, layer)

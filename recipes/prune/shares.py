@@ -13,8 +13,8 @@ from torch import Tensor
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import Choice, allocate
-from recipes.least_squares import checked, from_rows, moments, operands, settled_layers, to_rows
-from recipes.patterns import keep_largest
+from recipes.least_squares import checked, from_rows, moments, operands, settled_layers, shifted, to_rows
+from recipes.patterns import NofM, Pattern, keep_largest
 from recipes.prune import surgeon
 from recipes.prune.masks import Choose, sparing
 from recipes.prune.settings import PruneSettings
@@ -58,48 +58,72 @@ def by_sensitivity(
     module: TorchClassifier,
     layers: Sequence[Layer],
     inputs: Tensor,
+    pattern: Pattern,
     sparsity: float,
     settings: PruneSettings,
     advance: Callable[[], None] = lambda: None,
 ) -> Shares:
-    """The shares with the least sum of logit noise, each layer's measured alone on `inputs` at the shares of GRID.
+    """Shares of `layers`, which the pattern fits, with the least sum of logit noise, each measured alone on `inputs`.
 
-    Where weights will make up for those taken out, it is measured so: taken out stage by stage along GRID, and settled,
-    with the biases as they were. All of `inputs` tell what layers read, `sensitive_images` of them measure.
+    A layer gives up any share without a pattern, measured at those of GRID, and with N:M all that it asks for or none,
+    together at least `sparsity`. Where weights will make up for those taken out, noise is measured so: with weights
+    taken out stage by stage, and settled. All of `inputs` tell what layers read, `sensitive_images` of them measure.
     """
-    grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
-    _check_most(sparsity, settings)
-
-    stages: list[Choose] = [partial(keep_largest, share=share) for share in grid[1:]]
+    stages, offered = _offers(pattern, settings)
     settled = settled_layers(module, settings) if settings.compensate else set()
 
-    def versions(layer: Layer, before: Before) -> Iterator[Tensor]:
-        weight = module.constant(layer.weight)
+    def versions(layer: Layer, before: Before) -> Iterator[dict[str, Tensor]]:
+        if not pattern.fits(layer):
+            return
+        choices = [partial(stage.choose, layer=layer, share=share) for stage, share in stages]
         if layer.output in settled:
-            vectors = operands(module, layer, before.block.input, before.x, settings)
-            found = checked(moments((each, each) for each in vectors), layer)
-            rules = surgeon.by_rows([sparing(choose, weight) for choose in stages], layer)
-            for rows, _ in surgeon.remove(to_rows(weight, layer), found, rules, settings.settle_steps):
-                yield from_rows(rows, layer)
+            yield from _compensated(module, layer, before, choices, settings)
         else:
-            yield from (torch.where(choose(weight.abs()), weight, 0.0) for choose in stages)
+            weight = module.constant(layer.weight)
+            yield from ({layer.weight: torch.where(choose(weight.abs()), weight, 0.0)} for choose in choices)
 
     count = settings.sensitive_images
     noise = logit_noise(module, inputs if settled else inputs[:count], versions, count, settings, advance)
-    fine = _between(grid)
+    measured = [0.0, *(share for _, share in stages)]
     total = sum(layer.parameters for layer in layers)
     choices = []
     for layer in layers:
         rising = np.maximum.accumulate([0.0, *noise[layer.output]])  # removing more is never taken to do less harm
-        curve = np.interp(fine, grid, rising)
+        curve = np.interp(offered, measured, rising)
         left = layer.parameters / total
-        choices.append([Choice(left * (1 - share), float(harm)) for share, harm in zip(fine, curve, strict=True)])
+        choices.append([Choice(left * (1 - share), float(harm)) for share, harm in zip(offered, curve, strict=True)])
     chosen = allocate(choices, 1 - sparsity)
-    return _exactly({layer.output: fine[index] for layer, index in zip(layers, chosen, strict=True)}, layers, sparsity)
+    found = {layer.output: offered[index] for layer, index in zip(layers, chosen, strict=True)}
+    return found if isinstance(pattern, NofM) else _exactly(found, layers, sparsity)
+
+
+def _offers(pattern: Pattern, settings: PruneSettings) -> tuple[list[tuple[Pattern, float]], list[float]]:
+    """Ever stricter patterns and shares to measure noise at, and the shares that a layer may give up."""
+    if isinstance(pattern, NofM):
+        return pattern.by_stages(pattern.share), [0.0, pattern.share]
+    grid = [share for share in GRID if share <= settings.most] + [settings.most] * (settings.most not in GRID)
+    return [(pattern, share) for share in grid[1:]], _between(grid)
+
+
+def _compensated(
+    module: TorchClassifier, layer: Layer, before: Before, choices: Sequence[Choose], settings: PruneSettings
+) -> Iterator[dict[str, Tensor]]:
+    """Weight and bias of a layer after each of `choices`, which are ever stricter, with what stays settled."""
+    weight = module.constant(layer.weight)
+    vectors = operands(module, layer, before.block.input, before.x, settings)
+    found = checked(moments((each, each) for each in vectors), layer)
+    rules = surgeon.by_rows([sparing(choose, weight) for choose in choices], layer)
+    whole = to_rows(weight, layer)
+    for rows, _ in surgeon.remove(whole, found, rules, settings.settle_steps):
+        tensors = {layer.weight: from_rows(rows, layer)}
+        if layer.bias is not None:
+            shift = found.mean_difference(whole, rows).flatten()
+            tensors[layer.bias] = shifted(module, layer, module.constant(layer.bias), shift)
+        yield tensors
 
 
 def check_reachable(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> None:
-    """Raise MixMixError where the layers cannot give up so much, however it is allocated."""
+    """Raise MixMixError where the layers cannot give up so much of their weights, however it is allocated."""
     if settings.allocation == "uniform":
         uniform(layers, sparsity, settings)
     else:

@@ -27,14 +27,14 @@ Rule = Callable[[Tensor], Tensor]
 LEAST = 1e-30  # where a row has no weight left there is nothing to divide
 
 
-def settle(start: Tensor, kept: Tensor, curvature: Tensor, asked: Tensor, steps: int) -> Tensor:
+def settle(start: Tensor, kept: Tensor, curvature: Tensor, right_side: Tensor, steps: int) -> Tensor:
     """min over w, 0 where not `kept`, of w H w^T - 2 w b^T: `steps` conjugate gradients from `start`.
 
-    `start`, `kept` and `asked` (b) [G, R, K], `curvature` (H) [G, K, K]; the diagonal of H preconditions.
+    `start`, `kept` and `right_side` (b) [G, R, K], `curvature` (H) [G, K, K]; the diagonal of H preconditions.
     """
     diagonal = curvature.diagonal(dim1=1, dim2=2)[:, None]
     w = torch.where(kept, start, 0.0)
-    residual = torch.where(kept, asked - w @ curvature, 0.0)
+    residual = torch.where(kept, right_side - w @ curvature, 0.0)
     scaled = residual / diagonal
     direction, power = scaled, (residual * scaled).sum(2, keepdim=True)
     for _ in range(steps):
@@ -48,7 +48,7 @@ def settle(start: Tensor, kept: Tensor, curvature: Tensor, asked: Tensor, steps:
     return w
 
 
-def worth(found: Moments) -> Tensor:
+def importance(found: Moments) -> Tensor:
     """1 / sqrt((H^-1)_kk) [G, 1, K]: what a weight's absolute value is multiplied with."""
     return found.inverse.diagonal(dim1=1, dim2=2).rsqrt()[:, None]
 
@@ -64,9 +64,9 @@ def by_rows(choices: Iterable[Rule], layer: Layer) -> list[Rule]:
 
 def remove(rows: Tensor, found: Moments, rules: Iterable[Rule], steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Weights [G, R, K] and mask after each of `rules`, which are ever stricter; `rows` are the float weights."""
-    asked, importance = found.asked(rows), worth(found)
-    weights = found.aimed(asked)
+    right_side, factor = found.right_side(rows), importance(found)
+    weights = found.solve(right_side)
     for rule in rules:
-        kept = rule(weights.abs() * importance)
-        weights = settle(weights, kept, found.damped, asked, steps)
+        kept = rule(weights.abs() * factor)
+        weights = settle(weights, kept, found.damped, right_side, steps)
         yield weights, kept

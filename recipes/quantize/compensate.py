@@ -25,7 +25,7 @@ def compensate(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: i
     rounding takes to the chosen integers, and what to add to the bias [G, R].
     """
     factor = torch.linalg.cholesky(found.inverse.double(), upper=True).to(rows.dtype)
-    left = found.aimed(found.asked(rows))
+    left = found.solve(found.right_side(rows))
     chosen, rounded = torch.empty_like(left), torch.empty_like(left)
     for k in range(rows.shape[2]):
         column = left[:, :, k].clone()

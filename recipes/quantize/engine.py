@@ -28,7 +28,7 @@ from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassif
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
-from recipes.least_squares import settled_layers, shift_bias, stretch_moments
+from recipes.least_squares import compensate, settled_layers
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.budget import Budget
 from recipes.quantize.mixed import plan_mixed
@@ -356,7 +356,8 @@ class _Run:
         if self.settled:
             for layer in unit.layers:
                 if layer.output in self.settled:
-                    self._compensate(layer, stretch)
+                    chosen, bias = self.weights[layer.weight], self.biases[layer.bias] if layer.bias else None
+                    compensate(self.module, layer, stretch, self.changes, settings, chosen, bias)
             error = block_error(unit.segment, changed_input, target, weights, values, batch)
         if steps:
             for weight in weights.values():
@@ -387,13 +388,6 @@ class _Run:
         self._snap_biases(unit.layers)
         after = block_error(unit.segment, changed_input, target, weights, values, batch)
         self.walk.account.append((unit.name, Reconstruction(nearest, after)))
-
-    def _compensate(self, layer: Layer, stretch: Stretch) -> None:
-        """Round one layer with compensation, behind the layers before it as they are now."""
-        found = stretch_moments(self.module, layer, stretch, self.changes, self.settings)
-        shift = self.weights[layer.weight].compensate(found, layer)
-        if layer.bias is not None:
-            shift_bias(self.module, layer, self.biases[layer.bias], shift)
 
     def _snap_biases(self, layers: Sequence[Layer]) -> None:
         """Bring biases of fully quantized layers to whole multiples of input scale times weight scale.

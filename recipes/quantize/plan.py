@@ -8,7 +8,7 @@ takes the most noise out of the logits, each layer's noise measured alone at eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +83,11 @@ def measure_noise(
     `widths` rise; more bits never hurt. `inputs` [N, ...] are model inputs, of which `sensitive_images` are used.
     """
 
-    def versions(layer: Layer, before: Before) -> list[Tensor]:
+    def versions(layer: Layer, before: Before) -> Iterator[dict[str, Tensor]]:
         weight = module.constant(layer.weight)
-        return [
-            QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric(bits, act_bits)).tensor()
-            for bits in widths
-        ]
+        for bits in widths:
+            quantized = QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric(bits, act_bits))
+            yield {layer.weight: quantized.tensor()}
 
     count = settings.sensitive_images
     noise = logit_noise(module, inputs[:count], versions, count, settings, advance)

@@ -161,7 +161,7 @@ class QuantizedWeight:
         """Start training without a bound on how far a weight moves."""
         self.rounding, self.rounding_rate = FreeRounding(self.latent), self.settings.rounding_rate
 
-    def compensate(self, found: Moments, layer: Layer) -> Tensor:
+    def compensate(self, layer: Layer, found: Moments) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
         scale, zero = (value.reshape(layer.groups, -1) for value in (self.scale, self.zero))
         chosen, shift = compensate(to_rows(self.weight, layer), found, scale, zero, self.low, self.high)

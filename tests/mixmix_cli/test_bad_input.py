@@ -166,7 +166,12 @@ class TestBadInput:
             (("--pattern", "4:2"), "not a pattern"),
             (("--pattern", "0:4"), "not a pattern"),
             (("--pattern", "blocks"), "not a pattern"),
-            (("--pattern", "2:4", "--sparsity", "0.7"), "leave --sparsity out"),
+            (("--pattern", "2:4", "--sparsity", "0.7"), "leave it out for every layer"),
+            (("--pattern", "2:4", "--sparsity", "0.49"), "can remove at most 4"),
+            (("--pattern", "2:4", "--sparsity", "0.2", "--set", "allocation=uniform"), "decided by noise alone"),
+            (("--sparsity", "0.5", "--act-bits", "8"), "give --bits too"),
+            (("--sparsity", "0.5", "--target", "tensorrt"), "give --bits too"),
+            (("--sparsity", "0.5", "--bits", "4", "--act-bits", "9"), "is not 2 to 8, or 16"),
             (("--pattern", "channel"), "give --sparsity"),
             (("--macs", "0.5"), "use --pattern channel"),
             (("--pattern", "channel", "--macs", "0.5", "--sparsity", "0.5"), "leave one of them out"),
@@ -224,7 +229,7 @@ class TestBadInput:
 
 def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
     """Importing torch takes seconds."""
-    for name in ("m.onnx", "m.w4.onnx", "m.distilled.onnx", "there.npz", "there.xml"):
+    for name in ("m.onnx", "m.w4.onnx", "m.2of4.w4.onnx", "m.distilled.onnx", "there.npz", "there.xml"):
         (tmp_path / name).touch()
     exists, missing, both = "exists: choose another name", "gone does not exist", "--zoo makes images, and --data gives"
     calls = {
@@ -239,6 +244,10 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "quantize m.onnx --bits 3 --act-bits 4 --target tensorrt": "runs 8 bits",
         "prune m.onnx --sparsity 0.5 -o there.npz": exists,
         "prune m.onnx --sparsity 0.5 --data there.npz --zoo m.onnx": both,
+        "prune m.onnx --sparsity 2": "above 0 and below 1",
+        "prune m.onnx --pattern 2:4 --sparsity 0.7": "leave it out",
+        "prune m.onnx --pattern 2:4 --bits 4": exists,
+        "prune m.onnx --sparsity 0.5 --bits 8 --act-bits 4 --target tensorrt": "runs 8 bits",
         "distill m.onnx m.onnx": exists,
         "distill m.onnx m.onnx -o new.onnx --data gone": missing,
         "synth m.onnx -o .": "not empty",

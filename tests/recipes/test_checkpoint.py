@@ -26,7 +26,8 @@ from recipes.distill.settings import DistillSettings
 from recipes.images import ImageSet
 from recipes.pipeline import Request, pruning_then_quantizing
 from recipes.progress import Silent
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings

@@ -22,7 +22,8 @@ from recipes.distill.engine import BatchStatistics, distill, trainable
 from recipes.distill.losses import likeness, likeness_loss
 from recipes.distill.settings import PACKAGE, DistillSettings
 from recipes.images import ImageSet
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.settings import load_recipe

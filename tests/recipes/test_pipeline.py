@@ -25,7 +25,7 @@ from recipes.pipeline import (
     quantizing,
 )
 from recipes.progress import Silent
-from recipes.prune.engine import Goal, make_goal
+from recipes.prune.goal import Goal, make_goal
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import load_recipe

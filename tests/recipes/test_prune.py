@@ -22,10 +22,11 @@ from converters.writeback import edited_classifier, prepare_for_pruning
 from recipes.account import Compression
 from recipes.images import ImageSet
 from recipes.inspect import inspect_model
-from recipes.patterns import keep_largest
+from recipes.patterns import NofM, Unstructured, keep_largest
 from recipes.prune import shares
 from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels
-from recipes.prune.engine import make_goal, output_path, prune, prune_in_memory
+from recipes.prune.engine import prune, prune_in_memory
+from recipes.prune.goal import make_goal, output_path
 from recipes.prune.masks import PrunedWeight
 from recipes.prune.settings import PACKAGE, PruneSettings
 from recipes.quantize.engine import quantize
@@ -120,7 +121,7 @@ def test_layers_that_hurt_give_up_less(
     """The share of a layer falls where its noise is made larger: its weights drive the logits more."""
     module = module_of("residual")
     x = module.spec.to_input(calibration_images.pixels)
-    found = shares.by_sensitivity(module, module.layers(), x, 0.6, recipe("one-shot", 0))
+    found = shares.by_sensitivity(module, module.layers(), x, Unstructured(), 0.6, recipe("one-shot", 0))
     assert set(found) == {layer.output for layer in module.layers()}
     assert max(found.values()) - min(found.values()) > 0.1
     assert found[module.layers()[0].output] < 0.6  # the image itself goes through the first layer
@@ -302,12 +303,61 @@ def test_pruning_a_sparse_model_fills_no_zero(
     assert any(not np.array_equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def test_two_of_four_where_it_is_missed_least(
+    classifier_of: Classifiers, calibration_images: ImageSet, judging_images: ImageSet, tmp_path: Path
+) -> None:
+    """A quarter of the weights gone by 2:4 in some layers: no fewer, hardly more, and far less noise than in all."""
+    classifier, settings = classifier_of("inverted"), recipe("obs", 0)
+    result = prune(classifier, calibration_images, tmp_path / "o.onnx", settings, make_goal("2:4", 0.25))
+    assert 0.25 <= result.sparsity < 0.3
+    by_reason: dict[str | None, set[float]] = {}
+    for layer in result.layers:
+        by_reason.setdefault(layer.reason, set()).add(round(layer.sparsity, 6))
+    assert by_reason == {
+        None: {0.5},
+        "2:4 does not divide its input channels": {0.0},
+        "its weights would be missed more": {0.0},
+    }
+    everywhere = prune(classifier, calibration_images, tmp_path / "all.onnx", settings, make_goal("2:4", None))
+    files = [load_classifier(written.output) for written in (result, everywhere)]
+    some, all_of_them = validate(classifier, files, judging_images, threads=1).candidates
+    assert some.snr > all_of_them.snr + 3
+
+
+def test_two_of_four_in_some_layers_leaves_those_where_noise_is_least(
+    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    module = module_of("inverted")
+    layers = [layer for layer in module.layers() if NofM(2, 4).fits(layer)]
+    x = module.spec.to_input(calibration_images.pixels[:16])
+    found = shares.by_sensitivity(module, layers, x, NofM(2, 4), 0.3, recipe("one-shot", 0))
+    assert set(found.values()) == {0.0, 0.5}
+    noise = {}
+    for layer in layers:
+        weight = module.constant(layer.weight)
+        cut = torch.where(NofM(2, 4).choose(weight.abs(), layer, 0.5), weight, 0.0)
+        answer = module.whole({module.input_name: x}, {layer.weight: cut})[module.logits_name]
+        noise[layer.output] = float((answer - module(x)).square().sum())
+    per_weight = {layer.output: noise[layer.output] / layer.parameters for layer in layers}
+    chosen = [per_weight[name] for name, share in found.items() if share]
+    assert np.median(chosen) < np.median([per_weight[name] for name, share in found.items() if not share])
+
+
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "name"),
-    [("unstructured", 0.5, "m.s50.onnx"), ("unstructured", 0.875, "m.s87.5.onnx"), ("2:4", None, "m.2of4.onnx")],
+    [
+        ("unstructured", 0.5, "m.s50.onnx"),
+        ("unstructured", 0.875, "m.s87.5.onnx"),
+        ("2:4", None, "m.2of4.onnx"),
+        ("2:4", 0.5, "m.2of4.onnx"),
+        ("2:4", 0.3, "m.2of4.s30.onnx"),
+        ("channel", 0.3, "m.c30.onnx"),
+    ],
 )
 def test_output_names(pattern: str, sparsity: float | None, name: str) -> None:
-    assert output_path(Path("m.onnx"), make_goal(pattern, sparsity)).name == name
+    goal = make_goal(pattern, sparsity)
+    assert output_path(Path("m.onnx"), goal).name == name
+    assert output_path(Path("m.onnx"), goal, 8, 8).name == name.replace(".onnx", ".w8a8.onnx")
 
 
 def test_a_sparsity_that_no_layer_can_take_is_refused(
@@ -383,7 +433,7 @@ def test_channels_that_matter_stay(
 
     for name, harm in (("harm", channel_harm), ("lot", drawn)):
         output = tmp_path / f"{name}.onnx"
-        monkeypatch.setattr("recipes.prune.engine.channel_harm", harm)
+        monkeypatch.setattr("recipes.prune.choice.channel_harm", harm)
         prune(classifier_of("residual"), calibration_images, output, recipe("one-stage", 40), goal)
         kept[name] = top1(output, classifier_of("residual"), judging_images)
     assert kept["harm"] > kept["lot"] + 0.02

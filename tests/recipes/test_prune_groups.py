@@ -18,7 +18,8 @@ from converters.writeback import prepare_for_pruning
 from recipes.images import ImageSet
 from recipes.inspect import inspect_model
 from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE, PruneSettings
 from recipes.settings import load_recipe
 from tests import models

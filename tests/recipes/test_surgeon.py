@@ -32,10 +32,11 @@ from recipes.least_squares import (
     to_rows,
 )
 from recipes.patterns import NofM, Unstructured, keep_largest, obeys_n_of_m
-from recipes.prune.engine import make_goal, prune
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
 from recipes.prune.masks import PrunedWeight
 from recipes.prune.settings import PACKAGE, PruneSettings
-from recipes.prune.surgeon import remove, settle, worth
+from recipes.prune.surgeon import importance, remove, settle
 from recipes.reconstruct import Changes, walk_blocks
 from recipes.settings import load_recipe
 from tests import models
@@ -70,7 +71,7 @@ def exact(kept: Tensor, found: Moments, asked: Tensor) -> Tensor:
 @given(seed=st.integers(0, 2**16), share=st.floats(0.05, 0.95))
 def test_settled_weights_solve_the_normal_equations(seed: int, share: float) -> None:
     rows, found = problem(seed)
-    kept, asked = keep_largest(rows.abs(), share), found.asked(rows)
+    kept, asked = keep_largest(rows.abs(), share), found.right_side(rows)
     settled = settle(rows, kept, found.damped, asked, 60)
     assert not settled[~kept].any()
     torch.testing.assert_close(settled, exact(kept, found, asked), rtol=1e-5, atol=1e-6)
@@ -79,7 +80,7 @@ def test_settled_weights_solve_the_normal_equations(seed: int, share: float) -> 
 @given(seed=st.integers(0, 2**16), steps=st.integers(1, 8))
 def test_no_step_makes_it_worse(seed: int, steps: int) -> None:
     rows, found = problem(seed)
-    kept, asked = keep_largest(rows.abs(), 0.5), found.asked(rows)
+    kept, asked = keep_largest(rows.abs(), 0.5), found.right_side(rows)
     before, after = (loss(settle(rows, kept, found.damped, asked, n), found, asked) for n in (steps - 1, steps))
     assert bool((after <= before + 1e-9 * (1 + before.abs())).all())
 
@@ -88,7 +89,7 @@ def test_rows_without_weights_stay_zero() -> None:
     rows, found = problem(0)
     kept = torch.ones_like(rows, dtype=torch.bool)
     kept[:, 0] = False
-    settled = settle(rows, kept, found.damped, found.asked(rows), 30)
+    settled = settle(rows, kept, found.damped, found.right_side(rows), 30)
     assert not settled[:, 0].any()
     assert bool(settled.isfinite().all())
 
@@ -97,13 +98,13 @@ def test_rows_without_weights_stay_zero() -> None:
 def test_a_weight_is_worth_what_the_loss_rises_by(seed: int, out: int) -> None:
     """Hassibi and Stork (1993): w_k^2 / (H^-1)_kk, from the least-squares weights, all others settled again."""
     rows, found = problem(seed)
-    asked = found.asked(rows)
+    asked = found.right_side(rows)
     everything = torch.ones_like(rows, dtype=torch.bool)
     best = exact(everything, found, asked)
     without = everything.clone()
     without[..., out] = False
     rise = loss(exact(without, found, asked), found, asked) - loss(best, found, asked)
-    torch.testing.assert_close((best[..., out] * worth(found)[..., out]).square(), rise, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close((best[..., out] * importance(found)[..., out]).square(), rise, rtol=1e-6, atol=1e-8)
 
 
 def test_moments_do_not_depend_on_batches() -> None:
@@ -122,7 +123,7 @@ def test_stages_are_better_than_one_choice(share: float) -> None:
     staged, once, smallest = 0.0, 0.0, 0.0
     for seed in range(20):
         rows, found = problem(seed, rows=8, size=24)
-        asked = found.asked(rows)
+        asked = found.right_side(rows)
         rules = [partial(keep_largest, share=part) for _, part in Unstructured().by_stages(share)]
         *_, (by_stages, kept) = remove(rows, found, rules, 40)
         assert int((~kept).sum()) == round(share * kept.numel())
@@ -149,7 +150,7 @@ def test_stages_of_a_pattern_are_patterns(n: int, m: int) -> None:
     weight, x = torch.randn(3, 8, generator=generator), torch.rand(1, 100, 8, generator=generator)
     choices = [partial(p.choose, layer=layer, share=part) for p, part in NofM(n, m).by_stages(1 - n / m)]
     pruned = PrunedWeight(weight, choices, SETTINGS)
-    pruned.operate(layer, moments([(x, x)]))
+    pruned.compensate(layer, moments([(x, x)]))
     assert obeys_n_of_m(pruned.tensor(), n, m, 1)
     assert pruned.sparsity == pytest.approx(1 - n / m)
 
@@ -201,7 +202,7 @@ def test_zeros_of_the_given_weight_stay() -> None:
     weight, x = torch.randn(4, 8, generator=generator), torch.rand(1, 100, 8, generator=generator)
     weight[:, ::2] = 0
     pruned = PrunedWeight(weight, [partial(keep_largest, share=0.6)], SETTINGS)
-    pruned.operate(layer, moments([(x, x)]))
+    pruned.compensate(layer, moments([(x, x)]))
     assert not pruned.tensor()[weight == 0].any()
     assert pruned.sparsity == pytest.approx(0.6, abs=0.02)  # those zeros are among the six in ten
 
@@ -233,7 +234,7 @@ def test_every_layer_of_a_block_is_nearer_to_the_float_one(inverted: TorchClassi
             weight = inverted.constant(layer.weight)
             pruned = PrunedWeight(weight, [partial(keep_largest, share=0.7)], SETTINGS)
             smallest = pruned.tensor()
-            shift = pruned.operate(layer, stretch_moments(inverted, layer, stretch, Changes((), {}), SETTINGS))
+            shift = pruned.compensate(layer, stretch_moments(inverted, layer, stretch, Changes((), {}), SETTINGS))
             vectors = torch.cat([*operands(inverted, layer, stretch.block.input, stretch.float_input, SETTINGS)], 1)
             settled, plain = (
                 vectors @ (to_rows(changed, layer) - to_rows(weight, layer)).mT

@@ -1,0 +1,89 @@
+"""What `prune` is asked for, checked before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.errors import MixMixError
+from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
+
+if TYPE_CHECKING:
+    from recipes.images import ImageSet
+
+PROVENANCE = "mixmix.prune"
+"""Metadata key of a pruned file."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The pattern, and how much is to go."""
+
+    pattern: Pattern | WholeChannels
+    sparsity: float
+    """The share of all layers' weights to remove; for whole channels 1 less the share of the weights, or of the
+    multiplications (`unit`), that is left."""
+    unit: str = "weights"
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every layer gets an N:M pattern that it fits, and not only as many as `sparsity` needs."""
+        return isinstance(self.pattern, NofM) and self.sparsity == self.pattern.share
+
+    def to_json(self, images: ImageSet, seed: int) -> str:
+        """What the file's metadata says under PROVENANCE."""
+        return json.dumps(
+            {
+                "pattern": self.pattern.name,
+                "sparsity": self.sparsity,
+                "of": self.unit,
+                "images": len(images),
+                "seed": seed,
+            }
+        )
+
+
+def make_goal(pattern: str, sparsity: float | None, macs: float | None = None) -> Goal:
+    """The goal of `--pattern`, `--sparsity` and `--macs`. Raises MixMixError for what cannot be meant."""
+    if macs is not None:
+        if pattern != CHANNEL:
+            raise MixMixError(
+                f"--macs is a budget for whole channels, not for pattern {pattern}: use --pattern channel"
+            )
+        if sparsity is not None:
+            raise MixMixError("--macs says how much is to be left, instead of --sparsity: leave one of them out")
+        if not 0 < macs < 1:
+            raise MixMixError(f"--macs {macs:g} cannot be used: choose the share to leave, above 0 and below 1")
+        return Goal(WholeChannels(), 1 - macs, "macs")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise MixMixError(f"--sparsity {sparsity:g} cannot be used: choose a share above 0 and below 1")
+    if pattern in ("unstructured", CHANNEL):
+        if sparsity is None:
+            other = ", or --macs, such as 0.5 of the multiplications" if pattern == CHANNEL else ""
+            raise MixMixError(f"how much to remove is not said: give --sparsity, such as 0.5{other}")
+        return Goal(Unstructured() if pattern == "unstructured" else WholeChannels(), sparsity)
+    n_of_m = parse_n_of_m(pattern)
+    if sparsity is not None and sparsity > n_of_m.share:
+        raise MixMixError(
+            f"--pattern {pattern} removes {n_of_m.share:g} of a layer, and --sparsity {sparsity:g} is more: ask for"
+            " less, or leave it out for every layer that the pattern fits"
+        )
+    return Goal(n_of_m, n_of_m.share if sparsity is None else sparsity)
+
+
+def output_path(model: Path, goal: Goal, bits: int | None = None, act_bits: int | None = None) -> Path:
+    """`model.s50.onnx`, `model.2of4.onnx`, `model.2of4.s30.onnx` or `model.c50.onnx`, beside the input.
+
+    With bits, `model.s50.w4.onnx` or `model.s50.w4a8.onnx`.
+    """
+    pattern, parts = goal.pattern, []
+    if isinstance(pattern, NofM):
+        parts.append(f"{pattern.n}of{pattern.m}")
+    if not goal.everywhere:
+        letter = "c" if isinstance(pattern, WholeChannels) else "s"
+        parts.append(f"{letter}{round(100 * goal.sparsity, 6):g}")
+    if bits is not None:
+        parts.append(f"w{bits}{'' if act_bits is None else f'a{act_bits}'}")
+    return model.with_suffix(f".{'.'.join(parts)}.onnx")
