@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from converters.classifier import Classifier
 from converters.layer_values import LayerValue, Tap, layers_on_their_own, read_layers
+from converters.units import Units
 
 IMAGES = 64
 """At most this many are run: a ratio of sums over all positions needs no more."""
@@ -150,12 +151,13 @@ def _run(
     actual_names = [layer.measured for layer in layers if layer.measured is not None]
     expected_tap = Tap(reference, [*expected_names, *origins.values()], threads=threads)
     actual_tap = Tap(candidate, actual_names, threads=threads)
+    units = Units(reference), Units(candidate)
     alone_tap: Tap | None = None
     for number, (start, stop, size) in enumerate(_chunks(reference, candidate, min(count, IMAGES))):
         batches = [model.fixed_batch or size for model in (reference, candidate)]
         images = [_filled(inputs(model, start, stop), size) for model in (reference, candidate)]
-        expected = expected_tap.run(images[0], batches[0])
-        _add(running, layers, expected, actual_tap.run(images[1], batches[1]))
+        expected = units[0].original(expected_tap.run(images[0], batches[0]))
+        _add(running, layers, expected, units[1].original(actual_tap.run(images[1], batches[1])))
         if number == 0:
             there = Tap(candidate, origins, threads=threads).run(images[1], batches[1]) if origins else {}
             fed = {name: there[name].dtype for name, other in origins.items() if _fits(there[name], expected[other])}
@@ -164,8 +166,8 @@ def _run(
             names = [layer.measured for layer in apart if layer.measured is not None]
             alone_tap = Tap(candidate, names, fed, threads=threads) if apart else None
         if alone_tap is not None:
-            feeds = {name: expected[origins[name]] for name in fed}
-            _add(alone, apart, expected, alone_tap.run(images[1], batches[1], feeds))
+            feeds = {name: units[1].own(name, expected[origins[name]]) for name in fed}
+            _add(alone, apart, expected, units[1].original(alone_tap.run(images[1], batches[1], feeds)))
 
 
 def _fits(there: NDArray[np.generic], given: NDArray[np.generic]) -> bool:

@@ -25,12 +25,14 @@ from converters.errors import MixMixError
 from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
 from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
+from converters.units import Rescaled, to_metadata
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.budget import Budget
+from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
@@ -98,6 +100,12 @@ def quantize(
     check_bits(bits, act_bits)
     prepared = writeback.prepare_for_quantization(classifier, target, least_bits(bits), act_bits)
     module = begin(prepared, output, device, overwrite=overwrite)
+    units: list[Rescaled] = []
+    if settings.equalise and act_bits is not None and act_bits <= FEW_BITS:
+        edits, units = ranks.lead(lambda: equalise(module, model_inputs(module, images), settings))
+        if edits:
+            prepared = writeback.edited_classifier(prepared, edits)
+            module = begin(prepared, output, device, overwrite=overwrite)
     facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
     checkpoint = Checkpoint(output, "quantize", (module,), images, facts, progress.say)
     asked = {
@@ -107,7 +115,7 @@ def quantize(
         "images": len(images),
         "seed": seed,
     }
-    said = {"mixmix.quantize": json.dumps(asked), **(provenance or {})}
+    said = {"mixmix.quantize": json.dumps(asked), **to_metadata(units), **(provenance or {})}
     metadata = {**classifier.spec.to_metadata(), **said}
     run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata, ranks)
     run.place(progress)

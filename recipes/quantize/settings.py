@@ -37,6 +37,8 @@ class QuantizeSettings(LoopSettings):
     """Share of block-input elements taken from the float model (QDrop)."""
     activation_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of activation elements left unquantized in training (QDrop)."""
+    equalise: float = Field(default=0.0, ge=0, le=1)
+    """The power of their ranges that channels are divided by before activations get 4 bits or fewer; 0 leaves them."""
     range_steps: int = Field(default=80, ge=1)
     range_norm: float = Field(default=2.4, gt=0)
     end_bits: int = Field(default=8, ge=2, le=8)
