@@ -14,6 +14,7 @@ from converters import writeback
 from converters.classifier import Classifier
 from converters.outputs import ensure_writable
 from converters.runtime import fits_protobuf
+from converters.steps import Quantized
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, share_of_zeros
 from recipes.checkpoint import Checkpoint
@@ -72,8 +73,8 @@ class Result:
     bits: int | None = None
     act_bits: int | None = None
     tolerance: float = WRITTEN_TOLERANCE
-    noise: float = 0.0
-    """Sum of squares that `logits` differ by from the original model's; float noise may add a small part of it."""
+    quantized: Quantized | None = None
+    """The activations that are quantized, which the file has to give where its logits differ by more."""
     checkpoint: Checkpoint | None = None
     """Removed when the file is written."""
 
@@ -99,7 +100,7 @@ class Result:
             logits=self.logits.cpu().numpy(),
             batch=self.prepared.fixed_batch or PROOF_BATCH,
             tolerance=self.tolerance,
-            noise=self.noise,
+            quantized=self.quantized,
         )
         metadata = {**source.spec.to_metadata(), **facts}
         size, difference = writeback.save_proved(model, output, metadata, proof, overwrite=overwrite)

@@ -23,6 +23,7 @@ import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
+from converters.steps import Floats, Quantized
 from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
@@ -123,13 +124,12 @@ def quantize(
     run.train(progress)
     sample = sample_for_proof(prepared, run.inputs)
     logits = run.fake_quantized(sample)
-    changed = logits - run_batched(module.whole, sample, settings.batch)
     result = Result(
         prepared=prepared,
         edits=run.edits(),
         sample=sample,
         logits=logits,
-        noise=0.0 if act_bits is None else float(changed.square().sum(dtype=torch.float64)),
+        quantized=run.quantized(),
         blocks=run.walk.account,
         layers=run.layer_accounts(),
         bits=None if isinstance(bits, Budget) else bits,
@@ -416,6 +416,23 @@ class _Run:
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
         return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
+
+    def quantized(self) -> Quantized | None:
+        """The quantized activations, and how each is computed from the others; None where all are float."""
+        if not self.values:
+            return None
+
+        def compute(name: str, x: Floats, given: Mapping[str, Floats]) -> Floats:
+            image = torch.from_numpy(x).to(self.module.device)
+            if name == self.module.input_name:
+                return np.asarray(self.values[name](image).cpu())
+            tensors = {key: torch.from_numpy(value).to(image) for key, value in given.items() if key != name}
+            tensors = {self.module.input_name: image, **tensors}
+            segment = self.module.segment(list(tensors), [name])
+            return np.asarray(segment(tensors, **self.changes.of(segment))[name].cpu())
+
+        steps = {name: float(value.scale) for name, value in self.values.items()}
+        return Quantized(steps, self.module.logits_name, compute)
 
     def edits(self) -> list[writeback.Edit]:
         """What to write into the graph."""

@@ -207,17 +207,10 @@ def test_the_spec_in_a_file_is_the_last_one_that_was_said(model: ir.Model, tmp_p
     assert written == {"mixmix.input.mean": "[2]", "author": "me"}
 
 
-@pytest.mark.parametrize(("noise", "passes"), [(0.0, False), (1e6, True)])
-def test_a_proof_allows_a_small_part_of_the_noise_of_quantization(
-    model: ir.Model, tmp_path: Path, noise: float, passes: bool
-) -> None:
-    """Values that float noise moves over a rounding boundary; beyond that nothing is written."""
+def test_other_logits_than_the_proofs_are_not_written(model: ir.Model, tmp_path: Path) -> None:
     x, path = models.images(), tmp_path / "out.onnx"
     logits = oracle.run(model, x)
-    proof = Proof(x, logits + np.float32(0.2) * np.abs(logits).max(), len(x), 1e-4, noise)
-    if passes:
-        assert save_proved(model, path, {}, proof)[1] > 0.1
-        return
+    proof = Proof(x, logits + np.float32(0.2) * np.abs(logits).max(), len(x), 1e-4)
     with pytest.raises(ConversionError, match="the written model differs from the computed one"):
         save_proved(model, path, {}, proof)
     assert list(tmp_path.iterdir()) == []
