@@ -61,6 +61,8 @@ def _distill(ranks: Ranks, given: dict[str, Any]) -> int:
     overrides = [*given["overrides"], *([f"steps={given['steps']}"] if given["steps"] else [])]
     settings = load_recipe(DistillSettings, PACKAGE, given["recipe"], given["effort"], overrides)
     output = output_path(given["student"])
+    if given["data"] is None and given["images"] is None:
+        given = {**given, "images": settings.images}
     request = request_from(given, output, given["recipe"], terminal, student=given["student"], ranks=ranks)
     result, validation = compress(request, distilling(settings), terminal)
     zeros = f"; {percent(result.sparsity)} of its weights are zero, as before" if result.sparsity > 0.01 else ""

@@ -167,15 +167,34 @@ def test_distill_writes_the_contract(capsys: pytest.CaptureFixture[str], model: 
     assert run(capsys, "distill", zoo.model_path("plain"), model, *few, "--force")[0] == 0
 
 
-def test_distill_makes_its_own_images(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    """From the teacher alone, beside the output, whatever is taught."""
+def test_prune_and_quantize_for_a_target(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
+    """2:4 in as few layers as a fifth of the weights needs, 8 bits throughout, symmetric as TensorRT takes it."""
+    few = ("--data", images, "--set", "mask_steps=2", "--set", "steps=2", "--effort", "fast")
+    words = ("--pattern", "2:4", "--sparsity", 0.2, "--bits", 8, "--act-bits", 8, "--target", "tensorrt")
+    status, out, _ = run(capsys, "prune", model, *words, *few, "--json")
+    document = json.loads(out)
+    written = model.with_name("model.2of4.s20.w8a8.onnx")
+    assert status == 0
+    assert (document["output"], document["bits"], document["act_bits"]) == (str(written), 8, 8)
+    assert document["sparsity"] >= 0.2
+    assert {0.5} < {round(layer["sparsity"], 1) for layer in document["layers"]}
+    zeros = {node.input[2]: node.op_type for node in onnx.load(written).graph.node if node.op_type == "QuantizeLinear"}
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(written).graph.initializer}
+    assert zeros
+    assert all(tensors[name].dtype == np.int8 and not tensors[name].any() for name in zeros)
+
+
+@pytest.mark.parametrize("count", [("-n", 6), ("--set", "images=6"), ("-n", 6, "--set", "images=9")])
+def test_distill_makes_its_own_images(
+    count: tuple[str | int, ...], capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    """From the teacher alone, beside the output, whatever is taught; as many as the recipe says, or -n."""
     status, _, err = run(
-        capsys, "distill", zoo.model_path("plain"), model, "-n", 8, "--effort", "fast", "--steps", 2,
-        "--set", "batch=4",
-    )  # fmt: skip
+        capsys, "distill", zoo.model_path("plain"), model, *count, "--effort", "fast", "--steps", 2, "--set", "batch=4"
+    )
     assert status == 0
     assert "plain.images" in err
-    assert (model.parent / "plain.images" / "manifest.json").is_file()
+    assert len(list((model.parent / "plain.images" / "images").rglob("*.png"))) == 6
 
 
 def test_distill_says_whom_input_options_are_for() -> None:
