@@ -41,7 +41,7 @@ from mixmix_cli.console import Terminal, table
 from recipes.account import Compression
 from recipes.images import ImageSet, gaussian_noise, load_images
 from recipes.prune.engine import prune
-from recipes.prune.goal import make_goal
+from recipes.prune.goal import make_goal, output_path
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
@@ -178,14 +178,15 @@ def pruned(
     kept: Classifier, synthesized: ImageSet, judge: Judge, options: argparse.Namespace, terminal: Terminal
 ) -> Iterator[Row]:
     for method in options.methods:
-        for pattern, sparsity in (("unstructured", 0.5), ("2:4", None)):
+        for pattern, sparsity in (("unstructured", 0.5), ("2:4", 0.3), ("2:4", None)):
             settings = load_recipe(PruneSettings, PRUNE, method)
-            output = options.output / f"{kept.name}.{method}.{pattern.replace(':', 'of')}.onnx"
             goal = make_goal(pattern, sparsity)
+            output = output_path(options.output / f"{kept.name}.{method}.onnx", goal)
             result = prune(
                 kept, synthesized, output, settings, goal, seed=options.seed, overwrite=True, progress=terminal
             )
-            yield judge.row(kept, f"{method}, {pattern}", result)
+            asked = pattern if sparsity is None else f"{pattern}, {sparsity:g} of all weights"
+            yield judge.row(kept, f"{method}, {asked}", result)
 
 
 def show(terminal: Terminal, rows: Iterator[Row], folder: Path) -> None:
