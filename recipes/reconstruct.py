@@ -185,13 +185,13 @@ class DropMasks:
 
     def __init__(self, share: float, generator: torch.Generator) -> None:
         self.share, self.generator = share, generator
-        self._pool = torch.empty(0, dtype=torch.bool)
+        self._pool = torch.empty(0)
 
     def like(self, x: Tensor) -> Tensor:
-        """A mask of x's shape and memory order, true for about `share` of the elements."""
+        """A mask of x's shape, type and memory order: 1 for about `share` of the elements, and else 0."""
         if len(self._pool) < x.numel() + self.SLACK:
             draws = torch.rand(x.numel() + self.SLACK, generator=self.generator)
-            self._pool = (draws < self.share).to(x.device)
+            self._pool = (draws < self.share).to(x)
         start = int(torch.randint(len(self._pool) - x.numel(), (1,), generator=self.generator))
         window = self._pool[start : start + x.numel()]
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -288,7 +288,7 @@ def reconstruct(
         chosen, order = order[: loop.batch], order[loop.batch :]
         x = changed_input[chosen].to(device)
         if loop.input_drop:
-            x = torch.where(masks.like(x), float_input[chosen].to(device), x)
+            x = torch.lerp(x, float_input[chosen].to(device), masks.like(x))
         y = segment({name: x}, {n: w.tensor() for n, w in weights.items()}, values)[output]
         loss = (y - target[chosen].to(device)).square().mean() * scale
         for change in changes:

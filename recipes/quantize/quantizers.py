@@ -265,10 +265,8 @@ class QuantizedActivation:
         return (self.scale * torch.exp(self.log_growth)).clamp(max=self.largest)
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale = self.current_scale()
-        steps = q.round_straight_through(x / scale) + self.zero
-        rounded = (torch.clamp(steps, self.low, self.high) - self.zero) * scale
-        return rounded if self.drop is None else torch.where(self.drop.like(x), x, rounded)
+        floating = None if self.drop is None else self.drop.like(x)
+        return q.fake_quantize_learned(x, self.current_scale(), self.zero, self.low, self.high, floating)
 
     @torch.no_grad()
     def harden(self) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from torch import Tensor
 
 from recipes.quantize import primitives as q
 
@@ -236,3 +237,37 @@ def test_onnxruntime_computes_the_same(data: st.DataObject, signed: bool) -> Non
     ours = q.quantize(tensor(x), tensor(scale), torch.tensor(float(zero)), low, high)
     np.testing.assert_array_equal(ours.numpy(), integers.astype(np.float32))
     np.testing.assert_array_equal(q.dequantize(ours, tensor(scale), torch.tensor(float(zero))).numpy(), real)
+
+
+def straight_through(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, floating: Tensor | None) -> Tensor:
+    """The definition of `fake_quantize_learned`, by autograd: exact rounding with the gradient of the identity."""
+    position = torch.clamp(x / scale, low - zero, high - zero)
+    quantized = (position - position.detach() + torch.round(position).detach()) * scale
+    return quantized if floating is None else torch.where(floating == 1, x, quantized)
+
+
+@pytest.mark.parametrize("drop", [None, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("low", "high"), [(0, 15), (-8, 7), (0, 255)])
+def test_learned_fake_quantization_has_the_gradients_of_its_definition(drop: float | None, low: int, high: int) -> None:
+    """Values inside the range and on both sides of it."""
+    lot = torch.Generator().manual_seed(low + high)
+    x = (torch.randn(4, 50, 10, generator=lot) * 0.1 * (high - low)).double()
+    zero, scale = torch.tensor(float(max(low, 3))), torch.tensor(0.25).double()
+    floating = None if drop is None else (torch.rand(x.shape, generator=lot) < drop).double()
+    weights = torch.randn(x.shape, generator=lot).double()
+    found = []
+    for function in (q.fake_quantize_learned, straight_through):
+        tensors = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = function(*tensors, zero, low, high, floating)
+        (out * weights).sum().backward()
+        found.append((out.detach(), tensors[0].grad, tensors[1].grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        assert torch.equal(q.fake_quantize_learned(x, scale, zero, low, high, floating), found[0][0])
+
+
+def test_learned_fake_quantization_with_a_fixed_scale() -> None:
+    x = torch.tensor([-9.0, 0.3, 9.0], requires_grad=True)
+    q.fake_quantize_learned(x, torch.tensor(0.5), torch.tensor(4.0), 0, 15).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 0]

@@ -200,7 +200,7 @@ def test_drop_masks_cover_their_share_anew_each_time(shape: tuple[int, ...], sha
     x = torch.zeros(shape)
     masks = DropMasks(share, torch.Generator().manual_seed(0))
     drawn = [masks.like(x) for _ in range(20)]
-    assert all(mask.shape == x.shape and mask.dtype == torch.bool for mask in drawn)
+    assert all(mask.shape == x.shape and mask.dtype == x.dtype and bool((mask * mask == mask).all()) for mask in drawn)
     assert float(torch.stack(drawn).float().mean()) == pytest.approx(share, abs=0.02)
     again = DropMasks(share, torch.Generator().manual_seed(0))
     assert all(torch.equal(again.like(x), mask) for mask in drawn)
