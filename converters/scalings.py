@@ -23,6 +23,8 @@ from converters.torch_module import Layer, Step, TorchClassifier
 PASSING = {"Dropout", "Identity", "LeakyRelu", "PRelu", "Relu"} | SPATIAL
 """Positively homogeneous operators that treat every channel (axis 1) alone."""
 
+FLATTENING = {"Flatten", "Reshape", "Squeeze"}
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -125,13 +127,19 @@ class _Trace:
 
     def _passes(self, step: Step) -> bool:
         """Whether what the step writes has the channels of what it reads, in the same unit and order."""
+        if step.op in PASSING:
+            return True
+        if step.op not in {*REDUCTIONS, "Pad", *FLATTENING}:
+            return False
         before, after = self.sizes.shape(step.inputs[0]), self.sizes.shape(step.outputs[0])
         if step.op in REDUCTIONS:
             axes = step.attributes.get("axes", step.fixed.get(1))
-            return isinstance(axes, Sequence) and not {axis % len(before) for axis in axes} & {0, 1}
+            return isinstance(axes, Sequence) and bool(axes) and not {axis % len(before) for axis in axes} & {0, 1}
         if step.op == "Pad":
-            value = self.module.constant(step.inputs[2]) if len(step.inputs) > 2 and step.inputs[2] else None
-            return after[:2] == before[:2] and (value is None or not value.any())
-        if step.op in ("Flatten", "Reshape", "Squeeze"):
-            return after == (before[0], math.prod(before[1:]))
-        return step.op in PASSING
+            return after[:2] == before[:2] and self._pads_with_zero(step)
+        return after == (before[0], math.prod(before[1:]))
+
+    def _pads_with_zero(self, step: Step) -> bool:
+        if len(step.inputs) < 3 or not step.inputs[2]:
+            return True
+        return self.module.is_constant(step.inputs[2]) and not self.module.constant(step.inputs[2]).any()

@@ -338,7 +338,9 @@ def save_proved(
                 f"{path}: the written model differs from the computed one by {difference:.1e}: please report it"
             )
         values = _dequantized(model.graph, proof.quantized.steps)
-        steps.hold(model, values, proof.inputs[: proof.batch], proof.quantized, path)
+        logits = str(find_ending(model.graph, path).logits.name)
+        batch = proof.inputs[np.arange(proof.batch) % len(proof.inputs)]
+        steps.hold(model, values, logits, batch, proof.quantized, path)
 
     return save(model, path, metadata, overwrite=overwrite, check=check), difference
 

@@ -88,7 +88,7 @@ class ImageStore:
             raise OtherSetError(
                 f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
             ) from error
-        if identity != json.loads(json.dumps(self.identity)):
+        if identity != json.loads(json.dumps(self.identity)) and self.records():
             raise OtherSetError(
                 f"{self.directory} holds images made of other models or with other settings: move it, repeat those, or"
                 " replace it with --force"

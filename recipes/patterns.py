@@ -105,7 +105,7 @@ class NofM:
     @property
     def share(self) -> float:
         """The part that is removed."""
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m
 
     def fits(self, layer: Layer) -> bool:
         return layer.shape[input_axis(layer)] % self.m == 0
@@ -136,5 +136,5 @@ def parse_n_of_m(text: str) -> NofM:
     """`2:4`. Raises MixMixError for anything that is not N:M with 0 < N < M."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise MixMixError(f"{text!r} is not a pattern: use unstructured, channel, or N:M with N below M, such as 2:4")
+        raise MixMixError(f"{text!r} is not a pattern: use N:M with N below M, such as 2:4")
     return NofM(int(found[1]), int(found[2]))

@@ -16,12 +16,11 @@ from converters.load import load_classifier
 from converters.targets import PORTABLE, Target
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import prepare_for_quantization
-from recipes.account import Compression
+from recipes.account import Compression, LayerAccount
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
 from recipes.image_store import OtherSetError
 from recipes.images import MANIFEST, ImageSet, load_images
-from recipes.patterns import WholeChannels
 from recipes.progress import Progress
 from recipes.prune.engine import check_goal, prune, prune_in_memory
 from recipes.prune.goal import PROVENANCE, Goal
@@ -162,6 +161,25 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     check_compression(models, request.output, request.data, gates.max_drop, overwrite=request.overwrite)
     if request.data is None:  # the engine refuses too, but only when it has images
         write.check(request)
+    try:
+        images, result = _make(request, write, progress)
+    except KeyboardInterrupt:
+        progress.say("the same command goes on from there")
+        raise
+    try:
+        return result, request.ranks.lead(
+            lambda: validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
+        )
+    except KeyboardInterrupt:
+        progress.say(
+            f"{request.output} is whole, and only its comparison with {classifier.path} is missing: mixmix validate"
+        )
+        raise
+
+
+def _make(request: Request, write: Write, progress: Progress) -> tuple[ImageSet, Compression]:
+    """The images, and what was made and written with them."""
+    classifier, gates = request.classifier, request.gates
     images = calibration_images(request, progress)
     require_labels(images, gates)
     if images.label_kind == "real":
@@ -172,10 +190,7 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
                 raise
             progress.say(f"labels left aside: {error}")
             images = replace(images, labels=None, label_kind="none")
-    result = write.write(request, images, progress)
-    return result, request.ranks.lead(
-        lambda: validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
-    )
+    return images, write.write(request, images, progress)
 
 
 def check_quantizable(
@@ -297,16 +312,24 @@ def pruning_then_quantizing(
         )
         if pruned.checkpoint is not None:
             pruned.checkpoint.remove()
-        gone = pruned.sparsity if isinstance(goal.pattern, WholeChannels) else result.sparsity
-        return replace(result, sparsity=gone, seconds=time.perf_counter() - started)
+        layers = [_as_pruned(layer, pruned.layers) for layer in result.layers]
+        return replace(result, layers=layers, sparsity=pruned.sparsity, seconds=time.perf_counter() - started)
 
     return Write(check, write)
+
+
+def _as_pruned(layer: LayerAccount, pruned: Sequence[LayerAccount]) -> LayerAccount:
+    """A quantized layer's account with what pruning took from it; more of its weights may have been rounded to zero."""
+    before = next((each for each in pruned if each.name == layer.name), layer)
+    reasons = [reason for reason in (before.reason, layer.reason) if reason is not None]
+    return replace(layer, sparsity=before.sparsity, reason="; ".join(dict.fromkeys(reasons)) or None)
 
 
 def calibration_images(request: Request, progress: Progress) -> ImageSet:
     """The user's own images, or images made from the zoo, or from the target itself when there is neither.
 
-    Made images are kept in `MODEL.images` beside the output, where an interrupted or repeated run finds them again.
+    Made images are kept in `MODEL.images` (or `MODEL.images64`, where 64 are asked for) beside the output, where an
+    interrupted or repeated run finds them again.
     Raises MixMixError where no image can be had.
     """
     target = request.classifier
@@ -317,7 +340,8 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
         request.synth_recipe, models, request.effort, (), None, {"images": request.images}, progress
     )
     modules = convert_all(choose_models(models, settings, recipe), request.device, progress)
-    directory = request.output.parent / f"{target.name}.images"
+    number = "" if request.images is None else str(request.images)
+    directory = request.output.parent / f"{target.name}.images{number}"
     found = request.ranks.lead(lambda: _were_made(directory, overwrite=request.overwrite))  # before anyone makes them
     try:
         synthesize(

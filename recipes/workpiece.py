@@ -35,6 +35,8 @@ def begin(prepared: Classifier, output: Path, device: torch.device | None, *, ov
     module = to_torch(prepared).to(device or torch.device("cpu"))
     if module.device.type == "cpu":
         keep_freed_memory()
+    else:  # convolutions in TF32 have 10 bits of mantissa: no proof against onnxruntime holds with them
+        torch.backends.cudnn.allow_tf32 = False
     return module
 
 

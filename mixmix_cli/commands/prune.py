@@ -18,7 +18,9 @@ METHODS = ("one-shot", "one-stage", "two-stage", "obs")
 @click.command("prune", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
 @click.option(
-    "--sparsity", type=float, help="Share of the weights to remove, such as 0.5 (2:4: as few layers as needed)."
+    "--sparsity",
+    type=float,
+    help="Share of the weights to remove, such as 0.5; with N:M, in as few layers as that takes.",
 )
 @click.option("--macs", type=float, help="With --pattern channel: the share of the multiplications to leave.")
 @click.option("--pattern", default="unstructured", show_default=True, help="unstructured, channel, or N:M (2:4).")

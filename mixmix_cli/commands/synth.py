@@ -64,19 +64,24 @@ def _synth(ranks: Ranks, given: dict[str, Any]) -> int:
     recipe, settings = load_suitable_recipe(
         given["recipe"], classifiers, given["effort"], given["overrides"], given["steps"], changes, terminal
     )
-    result = synthesize(
-        convert_all(choose_models(classifiers, settings, recipe), device, terminal),
-        given["output"],
-        settings,
-        recipe=recipe,
-        size=given["size"],
-        seed=given["seed"],
-        resume=given["resume"],
-        overwrite=given["force"],
-        progress=terminal,
-        versions={"mixmix": __version__},
-        ranks=ranks,
-    )
+    modules = convert_all(choose_models(classifiers, settings, recipe), device, terminal)
+    try:
+        result = synthesize(
+            modules,
+            given["output"],
+            settings,
+            recipe=recipe,
+            size=given["size"],
+            seed=given["seed"],
+            resume=given["resume"],
+            overwrite=given["force"],
+            progress=terminal,
+            versions={"mixmix": __version__},
+            ranks=ranks,
+        )
+    except KeyboardInterrupt:
+        terminal.say("the same command with --resume goes on from there")
+        raise
     if not ranks.leads:
         return 0
     if terminal.as_json:

@@ -22,6 +22,9 @@ from recipes.prune.goal import Goal
 from recipes.prune.masks import Choose
 from recipes.prune.settings import PruneSettings
 
+ROUNDING = 1e-9
+"""Shares that differ by no more are the same."""
+
 Cut = Callable[[Mapping[str, Tensor]], Sequence[writeback.Edit]]
 """Edits that make operands smaller, from the tensors that have changed by initializer name."""
 
@@ -59,7 +62,7 @@ def check_goal(module: TorchClassifier, settings: PruneSettings, goal: Goal) -> 
     if not isinstance(goal.pattern, NofM):
         shares.check_reachable(fitting, goal.sparsity, settings)
     elif not goal.everywhere:
-        _part(module, fitting, settings, goal.pattern, goal.sparsity)
+        _part(module, fitting, goal.pattern, goal.sparsity)
 
 
 def _budget(settings: PruneSettings, goal: Goal) -> ChannelBudget:
@@ -124,20 +127,13 @@ def _weights(module: TorchClassifier, pattern: Pattern, found: shares.Shares) ->
     return Removal(choices, reasons)
 
 
-def _part(
-    module: TorchClassifier, fitting: Sequence[Layer], settings: PruneSettings, pattern: NofM, sparsity: float
-) -> float:
+def _part(module: TorchClassifier, fitting: Sequence[Layer], pattern: NofM, sparsity: float) -> float:
     """What part of the weights of `fitting` has to go so that `sparsity` of all do.
 
-    Raises MixMixError where the pattern cannot take so many, or which layers get it may not be chosen.
+    Raises MixMixError where the pattern cannot take so many.
     """
-    if settings.allocation != "sensitivity":
-        raise MixMixError(
-            f"which layers get pattern {pattern.name} is decided by noise alone (allocation=sensitivity), and"
-            f" allocation={settings.allocation} was asked for: leave it out, or --sparsity"
-        )
     part = sum(layer.parameters for layer in fitting) / sum(layer.parameters for layer in module.layers())
-    if sparsity > pattern.share * part:
+    if sparsity > pattern.share * part + ROUNDING:
         raise MixMixError(
             f"pattern {pattern.name} can remove at most {pattern.share * part:.1%} of the weights of this model, and"
             f" --sparsity {sparsity:g} is more: ask for less, or leave it out for every layer that the pattern fits"
@@ -167,7 +163,10 @@ def _shares(
     if isinstance(pattern, NofM):
         if goal.everywhere:
             return {layer.output: pattern.share for layer in layers}
-        return measured(_part(module, layers, settings, pattern, goal.sparsity))
+        part = _part(module, layers, pattern, goal.sparsity)
+        if part < pattern.share - ROUNDING:
+            return measured(part)
+        return {layer.output: pattern.share for layer in layers}
     match settings.allocation:
         case "uniform":
             return shares.uniform(layers, goal.sparsity, settings)

@@ -26,11 +26,8 @@ class Goal:
     """The share of all layers' weights to remove; for whole channels 1 less the share of the weights, or of the
     multiplications (`unit`), that is left."""
     unit: str = "weights"
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether every layer gets an N:M pattern that it fits, and not only as many as `sparsity` needs."""
-        return isinstance(self.pattern, NofM) and self.sparsity == self.pattern.share
+    everywhere: bool = False
+    """Whether every layer gets an N:M pattern that it fits, and not only as many as `sparsity` needs."""
 
     def to_json(self, images: ImageSet, seed: int) -> str:
         """What the file's metadata says under PROVENANCE."""
@@ -64,13 +61,18 @@ def make_goal(pattern: str, sparsity: float | None, macs: float | None = None) -
             other = ", or --macs, such as 0.5 of the multiplications" if pattern == CHANNEL else ""
             raise MixMixError(f"how much to remove is not said: give --sparsity, such as 0.5{other}")
         return Goal(Unstructured() if pattern == "unstructured" else WholeChannels(), sparsity)
-    n_of_m = parse_n_of_m(pattern)
-    if sparsity is not None and sparsity > n_of_m.share:
+    try:
+        n_of_m = parse_n_of_m(pattern)
+    except MixMixError as error:
+        raise MixMixError(f"{error}, or unstructured, or channel") from error
+    if sparsity is None:
+        return Goal(n_of_m, n_of_m.share, everywhere=True)
+    if sparsity > n_of_m.share:
         raise MixMixError(
             f"--pattern {pattern} removes {n_of_m.share:g} of a layer, and --sparsity {sparsity:g} is more: ask for"
             " less, or leave it out for every layer that the pattern fits"
         )
-    return Goal(n_of_m, n_of_m.share if sparsity is None else sparsity)
+    return Goal(n_of_m, sparsity)
 
 
 def output_path(model: Path, goal: Goal, bits: int | None = None, act_bits: int | None = None) -> Path:

@@ -32,7 +32,8 @@ class PruneSettings(LoopSettings):
     """Share of block-input elements taken from the float model (QDrop)."""
     allocation: Literal["uniform", "global", "sensitivity"] = "sensitivity"
     """How much each layer gives up: all the same; what one threshold over all weights says, each layer's divided by
-    their root mean square; or the least noise in the logits, measured layer by layer."""
+    their root mean square; or the least noise in the logits, measured layer by layer. Which layers get N:M, where not
+    all do, is decided by noise always."""
     dense_first: bool = True
     """Leave the first layer as it is where all layers give up the same: it is small, and everything goes through it."""
     sensitive_images: int = Field(default=32, ge=1)

@@ -36,9 +36,12 @@ def uniform(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -
     share = sparsity * sum(layer.parameters for layer in layers) / sum(layer.parameters for layer in pruned)
     if share > most:
         helps = ["--set most=..."] * (sparsity > most) + ["--set dense_first=false"] * (sparsity <= most or share >= 1)
+        would = f"would remove {share:.1%} of each layer{' but the first' * dense}"
+        if share >= 1:
+            would = "cannot be reached while the first layer stays dense"
         raise MixMixError(
-            f"sparsity {sparsity:g} would remove {share:.1%} of each layer{' but the first' * dense}, and no more than"
-            f" {most:g} of one may go: ask for less, or allow it with {' '.join(helps)}"
+            f"sparsity {sparsity:g} {would}, and no more than {most:g} of one may go: ask for less, or allow it with"
+            f" {' '.join(helps)}"
         )
     return {layer.output: share for layer in pruned}
 

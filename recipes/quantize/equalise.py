@@ -45,8 +45,8 @@ class _Range:
 
 
 def steps(ranges: Tensor, power: float) -> Tensor:
-    """STEPS_PER_OCTAVE * log2(r), whole numbers [C], from the channels' ranges [C]; 0 for a channel always zero."""
-    live = ranges > 0
+    """STEPS_PER_OCTAVE * log2(r), whole numbers [C], from channels' ranges [C]; 0 where that is 0 or infinite."""
+    live = (ranges > 0) & ranges.isfinite()
     if not live.any():
         return torch.zeros_like(ranges)
     raised = ranges.pow(power)

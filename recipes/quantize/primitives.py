@@ -46,7 +46,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: 
 
 
 def mixed(quantized: Tensor, x: Tensor, floating: Tensor) -> Tensor:
-    """`x` where `floating` is 1, `quantized` where it is 0; on a CPU several times as fast as torch.where."""
+    """`x`, which is finite, where `floating` is 1, `quantized` where it is 0; far faster on a CPU than torch.where."""
     return torch.lerp(quantized, x, floating)
 
 

@@ -115,7 +115,7 @@ def synthesize(
                 store.close()  # what is finished can be used as it is
             if isinstance(stop, KeyboardInterrupt):
                 kept = sum(shard["images"] for shard in store.records())
-                progress.say(f"{kept} of {settings.images} images are in {directory}: the same with --resume goes on")
+                progress.say(f"{kept} of {settings.images} images are in {directory}")
         raise
     shards = store.records()
     if {shard["index"] for shard in shards} != set(range(len(counts))):

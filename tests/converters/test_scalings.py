@@ -120,6 +120,34 @@ def test_what_is_not_homogeneous_is_refused(case: str, load: Load) -> None:
     assert "features" not in pairs(find_scalings(prepared_module(load(REFUSED[case]))))
 
 
+def test_a_part_that_nobody_reads_and_a_border_that_is_computed_are_no_obstacle(load: Load) -> None:
+    """Nor do they pass anything on."""
+    split = node("Split", "relu", "left right", axis=1)
+    computed = (
+        node("ReduceMax", "image", "largest", keepdims=0),
+        node("Mul", "largest nothing", "border"),
+        node("Pad", "relu pads border", "padded"),
+    )
+    tensors = {"nothing": np.zeros((), np.float32), "pads": np.array([0, 0, 1, 0, 0, 0, 1, 0])}
+    for nodes, middle, channels in (((split,), "right", 2), (computed, "padded", 4)):
+        model = assemble(
+            [
+                node("Conv", "image a.weight", "features"),
+                RELU,
+                *nodes,
+                node("Conv", f"{middle} b.weight", "second"),
+                *head("second"),
+            ],
+            {
+                "a.weight": weights(4, CHANNELS, 3, 3),
+                "b.weight": weights(8, channels, 3, 3),
+                **tensors,
+                **head_tensors(8),
+            },
+        )
+        assert "features" not in pairs(find_scalings(prepared_module(load(model))))
+
+
 @pytest.mark.parametrize("opset", [17, 18])
 @pytest.mark.parametrize("axes", [[2, 3], [1, 2]])
 def test_a_mean_passes_a_unit_on_but_over_channels(opset: int, axes: list[int], load: Load) -> None:

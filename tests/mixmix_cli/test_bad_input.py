@@ -168,7 +168,6 @@ class TestBadInput:
             (("--pattern", "blocks"), "not a pattern"),
             (("--pattern", "2:4", "--sparsity", "0.7"), "leave it out for every layer"),
             (("--pattern", "2:4", "--sparsity", "0.49"), "can remove at most 4"),
-            (("--pattern", "2:4", "--sparsity", "0.2", "--set", "allocation=uniform"), "decided by noise alone"),
             (("--sparsity", "0.5", "--act-bits", "8"), "give --bits too"),
             (("--sparsity", "0.5", "--target", "tensorrt"), "give --bits too"),
             (("--sparsity", "0.5", "--bits", "4", "--act-bits", "9"), "is not 2 to 8, or 16"),

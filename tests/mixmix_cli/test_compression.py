@@ -48,11 +48,14 @@ def test_quantize_exactly_as_typed(
     assert len(before) == 8
     assert run(capsys, "quantize", "--bits", 2, model, *quick)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")} == before
-    status, _, err = run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick)
+    status, _, err = run(capsys, "quantize", "--bits", 3, model, "--seed", 1, *quick)
     assert status == 2
     assert "--force" in err
-    assert run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick, "--force")[0] == 0
-    assert len(list(pictures.rglob("*.png"))) == 4
+    assert run(capsys, "quantize", "--bits", 3, model, "-n", 4, *quick)[0] == 0  # another number has its own folder
+    assert len(list(model.with_name("model.images4").rglob("images/*/*.png"))) == 4
+    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*.png")} == before
+    assert run(capsys, "quantize", "--bits", 3, model, "--seed", 1, *quick, "--force")[0] == 0
+    assert len(list(pictures.rglob("*.png"))) == 8
 
 
 def test_a_batch_fixed_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -71,7 +74,7 @@ def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert status == 0
     assert "recipe labels" in err
     assert model.with_name("folded.w4.onnx").is_file()
-    identity = json.loads((tmp_path / "folded.images" / "manifest.json").read_text())["identity"]
+    identity = json.loads((tmp_path / "folded.images8" / "manifest.json").read_text())["identity"]
     assert identity["recipe"] == "labels"
     status, out, _ = run(capsys, "synth", model, "-o", tmp_path / "d", "-n", 4, "--steps", 8, "--json")
     assert status == 0
@@ -193,8 +196,8 @@ def test_distill_makes_its_own_images(
         capsys, "distill", zoo.model_path("plain"), model, *count, "--effort", "fast", "--steps", 2, "--set", "batch=4"
     )
     assert status == 0
-    assert "plain.images" in err
-    assert len(list((model.parent / "plain.images" / "images").rglob("*.png"))) == 6
+    assert "plain.images6" in err
+    assert len(list((model.parent / "plain.images6" / "images").rglob("*.png"))) == 6
 
 
 def test_distill_says_whom_input_options_are_for() -> None:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 from converters import steps
 from converters.classifier import Classifier
@@ -18,6 +20,7 @@ from recipes.images import ImageSet
 from recipes.quantize import engine
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
+from tests import models
 
 Classifiers = Callable[[str], Classifier]
 SETTINGS = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["range_steps=10", "batch=16", "equalise=0.5"])
@@ -29,9 +32,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[Quantized]:
     seen: list[Quantized] = []
     hold = steps.hold
 
-    def spy(model: object, values: object, x: object, quantized: Quantized, path: object) -> None:
+    def spy(model: object, values: object, logits: object, x: object, quantized: Quantized, path: object) -> None:
         seen.append(quantized)
-        hold(model, values, x, quantized, path)  # type: ignore[arg-type]  # whatever is given
+        hold(model, values, logits, x, quantized, path)  # type: ignore[arg-type]  # whatever is given
 
     monkeypatch.setattr(engine, "FLIP_TOLERANCE", -1.0)
     monkeypatch.setattr(steps, "hold", spy)
@@ -60,17 +63,16 @@ def test_honest_files_hold(
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("index", "damage", "said"),
     [
-        (
-            lambda value, step: np.where(np.arange(value.size).reshape(value.shape) == 7, value + 2 * step, value),
-            "2 st",
-        ),
-        (lambda value, step: np.where(np.arange(value.size).reshape(value.shape) % 9, value, value + step), "a step f"),
-        (lambda value, step: value * np.nan, "nan steps"),
+        (2, lambda value, step: value + 2 * step * (np.arange(value.size).reshape(value.shape) == 7), "up to 2 steps"),
+        (2, lambda value, step: value + step * (np.arange(value.size).reshape(value.shape) % 9 == 0), "in 11.1%"),
+        (2, lambda value, step: value * np.nan, "nan steps"),
+        (-1, lambda value, step: value + step, "in 100.0%"),  # the smallest, less than one in a thousand of all
     ],
 )
 def test_a_wrong_value_is_found(
+    index: int,
     damage: Callable[[Floats, float], Floats],
     said: str,
     held: list[Quantized],
@@ -82,7 +84,7 @@ def test_a_wrong_value_is_found(
     def damaged(run: engine._Run) -> Quantized:
         quantized = whole(run)
         assert quantized is not None
-        compute, bad = quantized.compute, list(quantized.steps)[2]
+        compute, bad = quantized.compute, list(quantized.steps)[index]
 
         def wrong(name: str, x: Floats, given: Mapping[str, Floats]) -> Floats:
             value = compute(name, x, given)
@@ -93,7 +95,7 @@ def test_a_wrong_value_is_found(
     whole = engine._Run.quantized
     monkeypatch.setattr(engine._Run, "quantized", damaged)
     with pytest.raises(ConversionError, match=said):
-        engine.quantize(classifier_of("plain"), calibration_images, tmp_path / "o.onnx", SETTINGS, 4, 4)
+        engine.quantize(classifier_of("inverted"), calibration_images, tmp_path / "o.onnx", SETTINGS, 4, 4)
     assert not (tmp_path / "o.onnx").exists()
 
 
@@ -104,6 +106,54 @@ def test_wrong_last_layers_are_found(
     calibration_images: ImageSet,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(steps, "TOLERANCE", -1.0)
+    whole = engine._Run.quantized
+
+    def damaged(run: engine._Run) -> Quantized:
+        quantized = whole(run)
+        assert quantized is not None
+        compute = quantized.compute
+        return replace(
+            quantized,
+            compute=lambda name, x, given: (
+                compute(name, x, given) * np.float32(1.01 if name == quantized.logits else 1)
+            ),
+        )
+
+    monkeypatch.setattr(engine._Run, "quantized", damaged)
     with pytest.raises(ConversionError, match="the last layers of the written model differ"):
         engine.quantize(classifier_of("plain"), calibration_images, tmp_path / "o.onnx", SETTINGS, 4, 4)
+
+
+@pytest.mark.parametrize("method", ["qdrop", "qat", "brecq"])
+def test_what_was_trained_holds(
+    method: str, held: list[Quantized], classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    settings = load_recipe(QuantizeSettings, PACKAGE, method).model_copy(
+        update={"steps": 3, "train_steps": 2 * (method == "qat"), "range_steps": 10, "batch": 16}
+    )
+    engine.quantize(classifier_of("inverted"), calibration_images, tmp_path / "o.onnx", settings, 4, 4)
+    assert len(held) == 1
+
+
+HEAD_OF_MAPS = [
+    models.node("Conv", "image a.weight", "a"),
+    models.node("Relu", "a", "relu"),
+    models.node("GlobalAveragePool", "relu", "pooled"),
+    models.node("Conv", "pooled head.weight", "logits"),
+]
+MAPS = {"a.weight": models.weights(8, models.CHANNELS, 3, 3), "head.weight": models.weights(models.CLASSES, 8, 1, 1)}
+
+
+@pytest.mark.parametrize("batch", ["batch", 8])
+def test_logits_as_maps_and_fewer_images_than_a_fixed_batch(
+    batch: str | int, held: list[Quantized], load: Callable[[onnx.ModelProto], Classifier], tmp_path: Path
+) -> None:
+    model = models.assemble(HEAD_OF_MAPS, MAPS)
+    for value, shape in (
+        (model.graph.input[0], (batch, *models.IMAGE[1:])),
+        (model.graph.output[0], (batch, models.CLASSES, 1, 1)),
+    ):
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shape))
+    images = ImageSet(torch.rand(5, *models.IMAGE[1:], generator=torch.Generator().manual_seed(0)))
+    engine.quantize(load(model), images, tmp_path / "o.onnx", SETTINGS, 4, 4)
+    assert len(held) == 1
