@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from converters.targets import TARGETS, WEIGHT_CONTAINERS, WIDE
+from mixmix_cli import options
 from mixmix_cli.__main__ import main
 from mixmix_cli.commands import quantize
 from recipes import zoo
@@ -126,7 +127,7 @@ def test_one_bad_model_does_not_hide_the_others(
 
 def test_what_is_offered_is_what_there_is() -> None:
     """The command names targets, containers and methods without loading what defines them."""
-    assert set(quantize.TARGETS) == set(TARGETS)
+    assert set(options.TARGETS) == set(TARGETS)
     assert set(quantize.CONTAINERS) == set(WEIGHT_CONTAINERS)
     assert set(quantize.METHODS) == set(recipe_names(PACKAGE))
-    assert quantize.WIDE == WIDE
+    assert options.WIDE == WIDE
