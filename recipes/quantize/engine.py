@@ -23,7 +23,7 @@ import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
-from converters.steps import Floats, Quantized
+from converters.steps import Quantized
 from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
@@ -36,6 +36,7 @@ from recipes.quantize.budget import Budget
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
+from recipes.quantize.proof import quantized_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.train import train_quantized
@@ -418,21 +419,8 @@ class _Run:
         return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
 
     def quantized(self) -> Quantized | None:
-        """The quantized activations, and how each is computed from the others; None where all are float."""
-        if not self.values:
-            return None
-
-        def compute(name: str, x: Floats, given: Mapping[str, Floats]) -> Floats:
-            image = torch.from_numpy(x).to(self.module.device)
-            if name == self.module.input_name:
-                return np.asarray(self.values[name](image).cpu())
-            tensors = {key: torch.from_numpy(value).to(image) for key, value in given.items() if key != name}
-            tensors = {self.module.input_name: image, **tensors}
-            segment = self.module.segment(list(tensors), [name])
-            return np.asarray(segment(tensors, **self.changes.of(segment))[name].cpu())
-
-        steps = {name: float(value.scale) for name, value in self.values.items()}
-        return Quantized(steps, self.module.logits_name, compute)
+        """The quantized activations, for the proof of the file; None where all are float."""
+        return quantized_values(self.module, self.values, self.changes) if self.values else None
 
     def edits(self) -> list[writeback.Edit]:
         """What to write into the graph."""

@@ -19,6 +19,7 @@ from converters.scalings import find_scalings
 from converters.torch_module import TorchClassifier
 from converters.units import STEPS_PER_OCTAVE, Rescaled
 from converters.writeback import TensorEdit
+from recipes.quantize.primitives import broadcast
 from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import batches
 
@@ -83,4 +84,4 @@ def _tensor(module: TorchClassifier, slot: Slot, changed: Mapping[tuple[str, int
 
 def _scaled(tensor: Tensor, slot: Slot, factor: Tensor) -> Tensor:
     each = factor[torch.from_numpy(slot.numbers).to(factor.device)]
-    return tensor * each.view([-1 if axis == slot.axis else 1 for axis in range(tensor.dim())])
+    return tensor * broadcast(each, tensor.dim(), slot.axis)

@@ -62,6 +62,26 @@ def test_honest_files_hold(
     assert len(held[0].steps) >= 4
 
 
+def damage_one(
+    monkeypatch: pytest.MonkeyPatch, choose: Callable[[Quantized], str], damage: Callable[[Floats, float], Floats]
+) -> None:
+    """From now on, one computed value is what `damage` makes of it and of its step (0 for logits)."""
+    whole = engine._Run.quantized
+
+    def damaged(run: engine._Run) -> Quantized:
+        quantized = whole(run)
+        assert quantized is not None
+        compute, bad = quantized.compute, choose(quantized)
+
+        def wrong(name: str, x: Floats, given: Mapping[str, Floats]) -> Floats:
+            value = compute(name, x, given)
+            return np.asarray(damage(value, quantized.steps.get(bad, 0.0))) if name == bad else value
+
+        return replace(quantized, compute=wrong)
+
+    monkeypatch.setattr(engine._Run, "quantized", damaged)
+
+
 @pytest.mark.parametrize(
     ("index", "damage", "said"),
     [
@@ -81,19 +101,7 @@ def test_a_wrong_value_is_found(
     calibration_images: ImageSet,
     tmp_path: Path,
 ) -> None:
-    def damaged(run: engine._Run) -> Quantized:
-        quantized = whole(run)
-        assert quantized is not None
-        compute, bad = quantized.compute, list(quantized.steps)[index]
-
-        def wrong(name: str, x: Floats, given: Mapping[str, Floats]) -> Floats:
-            value = compute(name, x, given)
-            return np.asarray(damage(value, quantized.steps[bad])) if name == bad else value
-
-        return replace(quantized, compute=wrong)
-
-    whole = engine._Run.quantized
-    monkeypatch.setattr(engine._Run, "quantized", damaged)
+    damage_one(monkeypatch, lambda quantized: list(quantized.steps)[index], damage)
     with pytest.raises(ConversionError, match=said):
         engine.quantize(classifier_of("inverted"), calibration_images, tmp_path / "o.onnx", SETTINGS, 4, 4)
     assert not (tmp_path / "o.onnx").exists()
@@ -106,20 +114,7 @@ def test_wrong_last_layers_are_found(
     calibration_images: ImageSet,
     tmp_path: Path,
 ) -> None:
-    whole = engine._Run.quantized
-
-    def damaged(run: engine._Run) -> Quantized:
-        quantized = whole(run)
-        assert quantized is not None
-        compute = quantized.compute
-        return replace(
-            quantized,
-            compute=lambda name, x, given: (
-                compute(name, x, given) * np.float32(1.01 if name == quantized.logits else 1)
-            ),
-        )
-
-    monkeypatch.setattr(engine._Run, "quantized", damaged)
+    damage_one(monkeypatch, lambda quantized: quantized.logits, lambda logits, _: logits * np.float32(1.01))
     with pytest.raises(ConversionError, match="the last layers of the written model differ"):
         engine.quantize(classifier_of("plain"), calibration_images, tmp_path / "o.onnx", SETTINGS, 4, 4)
 
