@@ -56,6 +56,7 @@ from recipes.synth.settings import load_synth_recipe
 SEEDS = (10, 11, 12)
 TARGETS = ("residual", "inverted")
 SHARES = (0.7, 0.5)
+TIMES = (0.8, 0.7)
 REAL = Source("real")
 IMAGES = {
     "real": REAL,
@@ -74,7 +75,7 @@ MOST = 0.9
 """Largest share of a layer's channels that goes, by MixMix's default and here."""
 HALVINGS = 10
 STEPS = 500
-TABLES = ("images", "peer", "sparse")
+TABLES = ("images", "time", "peer", "sparse")
 SPARSE = (("residual", 0.9), ("inverted", 0.8))
 SPEED = ("ms / ms of float", "convolutions in blocked layout %")
 COLUMNS = {"top1": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
@@ -266,6 +267,17 @@ def print_images(seeds: Sequence[int], folder: Path) -> None:
                 print(f"| {target} | {share} | {title} | {' | '.join(cells)} |", flush=True)
 
 
+def print_time(seeds: Sequence[int], folder: Path) -> None:
+    print(f"\nMixMix, `prune --pattern channel --latency`, recipe obs, {len(seeds)} seed(s), real images:")
+    head("model", "time asked", "top-1 %", "SNR dB", "MACs %", "parameters %", "kB", *SPEED)
+    for target in TARGETS:
+        for share in TIMES:
+            goal = make_goal("channel", None, latency=share)
+            found = [shares(pruned(target, "real-latency", goal, REAL, seed, folder), target) for seed in seeds]
+            cells = [cell([facts[key] for facts in found], digits) for key, digits in COLUMNS.items()]
+            print(f"| {target} | {share} | {' | '.join(cells)} |", flush=True)
+
+
 def float_copy(target: str, folder: Path) -> Path:
     """The float model in the folder, to be judged there as the others are."""
     name, path = f"{target}-float", zoo.model_path(target)
@@ -328,6 +340,8 @@ def main() -> None:
     )
     if "images" in options.tables:
         print_images(SEEDS[: options.seeds], folder)
+    if "time" in options.tables:
+        print_time(SEEDS[: options.seeds], folder)
     if "peer" in options.tables:
         print_peer(SEEDS[0], folder, options.peers, not options.trained_only)
     if "sparse" in options.tables:

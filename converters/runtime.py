@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,8 @@ class Session:
     """One model in onnxruntime on the CPU.
 
     `optimise=False` turns every graph optimisation off: the plain meaning of the file, against which the fused result
-    is held. `threads` is the number of intra-operator threads (0: all cores). `first` names the output to give first.
+    is held. `threads` is the number of intra-operator threads (0: all cores that the process may run on). `first` names
+    the output to give first.
     """
 
     def __init__(
@@ -110,13 +112,42 @@ class Session:
         return float(np.median(times) * 1e3)
 
 
+def time_in_turn(sessions: Sequence[Session], inputs: Array, *, seconds: float = 1.0, least: int = 20) -> list[float]:
+    """Median milliseconds of one run of each session on `inputs`, run in turn: what else the machine does hits all.
+
+    `least` runs of each at least, and as many as go into `seconds` for all.
+    """
+    times: list[list[float]] = [[] for _ in sessions]
+    for session in sessions:
+        session.run(inputs)
+    started = time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - started < seconds:
+        for session, found in zip(sessions, times, strict=True):
+            before = time.perf_counter()
+            session.run(inputs)
+            found.append(time.perf_counter() - before)
+    return [float(np.median(found) * 1e3) for found in times]
+
+
 def _options(*, optimise: bool, threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or _allowed_cores()
     options.log_severity_level = SILENT
     return options
+
+
+def _allowed_cores() -> int:
+    """How many cores the process may run on, where that is not all of them; 0 lets onnxruntime choose.
+
+    onnxruntime counts the machine's cores. More threads than the process may run at once wait for one another, and a
+    model takes several times as long, never the same twice.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or allowed) else 0
 
 
 def _load(content: str | bytes, options: onnxruntime.SessionOptions, name: str) -> onnxruntime.InferenceSession:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixmix_cli import __version__, options
-from mixmix_cli.console import Terminal, size
+from mixmix_cli.console import Terminal, percent, size
 from mixmix_cli.results import compression_json, fusion_line, validation_table
 
 if TYPE_CHECKING:
+    from converters.targets import Target
     from recipes.account import Compression
     from recipes.pipeline import Request
     from recipes.ranks import Ranks
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SLOWER = 1.05
 """Times the float model's latency from which it is said; below is noise."""
+RUINED = 0.5
+"""Share of the images below which a file that agrees with its reference is said to be of no use as it is."""
 
 
 def terminal_for(given: dict[str, Any], ranks: Ranks | None = None) -> Terminal:
@@ -80,8 +83,20 @@ def request_from(
     )
 
 
-def show_result(terminal: Terminal, result: Compression, validation: Validation, account: str) -> int:
-    """Prints what came of it, `account` of the layers in the middle; the exit status."""
+def tell_storage(terminal: Terminal, target: Target, bits: int) -> None:
+    """Say where weights take the room of 8 bits with half of them or fewer."""
+    stored = target.weight_container(bits).bits
+    if stored >= 2 * bits and stored == 8:
+        terminal.say(
+            f"{bits}-bit weights are stored in 8 bits for {target.name}: the file is as large as with --bits 8"
+        )
+
+
+def show_result(terminal: Terminal, result: Compression, validation: Validation, account: str, remedy: str) -> int:
+    """Prints what came of it, `account` of the layers in the middle; the exit status.
+
+    `remedy` is what can be done about a file that is of no use.
+    """
     if terminal.as_json:
         terminal.document(compression_json(result, validation))
     else:
@@ -94,7 +109,15 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
             terminal.show(fusion_line(result.fusion))
         terminal.show(validation_table(validation))
         terminal.show(f"on the {validation.images} calibration images: hold it against others with mixmix validate")
-    latency = validation.candidates[0].latency_ms / validation.reference.latency_ms
+    (candidate,) = validation.candidates
+    if candidate.agreement < RUINED:
+        terminal.say(
+            f"{result.output} agrees with {validation.reference.path} on {percent(candidate.agreement)} of the images"
+            f" alone, and is of no use as it is: {remedy}"
+        )
+    if result.target in ("ort-cuda", "tensorrt"):
+        terminal.say(f"latency is that of onnxruntime on this machine's processor, and not of {result.target}")
+    latency = candidate.latency_ms / validation.reference.latency_ms
     if latency > SLOWER and result.slow_because is not None:
         terminal.say(f"the file is {latency:.1f} times as slow as the float one here: {result.slow_because}")
     return 0 if validation.passed else 1

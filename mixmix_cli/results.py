@@ -44,6 +44,7 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
         "bits": result.bits,
         "act_bits": result.act_bits,
         "sparsity": result.sparsity,
+        "macs_left": result.macs_left,
         "blocks": [{"name": name, "before": r.before, "after": r.after} for name, r in result.blocks],
         "layers": [
             {
@@ -126,30 +127,32 @@ def validation_json(result: Validation) -> dict[str, Any]:
             "size_bytes": reference.size_bytes,
             "latency_ms": reference.latency_ms,
         },
-        "candidates": [
-            {
-                "path": candidate.path,
-                "top1": candidate.top1,
-                "top5": candidate.top5,
-                "agreement": candidate.agreement,
-                "kl": candidate.kl,
-                "snr_db": candidate.snr,
-                "drop": candidate.drop,
-                "size_bytes": candidate.size_bytes,
-                "latency_ms": candidate.latency_ms,
-                "optimisation_snr_db": candidate.fusion_snr,
-                "passed": candidate.passed,
-                "failed": candidate.failed,
-                "gates": [
-                    {"gate": gate.gate, "passed": gate.passed, "reason": gate.reason, "seconds": gate.seconds}
-                    for gate in candidate.verdicts
-                ],
-                "layers": None if candidate.layers is None else [_layer_json(layer) for layer in candidate.layers],
-            }
-            for candidate in result.candidates
-        ],
+        "candidates": [_candidate_json(candidate) for candidate in result.candidates],
+        "beside": [_candidate_json(model) for model in result.beside],
         "images": result.images,
         "labels": result.labels,
+    }
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "path": candidate.path,
+        "top1": candidate.top1,
+        "top5": candidate.top5,
+        "agreement": candidate.agreement,
+        "kl": candidate.kl,
+        "snr_db": candidate.snr,
+        "drop": candidate.drop,
+        "size_bytes": candidate.size_bytes,
+        "latency_ms": candidate.latency_ms,
+        "optimisation_snr_db": candidate.fusion_snr,
+        "passed": candidate.passed,
+        "failed": candidate.failed,
+        "gates": [
+            {"gate": gate.gate, "passed": gate.passed, "reason": gate.reason, "seconds": gate.seconds}
+            for gate in candidate.verdicts
+        ],
+        "layers": None if candidate.layers is None else [_layer_json(layer) for layer in candidate.layers],
     }
 
 
@@ -180,7 +183,7 @@ def validation_table(result: Validation) -> Table:
             f"{candidate.latency_ms:.2f} ms",
             _gates(candidate),
         ]
-        for candidate in result.candidates
+        for candidate in (*result.beside, *result.candidates)
     ]
     columns = ["model", "top-1", "top-5", "agreement", "KL", "SNR", "size", "latency", "gates"]
     return table(columns, rows, texts=["gates"])

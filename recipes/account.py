@@ -73,6 +73,8 @@ class Compression:
     seconds: float
     written_difference: float
     """Largest relative difference between the file's logits in onnxruntime and the computed ones."""
+    macs_left: float = 1.0
+    """Share of the multiplications that the file still makes: less than 1 where whole channels are gone."""
     fusion: Fusion | None = None
     """What runs in integers, where that was asked for."""
     target: str | None = None

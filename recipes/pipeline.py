@@ -166,9 +166,12 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     except KeyboardInterrupt:
         progress.say("the same command goes on from there")
         raise
+    before = [] if request.student is None else [request.student]
     try:
         return result, request.ranks.lead(
-            lambda: validate(classifier, [load_classifier(request.output)], images, gates, progress=progress)
+            lambda: validate(
+                classifier, [load_classifier(request.output)], images, gates, beside=before, progress=progress
+            )
         )
     except KeyboardInterrupt:
         progress.say(
@@ -313,7 +316,13 @@ def pruning_then_quantizing(
         if pruned.checkpoint is not None:
             pruned.checkpoint.remove()
         layers = [_as_pruned(layer, pruned.layers) for layer in result.layers]
-        return replace(result, layers=layers, sparsity=pruned.sparsity, seconds=time.perf_counter() - started)
+        return replace(
+            result,
+            layers=layers,
+            sparsity=pruned.sparsity,
+            macs_left=pruned.macs_left,
+            seconds=time.perf_counter() - started,
+        )
 
     return Write(check, write)
 
@@ -334,7 +343,10 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
     """
     target = request.classifier
     if request.data is not None:
-        return load_images(request.data, request.images, size=target.spec.size)
+        given = load_images(request.data, request.images, size=target.spec.size)
+        if request.images is not None and len(given) < request.images:
+            progress.say(f"{request.data} has {len(given)} images, and all of them are used")
+        return given
     models = request.zoo or [target]
     recipe, settings = load_suitable_recipe(
         request.synth_recipe, models, request.effort, (), None, {"images": request.images}, progress

@@ -115,6 +115,8 @@ class Validation:
     candidates: list[Candidate]
     images: int
     labels: LabelKind
+    beside: list[Candidate] = field(default_factory=list)
+    """Others that no gate is asked of, such as a student before it was taught."""
     seconds: float = 0.0
 
     @property
@@ -164,26 +166,28 @@ def validate(
     images: ImageSet,
     gates: Gates | None = None,
     *,
+    beside: Sequence[Classifier] = (),
     layers: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> Validation:
     """Run all models on all images, and with `layers` compare every layer's output on the first few.
 
+    Those `beside` the candidates get figures, and pass and fail nothing.
     Raises GateError when a gate needs labels that are not there.
     """
     gates, progress, started = gates or Gates(), progress or Silent(), time.perf_counter()
     require_labels(images, gates)
     labels = images.labels.numpy() if images.labels is not None and images.label_kind == "real" else None
-    with progress.task("validating", 1 + (3 if layers else 2) * len(candidates)) as task:
+    judged: list[Candidate] = []
+    with progress.task("validating", 1 + 2 * len([*candidates, *beside]) + layers * len(candidates)) as task:
         logits = _logits(reference, reference, images, threads=threads)
         check_labels(images, logits.shape[1], reference)
         top1, top5 = _accuracy(logits, labels, reference)
         latency = _latency(reference, reference, images, threads)
         held = Reference(reference.path, top1, top5, reference.size_bytes, latency)
         task.advance()
-        judged = []
-        for candidate in candidates:
+        for candidate in (*candidates, *beside):
             fused = _run(candidate, reference, images, threads=threads)
             task.advance()
             plain = _run(candidate, reference, images, threads=threads, optimise=False)
@@ -195,10 +199,12 @@ def validate(
             latency = _latency(candidate, reference, images, threads)
             judged.append(_judge(candidate, held, logits, fused, plain, labels, latency, gates))
             task.advance()
-            if layers:
+            if layers and len(judged) <= len(candidates):
                 judged[-1] = replace(judged[-1], layers=_layers(candidate, reference, images, threads))
                 task.advance()
-    return Validation(held, judged, len(images), images.label_kind, time.perf_counter() - started)
+    shown = [replace(figures, verdicts=[]) for figures in judged[len(candidates) :]]
+    seconds = time.perf_counter() - started
+    return Validation(held, judged[: len(candidates)], len(images), images.label_kind, shown, seconds)
 
 
 def _judge(

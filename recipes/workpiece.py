@@ -77,6 +77,8 @@ class Result:
     tolerance: float = WRITTEN_TOLERANCE
     quantized: Quantized | None = None
     """The activations that are quantized, which the file has to give where its logits differ by more."""
+    macs_left: float = 1.0
+    """Share of the multiplications that the file still makes."""
     checkpoint: Checkpoint | None = None
     """Removed when the file is written."""
 
@@ -121,4 +123,5 @@ class Result:
             size_after=size,
             seconds=time.perf_counter() - started,
             written_difference=difference,
+            macs_left=self.macs_left,
         )

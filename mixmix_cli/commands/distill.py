@@ -67,4 +67,5 @@ def _distill(ranks: Ranks, given: dict[str, Any]) -> int:
     result, validation = compress(request, distilling(settings), terminal)
     zeros = f"; {percent(result.sparsity)} of its weights are zero, as before" if result.sparsity > 0.01 else ""
     account = f"{settings.steps} steps on {validation.images} images{zeros}"
-    return ranks.lead(lambda: show_result(terminal, result, validation, account))
+    remedy = "give it more --steps, or more images (-n)"
+    return ranks.lead(lambda: show_result(terminal, result, validation, account, remedy))

@@ -23,6 +23,9 @@ METHODS = ("one-shot", "one-stage", "two-stage", "obs")
     help="Share of the weights to remove, such as 0.5; with N:M, in as few layers as that takes.",
 )
 @click.option("--macs", type=float, help="With --pattern channel: the share of the multiplications to leave.")
+@click.option(
+    "--latency", type=float, help="With --pattern channel: the share of the time to leave, in onnxruntime and here."
+)
 @click.option("--pattern", default="unstructured", show_default=True, help="unstructured, channel, or N:M (2:4).")
 @click.option("--bits", type=options.BITS, help="Then quantize what is left to this many bits, into one file.")
 @options.act_bits
@@ -49,10 +52,10 @@ def command(**given: Any) -> int:
     bits, act_bits = given["bits"], given["act_bits"]
     if bits is None and (act_bits is not None or given["target"] != "portable"):
         raise click.UsageError("--act-bits and --target are for what --bits quantizes: give --bits too")
-    from mixmix_cli.requests import refuse_early, request_from, show_result
+    from mixmix_cli.requests import refuse_early, request_from, show_result, tell_storage
     from recipes.prune.goal import make_goal, output_path
 
-    goal = make_goal(given["pattern"], given["sparsity"], given["macs"])
+    goal = make_goal(given["pattern"], given["sparsity"], given["macs"], given["latency"])
     output = given["output"] or output_path(given["model"], goal, bits, act_bits)
     refuse_early(given, output)
 
@@ -72,11 +75,15 @@ def command(**given: Any) -> int:
     settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
     write = pruning(settings, goal)
     if bits is not None:
+        tell_storage(terminal, target, bits)
         quantization = load_recipe(QuantizeSettings, QUANTIZE, "qdrop", given["effort"])
         write = pruning_then_quantizing(settings, goal, quantization, bits, act_bits, target)
     request = request_from(given, output, recipe, terminal)
     result, validation = compress(request, write, terminal)
-    return show_result(terminal, result, validation, _account(result))
+    remedy = f"take less out of it, or teach it what it has lost (mixmix distill {given['model']} {result.output})"
+    if bits is not None:
+        remedy = "take less out of it, or give it more bits"
+    return show_result(terminal, result, validation, _account(result), remedy)
 
 
 def _account(result: Compression) -> str:
@@ -91,4 +98,6 @@ def _account(result: Compression) -> str:
         f" {percent(least.sparsity)} ({least.name}) to {percent(most.sparsity)} ({most.name})"
     )
     reasons = sorted({layer.reason for layer in dense if layer.reason})
+    if result.macs_left < 1:
+        text += f", and {percent(1 - result.macs_left)} of the multiplications"
     return text + (f"; {len(dense)} stay dense ({'; '.join(reasons)})" if reasons else "")

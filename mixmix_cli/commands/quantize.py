@@ -76,7 +76,7 @@ def command(**given: Any) -> int:
 
 def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: Target) -> int:
     """What each process does; the first one alone says anything."""
-    from mixmix_cli.requests import request_from, show_result, terminal_for
+    from mixmix_cli.requests import request_from, show_result, tell_storage, terminal_for
     from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, quantizing
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
@@ -84,13 +84,8 @@ def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: T
 
     act_bits = given["act_bits"]
     terminal = terminal_for(given, ranks)
-    if (
-        target.integer_kernels
-        and given["bits"] is not None
-        and given["bits"] <= 4
-        and given["weight_container"] is None
-    ):
-        terminal.say(f"{bits}-bit weights are stored in 8 bits, which integer kernels take: as large as --bits 8")
+    if given["bits"] is not None and given["weight_container"] is None:
+        tell_storage(terminal, target, given["bits"])
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
     if ranks.count > 1 and not settings.train_steps:
@@ -100,4 +95,5 @@ def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: T
         )
     request = request_from(given, output_path(given["model"], bits, act_bits), recipe, terminal, ranks=ranks)
     result, validation = compress(request, quantizing(settings, bits, act_bits, target), terminal)
-    return ranks.lead(lambda: show_result(terminal, result, validation, placement_line(result)))
+    remedy = "give it more bits, or better images (--data, --zoo)"
+    return ranks.lead(lambda: show_result(terminal, result, validation, placement_line(result), remedy))

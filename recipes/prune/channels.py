@@ -1,4 +1,4 @@
-"""Which channels to remove, so that a share of the multiplications (or of the weights) is left.
+"""Which channels to remove, so that a share of the multiplications, of the weights or of the time is left.
 
 A channel's harm is the noise that its absence makes in the layers that read it, relative to what each layer adds up:
 
@@ -12,7 +12,7 @@ multiple of some number: runtimes compute in blocks of channels, and a layer of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,16 +35,22 @@ STEPS = 50
 
 
 @dataclass(frozen=True)
-class ChannelBudget:
-    """What may be left: a share of the multiply-accumulates or of the weights.
+class Limits:
+    """What stays of every layer: at least `least` of it, and a multiple of `multiple` channels.
 
-    At least `least` of a layer stays, and a multiple of `multiple` channels, or of half as many where there are few.
+    Where there are few channels, a multiple of half as many.
     """
 
-    unit: str
-    share: float
     least: float = 0.1
     multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Channel numbers that are gone, and the share of the unit that is left without them."""
+
+    numbers: Numbers
+    left: float
 
 
 def no_harm(channels: Channels) -> Floats:
@@ -115,21 +121,32 @@ def _inputs(entry: LayerChannels, kept: NDArray[np.bool_]) -> int:
     return 1 if entry.inputs is None else _kept(entry.inputs, kept)
 
 
-def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, budget: ChannelBudget) -> Numbers:
-    """The channel numbers to remove, by bundles that leave a multiple of `budget.multiple` of each family.
+def share_left(channels: Channels, removed: Numbers, unit: str = "macs") -> float:
+    """The share of the layers' multiplications, or weights, that is left with some channel numbers gone."""
+    costs = _Costs(channels, unit)
+    kept = np.ones(len(no_harm(channels)), bool)
+    whole = costs.total(kept)
+    kept[removed] = False
+    return costs.total(kept) / whole
 
-    Raises MixMixError where what may be removed does not come to the budget.
+
+def removals(channels: Channels, harm: Floats, unit: str, limits: Limits) -> Iterator[Removed]:
+    """Ever more channel numbers to remove, from none to all that may go.
+
+    They go in bundles that leave a multiple of `limits.multiple` of each family; each time the one of least harm for
+    what it saves of `unit`.
     """
-    costs = _Costs(channels, budget.unit)
+    costs = _Costs(channels, unit)
     kept = np.ones(len(harm), bool)
     whole = costs.total(kept)
     needed = channels.needed(harm)
     each = _channels_each(channels)
     families = _families(channels)
     waiting = [numbers[np.lexsort((harm[numbers], np.isin(numbers, needed)))] for numbers in families]
-    least = [max(round(budget.least * len(n)), int(np.isin(n, needed).sum()), 1) for n in families]
-    multiples = [_multiple(len(n), budget.multiple, math.gcd(*each[n].tolist())) for n in families]
-    while costs.total(kept) > budget.share * whole:
+    least = [max(round(limits.least * len(n)), int(np.isin(n, needed).sum()), 1) for n in families]
+    multiples = [_multiple(len(n), limits.multiple, math.gcd(*each[n].tolist())) for n in families]
+    while True:
+        yield Removed(np.flatnonzero(~kept), costs.total(kept) / whole)
         savings = costs.savings(kept)
         best, chosen = math.inf, -1
         for index, numbers in enumerate(waiting):
@@ -140,16 +157,37 @@ def choose_channels(module: TorchClassifier, channels: Channels, harm: Floats, b
             if ratio < best:
                 best, chosen = ratio, index
         if chosen < 0:
-            together = f" and their numbers are multiples of {budget.multiple}" if budget.multiple > 1 else ""
-            way = ", or allow any number with --set multiple=1" if budget.multiple > 1 else ""
-            raise MixMixError(
-                f"{module.classifier.path}: {costs.total(kept) / whole:.1%} of its {UNITS[budget.unit]} stay where"
-                f" {budget.least:.0%} of each layer is kept{together}, and what cannot be removed: ask for less{way}"
-            )
+            return
         size = _bundle(len(waiting[chosen]), multiples[chosen])
         kept[waiting[chosen][:size]] = False
         waiting[chosen] = waiting[chosen][size:]
-    return np.flatnonzero(~kept)
+
+
+def choose_channels(
+    module: TorchClassifier, channels: Channels, harm: Floats, unit: str, share: float, limits: Limits
+) -> Numbers:
+    """The channel numbers to remove so that `share` of the model's multiplications or weights (`unit`) is left.
+
+    Raises MixMixError where what may be removed does not come to it.
+    """
+    for removed in removals(channels, harm, unit, limits):
+        if removed.left <= share:
+            return removed.numbers
+    raise MixMixError(
+        f"{module.classifier.path}: {removed.left:.1%} of its {UNITS[unit]} stay where {kept_anyway(limits)}: ask for"
+        f" less{way_to_less(limits)}"
+    )
+
+
+def kept_anyway(limits: Limits) -> str:
+    """What is never removed, in words."""
+    together = f" and their numbers are multiples of {limits.multiple}" if limits.multiple > 1 else ""
+    return f"{limits.least:.0%} of each layer is kept{together}, and what cannot be removed"
+
+
+def way_to_less(limits: Limits) -> str:
+    """What the user can do where more is to go, in words."""
+    return ", or allow any number with --set multiple=1" if limits.multiple > 1 else ""
 
 
 def _multiple(count: int, multiple: int, each: int) -> int:

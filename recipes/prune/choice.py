@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from converters import writeback
@@ -17,8 +18,9 @@ from recipes.checkpoint import Checkpoint
 from recipes.patterns import NofM, Pattern, WholeChannels
 from recipes.progress import Progress
 from recipes.prune import shares
-from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels, masks, no_harm
+from recipes.prune.channels import Limits, channel_harm, choose_channels, masks, no_harm, share_left
 from recipes.prune.goal import Goal
+from recipes.prune.latency import choose_by_latency
 from recipes.prune.masks import Choose
 from recipes.prune.settings import PruneSettings
 
@@ -40,6 +42,8 @@ class Removal:
     reasons: Mapping[str, str]
     cut: Cut = lambda _: ()
     """What is cut out of the file; nothing where weights only become zero."""
+    macs_left: float = 1.0
+    """Share of the multiplications that the file still makes."""
 
 
 def _free_channels(module: TorchClassifier) -> Channels:
@@ -56,7 +60,8 @@ def check_goal(module: TorchClassifier, settings: PruneSettings, goal: Goal) -> 
     """Raise MixMixError where the model cannot come to the goal, whatever the images."""
     if isinstance(goal.pattern, WholeChannels):
         channels = _free_channels(module)
-        choose_channels(module, channels, no_harm(channels), _budget(settings, goal))
+        if goal.unit != "latency":  # time is measured when it is known which channels go
+            choose_channels(module, channels, no_harm(channels), goal.unit, 1 - goal.sparsity, _limits(settings))
         return
     fitting = fitting_layers(module, goal.pattern)
     if not isinstance(goal.pattern, NofM):
@@ -65,8 +70,8 @@ def check_goal(module: TorchClassifier, settings: PruneSettings, goal: Goal) -> 
         _part(module, fitting, goal.pattern, goal.sparsity)
 
 
-def _budget(settings: PruneSettings, goal: Goal) -> ChannelBudget:
-    return ChannelBudget(goal.unit, 1 - goal.sparsity, settings.least_channels, settings.multiple)
+def _limits(settings: PruneSettings) -> Limits:
+    return Limits(settings.least_channels, settings.multiple)
 
 
 def choose(
@@ -82,20 +87,34 @@ def choose(
     Raises MixMixError where the model cannot come to the goal.
     """
     if isinstance(goal.pattern, WholeChannels):
-        return _channels(module, inputs, settings, goal)
+        return _channels(module, inputs, settings, goal, checkpoint, progress)
     return _weights(module, goal.pattern, _shares(module, goal.pattern, inputs, settings, goal, checkpoint, progress))
 
 
-def _channels(module: TorchClassifier, inputs: Tensor, settings: PruneSettings, goal: Goal) -> Removal:
-    channels = _free_channels(module)
+def _channels(
+    module: TorchClassifier,
+    inputs: Tensor,
+    settings: PruneSettings,
+    goal: Goal,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Removal:
+    channels, limits, left = _free_channels(module), _limits(settings), 1 - goal.sparsity
     harm = channel_harm(module, channels, inputs, settings.batch)
-    removed = choose_channels(module, channels, harm, _budget(settings, goal))
+    if goal.unit == "latency":  # another run would measure other times
+        found = checkpoint.measured(
+            "channels", lambda: choose_by_latency(module, channels, harm, inputs, left, limits, progress).tolist()
+        )
+        removed = np.array(found, np.int64)
+    else:
+        removed = choose_channels(module, channels, harm, goal.unit, left, limits)
     choices = masks(channels, removed)
     whole = [entry.layer.output for entry in channels.layers if entry.layer.output not in choices]
     return Removal(
         choices,
         dict.fromkeys(whole, "its channels cannot be told apart"),
         lambda tensors: channels.edits(removed, tensors, module.constant),
+        share_left(channels, removed),
     )
 
 

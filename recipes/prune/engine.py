@@ -16,8 +16,8 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
-from converters.torch_module import TorchClassifier, to_torch
-from recipes.account import Compression, LayerAccount, account_layer
+from converters.torch_module import Layer, TorchClassifier, to_torch
+from recipes.account import Compression, LayerAccount, account_layer, share_of_zeros
 from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
@@ -99,6 +99,9 @@ def prune_in_memory(
     removal = choice.choose(module, inputs, settings, goal, checkpoint, progress)
     run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed), checkpoint)
     run.reconstruct_all(progress)
+    layers = run.layer_accounts(removal.reasons)
+    if share_of_zeros(layers) <= share_of_zeros([_as_it_was(module, layer) for layer in module.layers()]):
+        progress.say(f"{classifier.path} has no fewer zeros already: nothing more is gone")
     sample = sample_for_proof(prepared, inputs)
     return Result(
         prepared=prepared,
@@ -106,9 +109,14 @@ def prune_in_memory(
         sample=sample,
         logits=run.logits(sample),
         blocks=run.walk.account,
-        layers=run.layer_accounts(removal.reasons),
+        layers=layers,
+        macs_left=removal.macs_left,
         checkpoint=checkpoint,
     )
+
+
+def _as_it_was(module: TorchClassifier, layer: Layer) -> LayerAccount:
+    return account_layer(layer.name, module.constant(layer.weight), module.constant(layer.weight))
 
 
 def _edits(module: TorchClassifier, tensors: Mapping[str, Tensor], cut: choice.Cut) -> list[writeback.Edit]:

@@ -23,8 +23,8 @@ class Goal:
 
     pattern: Pattern | WholeChannels
     sparsity: float
-    """The share of all layers' weights to remove; for whole channels 1 less the share of the weights, or of the
-    multiplications (`unit`), that is left."""
+    """The share of all layers' weights to remove; for whole channels 1 less the share of the weights, of the
+    multiplications ("macs") or of the time ("latency") that is left, as `unit` says."""
     unit: str = "weights"
     everywhere: bool = False
     """Whether every layer gets an N:M pattern that it fits, and not only as many as `sparsity` needs."""
@@ -42,23 +42,25 @@ class Goal:
         )
 
 
-def make_goal(pattern: str, sparsity: float | None, macs: float | None = None) -> Goal:
-    """The goal of `--pattern`, `--sparsity` and `--macs`. Raises MixMixError for what cannot be meant."""
-    if macs is not None:
+def make_goal(pattern: str, sparsity: float | None, macs: float | None = None, latency: float | None = None) -> Goal:
+    """The goal of `--pattern`, `--sparsity`, `--macs` and `--latency`. Raises MixMixError for what cannot be meant."""
+    budgets = {unit: left for unit, left in (("macs", macs), ("latency", latency)) if left is not None}
+    for unit, left in budgets.items():
         if pattern != CHANNEL:
             raise MixMixError(
-                f"--macs is a budget for whole channels, not for pattern {pattern}: use --pattern channel"
+                f"--{unit} is a budget for whole channels, not for pattern {pattern}: use --pattern channel"
             )
-        if sparsity is not None:
-            raise MixMixError("--macs says how much is to be left, instead of --sparsity: leave one of them out")
-        if not 0 < macs < 1:
-            raise MixMixError(f"--macs {macs:g} cannot be used: choose the share to leave, above 0 and below 1")
-        return Goal(WholeChannels(), 1 - macs, "macs")
+        if sparsity is not None or len(budgets) > 1:
+            other = "--sparsity" if sparsity is not None else "--latency"
+            raise MixMixError(f"--{unit} says how much is to be left, instead of {other}: leave one of them out")
+        if not 0 < left < 1:
+            raise MixMixError(f"--{unit} {left:g} cannot be used: choose the share to leave, above 0 and below 1")
+        return Goal(WholeChannels(), 1 - left, unit)
     if sparsity is not None and not 0 < sparsity < 1:
         raise MixMixError(f"--sparsity {sparsity:g} cannot be used: choose a share above 0 and below 1")
     if pattern in ("unstructured", CHANNEL):
         if sparsity is None:
-            other = ", or --macs, such as 0.5 of the multiplications" if pattern == CHANNEL else ""
+            other = ", or --macs or --latency, what is to be left of them" if pattern == CHANNEL else ""
             raise MixMixError(f"how much to remove is not said: give --sparsity, such as 0.5{other}")
         return Goal(Unstructured() if pattern == "unstructured" else WholeChannels(), sparsity)
     try:

@@ -24,7 +24,7 @@ from recipes.images import ImageSet
 from recipes.inspect import inspect_model
 from recipes.patterns import NofM, Unstructured, keep_largest
 from recipes.prune import shares
-from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels
+from recipes.prune.channels import Limits, channel_harm, choose_channels
 from recipes.prune.engine import prune, prune_in_memory
 from recipes.prune.goal import make_goal, output_path
 from recipes.prune.masks import PrunedWeight
@@ -459,7 +459,7 @@ def test_layers_keep_a_multiple_of_channels(
     module = to_torch(prepared)
     channels = find_channels(module)
     harm = channel_harm(module, channels, module.spec.to_input(calibration_images.pixels[:8]), 8)
-    removed = choose_channels(module, channels, harm, ChannelBudget("macs", 0.6, 0.1, multiple))
+    removed = choose_channels(module, channels, harm, "macs", 0.6, Limits(0.1, multiple))
     assert len(removed)
     for entry in channels.layers:
         gone = int(np.isin(entry.outputs, removed).sum())

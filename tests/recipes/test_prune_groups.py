@@ -17,7 +17,7 @@ from converters.torch_module import to_torch
 from converters.writeback import prepare_for_pruning
 from recipes.images import ImageSet
 from recipes.inspect import inspect_model
-from recipes.prune.channels import ChannelBudget, channel_harm, choose_channels
+from recipes.prune.channels import Limits, channel_harm, choose_channels
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE, PruneSettings
@@ -42,7 +42,7 @@ def test_heads_are_chosen_by_their_harm(classifier_of: Callable[[str], Classifie
     pixels = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     harm = channel_harm(module, channels, module.spec.to_input(pixels), 8)
     for share in (0.9, 0.3):
-        removed = choose_channels(module, channels, harm, ChannelBudget("macs", share, 0.1, 4))
+        removed = choose_channels(module, channels, harm, "macs", share, Limits(0.1, 4))
         for entry in channels.layers:
             if entry.layer.shape != (64, 192):
                 continue
@@ -76,7 +76,7 @@ def test_multiples_are_of_channels(multiple: int, left: int, load: Load) -> None
     module = to_torch(prepare_for_pruning(load(assemble(nodes + head("b"), tensors | head_tensors(8)))))
     channels = find_channels(module)
     harm = np.arange(1.0 + channels.numbers().max())
-    removed = choose_channels(module, channels, harm, ChannelBudget("weights", 0.9, 0.1, multiple))
+    removed = choose_channels(module, channels, harm, "weights", 0.9, Limits(0.1, multiple))
     assert 4 - len(removed) == left
     assert set(removed) == set(channels.numbers()[: len(removed)])
 
@@ -99,7 +99,7 @@ def test_no_part_of_a_split_is_lost(load: Load) -> None:
     module = to_torch(prepare_for_pruning(load(assemble(nodes + head("joined"), tensors | head_tensors(8)))))
     channels = find_channels(module)
     harm = np.arange(1.0 + channels.numbers().max())
-    removed = choose_channels(module, channels, harm, ChannelBudget("weights", 0.3, 0.1, 1))
+    removed = choose_channels(module, channels, harm, "weights", 0.3, Limits(0.1, 1))
     (first, *_) = channels.layers
     assert np.isin(first.outputs, removed)[:6].sum() == 5
     assert (~np.isin(first.outputs, removed))[6:].any()
