@@ -2,8 +2,8 @@
 
 Accuracy is reported where labels are real. Synthesized images carry targets, which are no ground truth; there the
 figures are agreement, KL divergence and the logits' signal-to-noise ratio. Every candidate runs with graph
-optimisations on (what is reported) and off; when fusing changes the logits by a substantial part of what compression
-itself changes, that is a failure and not rounding.
+optimisations on (what is reported) and off; when fusing takes the logits substantially farther from the reference than
+compression itself does, that is a failure and not rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from recipes.refusals import GateError
 
 BATCH = 50
 FUSION_SHARE = 0.25
-"""Largest noise, as a share of the compression's own, that graph optimisations may add."""
+"""Largest noise, as a share of the compression's own, that graph optimisations may add.
+
+What is added counts, and not what changes: where activations are quantized, float rounding moves some values over a
+boundary between two steps, and deep networks make of it as much as a third of the compression's noise, in place of
+as much that was there (a random ViT-Tiny at W8A8: 26.7 dB with optimisations, 26.8 without, 32.1 between the two).
+"""
 FUSION_FLOOR = 1e-6
 """Noise relative to signal (-60 dB) below which nothing is asked: float rounding."""
 SLACK = 1e-9
@@ -225,11 +230,13 @@ def _judge(
     word = "finite" if finite else "infinite or no numbers"
     verdicts = [*_asked(gates, drop, top1, agreement), Verdict("finite", finite, f"logits are {word}")]
     verdicts = [replace(verdict, seconds=fused.seconds) for verdict in verdicts]
-    power, change = (float(np.square(values).sum()) for values in (plain.logits, plain.logits - expected))
-    allowed = max(FUSION_SHARE * change, FUSION_FLOOR * power)
-    noise = float(np.square(logits - plain.logits).sum())
-    reason = f"graph optimisations change the logits by {noise:.2g} (squared), allowed are {allowed:.2g}"
-    verdicts.append(Verdict("optimisations", not noise > allowed, reason, plain.seconds))
+    power, noise, fused_noise = (
+        float(np.square(values).sum()) for values in (plain.logits, plain.logits - expected, logits - expected)
+    )
+    allowed = max(FUSION_SHARE * noise, FUSION_FLOOR * power)
+    added = fused_noise - noise
+    reason = f"graph optimisations add {added:.2g} of noise (squared) to {noise:.2g}, allowed are {allowed:.2g}"
+    verdicts.append(Verdict("optimisations", not added > allowed, reason, plain.seconds))
     return Candidate(
         path=candidate.path,
         top1=top1,

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -214,9 +215,10 @@ class _Run:
 
     def _plan(self, advance: Callable[[], None]) -> list[LayerPlan]:
         common = (self.act_bits, self.target, self.settings)
+        keep = partial(self.walk.checkpoint.measured, "noise")
         if isinstance(self.bits, Budget):
-            return plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, advance)
-        return plan_bits(self.module, self.inputs, self.bits, *common, advance)
+            return plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, advance, keep)
+        return plan_bits(self.module, self.inputs, self.bits, *common, advance, keep)
 
     def _file_size(self, plans: Sequence[LayerPlan]) -> int:
         """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""

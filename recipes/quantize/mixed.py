@@ -26,6 +26,7 @@ from recipes.inspect import layer_macs
 from recipes.quantize.budget import Budget
 from recipes.quantize.plan import (
     WIDTHS,
+    Keep,
     LayerPlan,
     activation_bits,
     decibels,
@@ -47,6 +48,7 @@ def plan_mixed(
     settings: QuantizeSettings,
     file_size: Callable[[Sequence[LayerPlan]], int],
     advance: Callable[[], None] = lambda: None,
+    keep: Keep = lambda measure: measure(),
 ) -> list[LayerPlan]:
     """The placement with the least noise within `budget`. `inputs` [N, ...] are model inputs to measure on.
 
@@ -55,29 +57,27 @@ def plan_mixed(
     """
     layers = layers_to_quantize(module)
     widths = _widths(budget, target, settings, act_bits)
-    noise = measure_noise(module, inputs, widths, act_bits, target, settings, advance)
     acts = activation_bits(layers, act_bits, settings)
-
-    def placed(chosen: Sequence[int]) -> list[LayerPlan]:
-        return [
-            LayerPlan(layer, widths[index], act, f"least noise within {budget}", decibels(noise[layer.output][index]))
-            for layer, act, index in zip(layers, acts, chosen, strict=True)
-        ]
-
     costs = _costs(module, layers, widths, budget, acts, target)
     fewest = sum(row[0] for row in costs)
-    fixed = file_size(placed([0] * len(layers))) - fewest if budget.kind == "size" else 0.0  # all but the weights
+    narrowest = [LayerPlan(layer, widths[0], act) for layer, act in zip(layers, acts, strict=True)]
+    fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0  # all but the weights
     least = fixed + fewest
     if least > budget.amount * (1 + ROUNDING):
         raise MixMixError(
             f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
             f" {replace(budget, amount=least)}: allow more"
         )
+    noise = keep(lambda: measure_noise(module, inputs, widths, act_bits, target, settings, advance))
     choices = [
         [Choice(cost, harm) for cost, harm in zip(row, noise[layer.output], strict=True)]
         for layer, row in zip(layers, costs, strict=True)
     ]
-    return placed(allocate(choices, budget.amount - fixed))
+    chosen = allocate(choices, budget.amount - fixed)
+    return [
+        LayerPlan(layer, widths[index], act, f"least noise within {budget}", decibels(noise[layer.output][index]))
+        for layer, act, index in zip(layers, acts, chosen, strict=True)
+    ]
 
 
 def _widths(budget: Budget, target: Target, settings: QuantizeSettings, act_bits: int | None) -> list[int]:

@@ -24,6 +24,10 @@ from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import Before, logit_noise
 
 WIDTHS = (2, 3, 4, 6, 8)
+Noise = dict[str, list[float]]
+"""By layer output, the noise at each of some widths."""
+Keep = Callable[[Callable[[], Noise]], Noise]
+"""Gives what it is told to measure, or what was measured before."""
 MOST = "where more bits take the most noise out of the logits"
 
 
@@ -77,7 +81,7 @@ def measure_noise(
     target: Target,
     settings: QuantizeSettings,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
+) -> Noise:
     """Noise-to-signal ratio of the logits with each layer alone rounded to nearest at each width, by layer output.
 
     `widths` rise; more bits never hurt. `inputs` [N, ...] are model inputs, of which `sensitive_images` are used.
@@ -102,6 +106,7 @@ def plan_bits(
     target: Target,
     settings: QuantizeSettings,
     advance: Callable[[], None] = lambda: None,
+    keep: Keep = lambda measure: measure(),
 ) -> list[LayerPlan]:
     """The placement for every layer, in order. `inputs` [N, ...] are model inputs to measure on.
 
@@ -119,7 +124,7 @@ def plan_bits(
             LayerPlan(layer, widths[0], act, _why(bits, widths[0], act, act_bits))
             for layer, act in zip(layers, acts, strict=True)
         ]
-    noise = measure_noise(module, inputs, widths, act_bits, target, settings, advance)
+    noise = keep(lambda: measure_noise(module, inputs, widths, act_bits, target, settings, advance))
     total = sum(layer.parameters for layer in layers)
     choices = [
         [

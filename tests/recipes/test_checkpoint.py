@@ -29,6 +29,8 @@ from recipes.progress import Silent
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
 from recipes.prune.settings import PruneSettings
+from recipes.quantize import mixed, plan
+from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.validate import Gates
@@ -150,6 +152,29 @@ def test_a_run_that_was_interrupted_is_gone_on_with(
     assert result.blocks == whole.blocks
     assert result.layers == whole.layers
     assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == [output, tmp_path / "whole.onnx"]
+
+
+@pytest.mark.parametrize("bits", [3, Budget("bits", 3)], ids=str)
+def test_noise_is_measured_once(
+    bits: int | Budget,
+    classifier_of: Classifiers,
+    calibration_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes minutes for a large model, and an interrupted run has it already."""
+    settings = QuantizeSettings.model_validate(QDROP)
+
+    def run(output: Path, progress: Silent) -> Compression:
+        return quantize(classifier_of("plain"), calibration_images.take(6), output, settings, bits, progress=progress)
+
+    whole = run(tmp_path / "whole.onnx", Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "o.onnx", Stopping("reconstructing", 1.0))
+    for module in (mixed, plan):
+        monkeypatch.setattr(module, "measure_noise", lambda *_: pytest.fail("measured twice"))
+    assert run(tmp_path / "o.onnx", Stopping()).layers == whole.layers
+    assert (tmp_path / "o.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
 
 
 @pytest.fixture

@@ -85,10 +85,15 @@ def test_what_is_not_finite_fails() -> None:
 
 
 def test_optimisations_that_change_the_answer_fail() -> None:
-    """By more than a quarter of what compression changed; less is let pass."""
-    plain = with_answers(95) + 0.1
-    assert judged(95, Gates(), plain=plain, fused=plain + 0.04).failed == []
-    assert judged(95, Gates(), plain=plain, fused=plain + 0.06).failed == ["optimisations"]
+    """By a quarter more noise than compression makes; less is let pass, and another answer that is as good."""
+    answers = with_answers(95)
+    plain = answers + 0.1
+    assert judged(95, Gates(), plain=plain, fused=answers + 0.111).failed == []
+    assert judged(95, Gates(), plain=plain, fused=answers + 0.113).failed == ["optimisations"]
+    assert judged(95, Gates(), plain=plain, fused=answers - 0.1).failed == []
+    rough = np.random.default_rng(0).standard_normal(answers.shape)
+    assert judged(95, Gates(), plain=plain, fused=plain + 0.04 * rough).failed == []
+    assert judged(95, Gates(), plain=plain, fused=plain + 0.06 * rough).failed == ["optimisations"]
 
 
 def test_figures_by_hand() -> None:
