@@ -336,7 +336,7 @@ def pattern_page(result: Inspection, pattern: str) -> str:
     without = len(result.zeros) - len(fitting)
     text = f"{pattern}: {len(fitting) - len(failing)} of {len(result.zeros)} layers have it"
     text += f"; it does not divide the input channels of {without}" * bool(without)
-    return text + (f"; not {', '.join(failing)}" if failing else "")
+    return text + (f"; these have not: {', '.join(failing)}" if failing else "")
 
 
 def _yes(task: str, result: Inspection) -> str:

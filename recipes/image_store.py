@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,37 @@ PREVIEW_IMAGES = 64
 RECORDS = "shards"
 
 
+SHOWN = 24
+"""Characters up to which a value is said."""
+
+
 class OtherSetError(OutputError):
     """A folder that holds another set than the one to go on with."""
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.differences = list(differences)
+        """What is there and what was asked for instead, in words."""
+
+
+def differences(held: object, asked: object, name: str = "") -> Iterator[str]:
+    """Where two JSON values differ, in words: `seed is 0 and not 1`."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        for key in [*held, *(key for key in asked if key not in held)]:
+            yield from differences(held.get(key), asked.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(held, list) and isinstance(asked, list) and len(held) == len(asked):
+        for index, pair in enumerate(zip(held, asked, strict=True)):
+            yield from differences(*pair, f"{name}[{index}]")
+    elif held != asked:
+        values = [json.dumps(value) for value in (held, asked)]
+        short = all(len(value) <= SHOWN for value in values)
+        yield f"{name} is {values[0]} and not {values[1]}" if short else f"{name} is another"
+
+
+def in_short(found: Sequence[str]) -> str:
+    """The first two differences, and how many more there are."""
+    more = f", and {len(found) - 2} more" if len(found) > 2 else ""
+    return ", ".join(found[:2]) + more
 
 
 class ImageStore:
@@ -88,10 +118,12 @@ class ImageStore:
             raise OtherSetError(
                 f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
             ) from error
-        if identity != json.loads(json.dumps(self.identity)) and self.records():
+        found = list(differences(identity, json.loads(json.dumps(self.identity))))
+        if found and self.records():
             raise OtherSetError(
-                f"{self.directory} holds images made of other models or with other settings: move it, repeat those, or"
-                " replace it with --force"
+                f"{self.directory} holds images made of other models or with other settings ({in_short(found)}): move"
+                " it, repeat those, or replace it with --force",
+                found,
             )
         try:
             for abandoned in list(self.directory.rglob(f"{TEMPORARY}*")):

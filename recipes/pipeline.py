@@ -19,7 +19,7 @@ from converters.writeback import prepare_for_quantization
 from recipes.account import Compression, LayerAccount
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
-from recipes.image_store import OtherSetError
+from recipes.image_store import OtherSetError, in_short
 from recipes.images import MANIFEST, ImageSet, load_images
 from recipes.progress import Progress
 from recipes.prune.engine import check_goal, prune, prune_in_memory
@@ -370,9 +370,10 @@ def calibration_images(request: Request, progress: Progress) -> ImageSet:
             ranks=request.ranks,
         )
     except OtherSetError as error:
+        why = f" ({in_short(error.differences)})" if error.differences else ""
         raise OutputError(
-            f"{directory} holds images that were made of other models, or with another seed, number or recipe: use them"
-            f" as they are with --data {directory}, move them, or make new ones with --force"
+            f"{directory} holds images that were made of other models, or with another seed, number or recipe{why}: use"
+            f" them as they are with --data {directory}, move them, or make new ones with --force"
         ) from error
     progress.say(f"calibration images, made from the models, are in {directory}")
     request.ranks.wait()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import OutputError
-from recipes.image_store import ImageStore
+from recipes.image_store import ImageStore, differences
 from recipes.images import from_bytes, load_images, to_bytes
 
 IDENTITY = {"models": ["a"], "seed": 0, "size": (6, 5)}
@@ -164,10 +164,27 @@ def test_resume_of_nothing_begins(tmp_path: Path) -> None:
     assert finished(begin(tmp_path / "empty", resume=True)) == set()
 
 
+@pytest.mark.parametrize(
+    ("held", "asked", "said"),
+    [
+        ({"a": 1}, {"a": 1}, []),
+        ({"a": 1, "b": {"c": "x"}}, {"a": 2, "b": {"c": "y"}}, ["a is 1 and not 2", 'b.c is "x" and not "y"']),
+        ({"a": [1, 2]}, {"a": [1, 3]}, ["a[1] is 2 and not 3"]),
+        ({"a": [1]}, {"a": [1, 3]}, ["a is [1] and not [1, 3]"]),
+        ({"a": 1}, {}, ["a is 1 and not null"]),
+        ({}, {"a": False}, ["a is null and not false"]),
+        ({"a": "x" * 64}, {"a": "y" * 64}, ["a is another"]),
+        ([1], {"a": 1}, [' is [1] and not {"a": 1}']),
+    ],
+)
+def test_what_differs_is_said(held: object, asked: object, said: list[str]) -> None:
+    assert list(differences(held, asked)) == said
+
+
 def test_resume_of_another_run_is_refused_and_loses_nothing(tmp_path: Path) -> None:
     add(begin(tmp_path), 0)
     before = snapshot(tmp_path)
-    with pytest.raises(OutputError, match=str(tmp_path)):
+    with pytest.raises(OutputError, match=rf"{tmp_path} .*\(seed is 0 and not 1\)"):
         begin(tmp_path, resume=True, seed=1)
     assert snapshot(tmp_path) == before
 
