@@ -69,6 +69,8 @@ ROWS = {
     "obs (default), real images": Row("obs", REAL),
     "obs, Gaussian noise": Row("obs", Source("noise")),
     "obs, images from the target": Row("obs", made(TARGET, recipe="small")),
+    "obs, images from the target, --effort fast": Row("obs", made(TARGET, recipe="small", effort="fast")),
+    "obs, images from the target, --effort paper": Row("obs", made(TARGET, recipe="small", effort="paper")),
     "obs, images from six models": Row("obs", made(*ALL, recipe="small")),
 }
 # What no model alone can give: the target has no statistics, and the class is all that it says of its images.
@@ -88,7 +90,8 @@ TABLES = {"inverted": ROWS, "residual": ROWS, "inverted_folded": STATISTICS_GONE
 def measure(target: str, pattern: str, sparsity: float | None, row: Row, seed: int, folder: Path) -> list[float]:
     """Top-1 in per cent, and the logits' signal-to-noise ratio in dB."""
     settings = _settings(row)
-    images = image_set(str(row.images.models or row.images.kind), row.images, target, seed, folder)
+    name = str(row.images.models or row.images.kind) + f" {row.images.effort}" * (row.images.effort != "default")
+    images = image_set(name, row.images, target, seed, folder)
     goal = make_goal(pattern, sparsity)
     return judge(target, lambda output: prune(classifier(target), images, output, settings, goal, seed=seed))
 

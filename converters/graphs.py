@@ -102,3 +102,14 @@ def name_nodes(graph: ir.Graph) -> None:
 
 def value_names(graph: ir.Graph) -> Iterable[str]:
     return (str(value.name) for node in graph for value in node.outputs)
+
+
+def give(graph: ir.Graph, names: Iterable[str]) -> None:
+    """Make the named values of nodes the graph's outputs, each once, in that order.
+
+    Types and shapes are left for onnxruntime to infer: what a file says of inner values may be wrong.
+    """
+    named = {str(value.name): value for node in graph for value in node.outputs}
+    graph.outputs[:] = [named[name] for name in dict.fromkeys(names)]
+    for value in graph.outputs:
+        value.type = value.shape = None

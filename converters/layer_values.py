@@ -128,10 +128,7 @@ class Tap:
                 node.replace_input_with(index, given)
             graph.inputs.append(given)
             self._feeds[name] = (str(given.name), kind)
-        outputs = [named[name] for name in dict.fromkeys(values)]
-        for value in outputs:
-            value.type = value.shape = None  # onnxruntime infers them; what the file says of inner values may be wrong
-        graph.outputs[:] = outputs
+        graphs.give(graph, values)
         common.RemoveUnusedNodesPass()(probe)
         self._session = Session(probe, optimise=False, threads=threads, name=str(classifier.path))
 

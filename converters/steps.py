@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from converters import graphs
 from converters.errors import ConversionError
 from converters.runtime import Session
 from converters.torch_module import TOLERANCE, relative_difference
@@ -48,10 +49,7 @@ def hold(model: ir.Model, values: Mapping[str, str], logits: str, x: Floats, qua
     naming a value that differs.
     """
     probe = model.clone()
-    named = {str(value.name): value for node in probe.graph for value in node.outputs}
-    probe.graph.outputs[:] = [named[name] for name in (*(values[name] for name in quantized.steps), logits)]
-    for value in probe.graph.outputs:
-        value.type = value.shape = None  # onnxruntime infers them
+    graphs.give(probe.graph, (*(values[name] for name in quantized.steps), logits))
     *found, answer = (np.asarray(v, np.float32) for v in Session(probe, optimise=False, name=str(path)).run(x))
     there = dict(zip(quantized.steps, found, strict=True))
     differing = 0

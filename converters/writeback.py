@@ -242,10 +242,15 @@ def _dequantize_before(
     return dequantize.outputs[0]
 
 
+def _dequantizer_of(value: str) -> str:
+    """The name of the node that a quantized value is read from."""
+    return f"{value}/DQ"
+
+
 def _dequantized(graph: ir.Graph, names: Iterable[str]) -> dict[str, str]:
     """What those values are read as, once quantized."""
     nodes = {str(node.name): node for node in graph if node.op_type == "DequantizeLinear"}
-    return {name: str(nodes[f"{name}/DQ"].outputs[0].name) for name in names}
+    return {name: str(nodes[_dequantizer_of(name)].outputs[0].name) for name in names}
 
 
 def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit) -> None:
@@ -268,7 +273,7 @@ def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit)
         first.name = graphs.unused_name(graph, f"{edit.value}.clipped")
     quantize = ir.node("QuantizeLinear", [first, *parameters], name=f"{edit.value}/Q")
     quantize.outputs[0].name = graphs.unused_name(graph, f"{edit.value}.q")
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=f"{edit.value}/DQ")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=_dequantizer_of(edit.value))
     dequantize.outputs[0].name = graphs.unused_name(graph, f"{edit.value}.dequantized")
     inserted += [quantize, dequantize]
     producer = value.producer()
