@@ -74,8 +74,8 @@ def load_suitable_recipe(
         if not any(model.has_statistics for model in models):
             name = "labels"
             progress.say(
-                "no model has BatchNorm statistics: images are shaped by labels alone (recipe labels); with images of"
-                " models that have them (--zoo, where it is not synth) much more can be taken out"
+                "no model has BatchNorm statistics: images are shaped by labels alone (recipe labels); models that have"
+                " them, given too (to other commands than synth with --zoo), make much better ones"
             )
         else:
             name = "small" if max(max(model.spec.size) for model in models) <= SMALL else "default"
