@@ -81,6 +81,18 @@ class Reshape:
 
 
 @dataclass(frozen=True)
+class Expand:
+    """An Expand to `sizes`, which are 1 wherever what is expanded has its size already."""
+
+    output: str
+    values: Sequence[str]
+    sizes: Sequence[int]
+
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+        return [writeback.TensorEdit(self.output, 1, np.array(self.sizes, np.int64))]
+
+
+@dataclass(frozen=True)
 class _Pick:
     """A node that takes parts of `source` along an axis."""
 

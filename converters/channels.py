@@ -25,6 +25,7 @@ from torch import Tensor
 
 from converters.channel_cuts import (
     Channels,
+    Expand,
     Lane,
     LayerChannels,
     Pin,
@@ -50,6 +51,10 @@ SPATIAL = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "MaxPo
 """Operators that treat every channel (axis 1) alike and alone."""
 NORMS = {"BatchNormalization", "InstanceNormalization"}
 REDUCTIONS = {"ReduceMean", "ReduceMax", "ReduceSum", "ReduceMin"}
+LENGTHS = {"ReduceL1", "ReduceL2", "ReduceSumSquare"}
+"""Reductions too; those of heads that are normalised by their length."""
+WITHIN = {"LayerNormalization", "LogSoftmax", "LpNormalization", "Softmax"}
+"""Operators that normalise along an axis."""
 MOVEMENTS = {"Concat", "Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
@@ -181,6 +186,8 @@ class _Trace:
                 self.resizes.append(Pin(step.outputs[0], index, sources, constant))
             elif step.op == "Reshape" and target is not None:
                 self.resizes.append(Reshape(step.outputs[0], sources, target))
+            elif step.op == "Expand" and step.inputs[0] in self.grids:
+                continue  # written anew, whatever it was computed from
             else:
                 self._freeze(*sources)
 
@@ -236,9 +243,11 @@ class _Trace:
             for index in range(1, len(step.inputs)):
                 self._slot(step, index, 0, self.grids[data], 1)
             self.grids[output] = self.grids[data]
-        elif step.op in REDUCTIONS and alone:
+        elif step.op in REDUCTIONS | LENGTHS and alone:
             self._reduce(step)
-        elif step.op in ("Softmax", "LogSoftmax", "LayerNormalization") and alone:
+        elif step.op == "Expand" and alone:
+            self._expand(step)
+        elif step.op in WITHIN and alone:
             rank = len(self.sizes.shape(data))
             axis = self._axis(step, -1, rank)
             self._mix(data, range(axis, rank if step.op == "LayerNormalization" else axis + 1))
@@ -265,6 +274,22 @@ class _Trace:
         if step.attributes.get("keepdims", 1) == 0:
             grid = grid.squeeze(tuple(axes))
         self.grids[step.outputs[0]] = grid
+
+    def _expand(self, step: Step) -> None:
+        """What is repeated along axes of size 1 keeps its channels; how often has to be the same for any batch."""
+        data, output = step.inputs[0], step.outputs[0]
+        before, after = self.sizes.any_batch(data), self.sizes.any_batch(output)
+        if before is None or after is None:
+            self._freeze(*step.inputs)
+            return
+        added = len(after) - len(before)
+        sizes = [1 if size == old else size for size, old in zip(after, [0] * added + before, strict=True)]
+        if -1 in sizes:
+            self._freeze(*step.inputs)
+            return
+        self.resizes.append(Expand(output, [data], sizes))
+        grid = self.numbering.narrow(self.grids[data])
+        self.grids[output] = grid.reshape([1] * added + list(grid.shape))
 
     def _has_separate_heads(self, step: Step) -> bool:
         """Whether Attention reads queries, keys and values [N, heads, T, D], as many heads of each, and no cache."""

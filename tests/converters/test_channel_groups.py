@@ -197,7 +197,65 @@ def columns() -> onnx.ModelProto:
     return attention(project, FUSED_TENSORS | tensors)
 
 
-@pytest.mark.parametrize("build", [separate, parts, thirds, columns])
+def lengths(computed: bool = True) -> onnx.ModelProto:
+    """Queries and keys of length 1 (Swin V2), the one as torch spells it, with a target that may be computed."""
+    model = separate()
+    graph = model.graph
+    queries, keys = (next(entry for entry in graph.node if entry.output[0] == name) for name in "qk")
+    queries.output[0], keys.output[0] = "q.plain", "k.plain"
+    at = list(graph.node).index(next(entry for entry in graph.node if entry.output[0] == "raw"))
+    unit = [
+        node("ReduceL2", "q.plain", "q.length", axes=[3]),
+        node("Clip", "q.length least", "q.bounded"),
+        *([node("Shape", "q.plain", "target")] if computed else []),
+        node("Expand", "q.bounded target", "q.repeated"),
+        node("Div", "q.plain q.repeated", "q.unit"),
+        node("Mul", "q.unit sharpness", "q"),
+        node("LpNormalization", "k.plain", "k", axis=2, p=2),
+    ]
+    for entry in reversed(unit):
+        graph.node.insert(at, entry)
+    tensors = {"least": np.array(1e-6, np.float32), "sharpness": 3 + random(HEADS, 1, 1, seed=6)}
+    if not computed:
+        tensors["target"] = np.array([1, HEADS, TOKENS, WIDTH])
+    graph.initializer.extend(numpy_helper.from_array(tensor, name) for name, tensor in tensors.items())
+    return model
+
+
+def lengths_of_a_fixed_target() -> onnx.ModelProto:
+    return lengths(computed=False)
+
+
+def test_what_is_repeated_keeps_its_channels(load: Load) -> None:
+    """The mean of each channel, repeated over the map that it is subtracted from, in a target that is computed."""
+    nodes = [
+        node("Conv", "image a.weight", "a"),
+        node("GlobalAveragePool", "a", "mean"),
+        node("Shape", "a", "sizes"),
+        node("Expand", "mean sizes", "repeated"),
+        node("Sub", "a repeated", "centred"),
+        node("Relu", "centred", "bent"),
+    ]
+    tensors = {"a.weight": weights(6, models.CHANNELS, 3, 3)}
+    channels = check_each(load(assemble(nodes + head("bent"), tensors | head_tensors(6))))
+    assert len(channels.numbers()) == 6
+
+
+def test_what_is_repeated_as_often_as_there_are_images_stays(load: Load) -> None:
+    """A target that the batch is in cannot be written as numbers."""
+    nodes = [
+        node("Conv", "image a.weight", "a"),
+        node("ReduceMean", "a", "mean", axes=[0, 2, 3]),
+        node("Shape", "a", "sizes"),
+        node("Expand", "mean sizes", "repeated"),
+        node("Relu", "repeated", "bent"),
+    ]
+    tensors = {"a.weight": weights(6, models.CHANNELS, 3, 3)}
+    channels = find_channels(prepared_module(load(assemble(nodes + head("bent"), tensors | head_tensors(6)))))
+    assert len(channels.numbers()) == 0
+
+
+@pytest.mark.parametrize("build", [separate, parts, thirds, columns, lengths, lengths_of_a_fixed_target])
 def test_heads_go_whole(build: Callable[[], onnx.ModelProto], load: Load) -> None:
     """From queries, keys, values and what reads them, however the graph spells it."""
     classifier = load(build())
