@@ -104,7 +104,7 @@ def value_names(graph: ir.Graph) -> Iterable[str]:
     return (str(value.name) for node in graph for value in node.outputs)
 
 
-def give(graph: ir.Graph, names: Iterable[str]) -> None:
+def set_outputs(graph: ir.Graph, names: Iterable[str]) -> None:
     """Make the named values of nodes the graph's outputs, each once, in that order.
 
     Types and shapes are left for onnxruntime to infer: what a file says of inner values may be wrong.

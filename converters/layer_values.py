@@ -128,7 +128,7 @@ class Tap:
                 node.replace_input_with(index, given)
             graph.inputs.append(given)
             self._feeds[name] = (str(given.name), kind)
-        graphs.give(graph, values)
+        graphs.set_outputs(graph, values)
         common.RemoveUnusedNodesPass()(probe)
         self._session = Session(probe, optimise=False, threads=threads, name=str(classifier.path))
 

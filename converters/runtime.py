@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
+from converters.cores import allowed_cores
 from converters.errors import ModelError
 
 Array = NDArray[np.generic]
@@ -47,7 +47,7 @@ class Session:
 
     `optimise=False` turns every graph optimisation off: the plain meaning of the file, against which the fused result
     is held. `threads` is the number of intra-operator threads (0: all cores that the process may run on). `first` names
-    the output to give first.
+    the output to give first. `rests` lets the threads sleep between two runs, for a session that is not the only one.
     """
 
     def __init__(
@@ -58,11 +58,15 @@ class Session:
         threads: int = 0,
         name: str = "",
         first: str | None = None,
+        rests: bool = False,
     ) -> None:
         self.name = name or (str(model) if isinstance(model, Path) else "model")
         with tempfile.TemporaryDirectory() as folder:
             content = _for_runtime(model, Path(folder))
-            self._session = _load(content, _options(optimise=optimise, threads=threads), self.name)
+            options = _options(optimise=optimise, threads=threads)
+            if rests:
+                options.add_session_config_entry("session.force_spinning_stop", "1")
+            self._session = _load(content, options, self.name)
         image = self._session.get_inputs()[0]
         self.input_name: str = image.name
         self._type = INPUT_TYPES.get(image.type)
@@ -89,8 +93,7 @@ class Session:
         parts = []
         for start in range(0, len(inputs), batch):
             part = inputs[start : start + batch]
-            filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)]) if len(part) < batch else part
-            parts.append(self.run(filled)[0][: len(part)])
+            parts.append(self.run(fill(part, batch))[0][: len(part)])
         return np.concatenate(parts)
 
     def _typed(self, inputs: Array) -> Array:
@@ -112,7 +115,12 @@ class Session:
         return float(np.median(times) * 1e3)
 
 
-def time_in_turn(sessions: Sequence[Session], inputs: Array, *, seconds: float = 1.0, least: int = 20) -> list[float]:
+def fill(inputs: Array, batch: int) -> Array:
+    """A whole batch of inputs [n, ...], n of 1 to `batch`: the last one is repeated."""
+    return np.concatenate([inputs, np.repeat(inputs[-1:], batch - len(inputs), 0)]) if len(inputs) < batch else inputs
+
+
+def time_in_turn(sessions: Sequence[Session], inputs: Array, *, seconds: float = 1.0, least: int = 5) -> list[float]:
     """Median milliseconds of one run of each session on `inputs`, run in turn: what else the machine does hits all.
 
     `least` runs of each at least, and as many as go into `seconds` for all.
@@ -133,21 +141,9 @@ def _options(*, optimise: bool, threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads or _allowed_cores()
+    options.intra_op_num_threads = threads or allowed_cores()
     options.log_severity_level = SILENT
     return options
-
-
-def _allowed_cores() -> int:
-    """How many cores the process may run on, where that is not all of them; 0 lets onnxruntime choose.
-
-    onnxruntime counts the machine's cores. More threads than the process may run at once wait for one another, and a
-    model takes several times as long, never the same twice.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return 0
-    allowed = len(os.sched_getaffinity(0))
-    return allowed if allowed < (os.cpu_count() or allowed) else 0
 
 
 def _load(content: str | bytes, options: onnxruntime.SessionOptions, name: str) -> onnxruntime.InferenceSession:

@@ -49,7 +49,7 @@ def hold(model: ir.Model, values: Mapping[str, str], logits: str, x: Floats, qua
     naming a value that differs.
     """
     probe = model.clone()
-    graphs.give(probe.graph, (*(values[name] for name in quantized.steps), logits))
+    graphs.set_outputs(probe.graph, (*(values[name] for name in quantized.steps), logits))
     *found, answer = (np.asarray(v, np.float32) for v in Session(probe, optimise=False, name=str(path)).run(x))
     there = dict(zip(quantized.steps, found, strict=True))
     differing = 0

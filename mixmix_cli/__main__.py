@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say_once(error.show)
         return BAD_INPUT
     except (KeyboardInterrupt, click.Abort):
-        message = "interrupted: what was finished is kept"
+        message = "interrupted: what was finished, if anything, is kept"
         _say_once(lambda: click.echo(message, err=True))
         return INTERRUPTED
     except Exception as error:  # the last line of defence: a sentence, never a traceback

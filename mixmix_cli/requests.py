@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 SLOWER = 1.05
 """Times the float model's latency from which it is said; below is noise."""
-RUINED = 0.5
-"""Share of the images below which a file that agrees with its reference is said to be of no use as it is."""
+LOW = 0.5
+"""Agreement, or top-1 as a share of the reference's, below which something is said of it."""
 
 
 def terminal_for(given: dict[str, Any], ranks: Ranks | None = None) -> Terminal:
@@ -86,7 +86,7 @@ def request_from(
 def tell_storage(terminal: Terminal, target: Target, bits: int) -> None:
     """Say where weights take the room of 8 bits with half of them or fewer."""
     stored = target.weight_container(bits).bits
-    if stored >= 2 * bits and stored == 8:
+    if stored == 8 and bits <= 4:
         terminal.say(
             f"{bits}-bit weights are stored in 8 bits for {target.name}: the file is as large as with --bits 8"
         )
@@ -95,7 +95,7 @@ def tell_storage(terminal: Terminal, target: Target, bits: int) -> None:
 def show_result(terminal: Terminal, result: Compression, validation: Validation, account: str, remedy: str) -> int:
     """Prints what came of it, `account` of the layers in the middle; the exit status.
 
-    `remedy` is what can be done about a file that is of no use.
+    `remedy` is what can be done about a file that answers otherwise than its reference.
     """
     if terminal.as_json:
         terminal.document(compression_json(result, validation))
@@ -108,14 +108,26 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
         if result.fusion is not None:
             terminal.show(fusion_line(result.fusion))
         terminal.show(validation_table(validation))
-        terminal.show(f"on the {validation.images} calibration images: hold it against others with mixmix validate")
-    (candidate,) = validation.candidates
-    if candidate.agreement < RUINED:
-        terminal.say(
-            f"{result.output} agrees with {validation.reference.path} on {percent(candidate.agreement)} of the images"
-            f" alone, and is of no use as it is: {remedy}"
+        terminal.show(
+            f"on the {validation.images} images that it was fitted to, which flatters it: hold it against others with"
+            " mixmix validate"
         )
-    if result.target in ("ort-cuda", "tensorrt"):
+    (candidate,) = validation.candidates
+    kept = candidate.agreement
+    if candidate.top1 is not None and validation.reference.top1:
+        kept = candidate.top1 / validation.reference.top1
+    if kept < LOW:
+        terminal.say(
+            f"{result.output} agrees with {validation.reference.path} on only {percent(candidate.agreement)} of the"
+            f" images: {remedy}"
+        )
+    for before in validation.beside:
+        if candidate.kl > before.kl:
+            terminal.say(
+                f"{result.output} is farther from its teacher than {before.path} was (KL {candidate.kl:.4f},"
+                f" {before.kl:.4f} before): {remedy}, or leave its BatchNorm as it is (--set statistics=false)"
+            )
+    if result.runs_elsewhere:
         terminal.say(f"latency is that of onnxruntime on this machine's processor, and not of {result.target}")
     latency = candidate.latency_ms / validation.reference.latency_ms
     if latency > SLOWER and result.slow_because is not None:

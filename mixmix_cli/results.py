@@ -54,7 +54,7 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
                 "sparsity": layer.sparsity,
                 "error": layer.error,
                 "undecided": layer.undecided,
-                "reason": layer.reason,
+                "reason": "; ".join(filter(None, (layer.whole, layer.reason))) or None,
             }
             for layer in result.layers
         ],
@@ -127,14 +127,14 @@ def validation_json(result: Validation) -> dict[str, Any]:
             "size_bytes": reference.size_bytes,
             "latency_ms": reference.latency_ms,
         },
-        "candidates": [_candidate_json(candidate) for candidate in result.candidates],
-        "beside": [_candidate_json(model) for model in result.beside],
+        "candidates": [_figures_json(candidate) | _verdict_json(candidate) for candidate in result.candidates],
+        "beside": [_figures_json(model) for model in result.beside],
         "images": result.images,
         "labels": result.labels,
     }
 
 
-def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+def _figures_json(candidate: Candidate) -> dict[str, Any]:
     return {
         "path": candidate.path,
         "top1": candidate.top1,
@@ -146,6 +146,11 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "size_bytes": candidate.size_bytes,
         "latency_ms": candidate.latency_ms,
         "optimisation_snr_db": candidate.fusion_snr,
+    }
+
+
+def _verdict_json(candidate: Candidate) -> dict[str, Any]:
+    return {
         "passed": candidate.passed,
         "failed": candidate.failed,
         "gates": [

@@ -31,7 +31,9 @@ class LayerAccount:
     undecided: float
     """Share of roundings that training had not settled."""
     reason: str | None
-    """Why it is otherwise than was asked for."""
+    """Why it has other bits than was asked for."""
+    whole: str | None = None
+    """Why nothing was taken out of it, where something was to go."""
 
 
 def account_layer(
@@ -43,11 +45,12 @@ def account_layer(
     act_bits: int | None = None,
     undecided: float = 0.0,
     reason: str | None = None,
+    whole: str | None = None,
 ) -> LayerAccount:
     """The account of a layer whose weight was `before` and is `after`, of the same shape."""
     error = (after - before).square().sum() / before.square().sum().clamp_min(LEAST_POWER)
     sparsity = float((after == 0).float().mean())
-    return LayerAccount(name, before.numel(), bits, act_bits, sparsity, float(error), undecided, reason)
+    return LayerAccount(name, before.numel(), bits, act_bits, sparsity, float(error), undecided, reason, whole)
 
 
 def share_of_zeros(layers: Sequence[LayerAccount]) -> float:
@@ -81,9 +84,14 @@ class Compression:
     """The runtime that a quantized file is for."""
 
     @property
+    def runs_elsewhere(self) -> bool:
+        """Whether the file is for another device than the processor that it is timed on."""
+        return self.target in ("ort-cuda", "tensorrt")
+
+    @property
     def slow_because(self) -> str | None:
         """Why the file may be slower than the float one; None where nothing is known that would make it so."""
-        if all(layer.bits is None for layer in self.layers) or self.target in ("ort-cuda", "tensorrt"):
+        if all(layer.bits is None for layer in self.layers) or self.runs_elsewhere:
             return None
         if self.fusion is None:
             way = "--act-bits 8" + " --target ort-cpu" * (self.target != "ort-cpu")

@@ -38,11 +38,15 @@ class OtherSetError(OutputError):
         """What is there and what was asked for instead, in words."""
 
 
-def differences(held: object, asked: object, name: str = "") -> Iterator[str]:
+def differences(held: object, asked: object, name: str = "it") -> Iterator[str]:
     """Where two JSON values differ, in words: `seed is 0 and not 1`."""
     if isinstance(held, dict) and isinstance(asked, dict):
         for key in [*held, *(key for key in asked if key not in held)]:
-            yield from differences(held.get(key), asked.get(key), f"{name}.{key}" if name else str(key))
+            path = f"{name}.{key}" if name != "it" else str(key)
+            if key in held and key in asked:
+                yield from differences(held[key], asked[key], path)
+            else:
+                yield f"{path} is new" if key in asked else f"{path} is no more"
     elif isinstance(held, list) and isinstance(asked, list) and len(held) == len(asked):
         for index, pair in enumerate(zip(held, asked, strict=True)):
             yield from differences(*pair, f"{name}[{index}]")
@@ -118,8 +122,9 @@ class ImageStore:
             raise OtherSetError(
                 f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
             ) from error
-        found = list(differences(identity, json.loads(json.dumps(self.identity))))
-        if found and self.records():
+        asked = json.loads(json.dumps(self.identity))
+        if identity != asked and self.records():
+            found = list(differences(identity, asked))
             raise OtherSetError(
                 f"{self.directory} holds images made of other models or with other settings ({in_short(found)}): move"
                 " it, repeat those, or replace it with --force",

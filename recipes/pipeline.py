@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,8 +75,9 @@ def load_suitable_recipe(
         if not any(model.has_statistics for model in models):
             name = "labels"
             progress.say(
-                "no model has BatchNorm statistics: images are shaped by labels alone (recipe labels); models that have"
-                " them, given too (to other commands than synth with --zoo), make much better ones"
+                "no model has BatchNorm statistics: images are shaped by labels alone (recipe labels), and what fits"
+                " them may fit real ones far less; add models that have statistics (--zoo; in synth, by name), if you"
+                " can"
             )
         else:
             name = "small" if max(max(model.spec.size) for model in models) <= SMALL else "default"
@@ -167,7 +169,8 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     try:
         images, result = _make(request, write, progress)
     except KeyboardInterrupt:
-        progress.say("the same command goes on from there")
+        if any(request.output.parent.glob(f"{glob.escape(request.output.name)}.*.partial")):
+            progress.say("the same command goes on from what is done")
         raise
     before = [] if request.student is None else [request.student]
     try:
@@ -314,7 +317,8 @@ def pruning_then_quantizing(
             act_bits,
             target,
             **request.how(progress),
-            provenance=request.provenance | {PROVENANCE: goal.to_json(images, request.seed)},
+            provenance=request.provenance
+            | {PROVENANCE: goal.to_json(images, request.seed, macs_left=pruned.macs_left)},
         )
         if pruned.checkpoint is not None:
             pruned.checkpoint.remove()
@@ -333,8 +337,7 @@ def pruning_then_quantizing(
 def _as_pruned(layer: LayerAccount, pruned: Sequence[LayerAccount]) -> LayerAccount:
     """A quantized layer's account with what pruning took from it; more of its weights may have been rounded to zero."""
     before = next((each for each in pruned if each.name == layer.name), layer)
-    reasons = [reason for reason in (before.reason, layer.reason) if reason is not None]
-    return replace(layer, sparsity=before.sparsity, reason="; ".join(dict.fromkeys(reasons)) or None)
+    return replace(layer, sparsity=before.sparsity, whole=before.whole)
 
 
 def calibration_images(request: Request, progress: Progress) -> ImageSet:

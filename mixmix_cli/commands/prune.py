@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ def command(**given: Any) -> int:
     Example: mixmix prune --sparsity 0.5 model.onnx
     """
     bits, act_bits = given["bits"], given["act_bits"]
+    if bits is not None and given["latency"] is not None:
+        raise click.UsageError("--latency is of the file without --bits, which change it: give --macs instead")
     if bits is None and (act_bits is not None or given["target"] != "portable"):
         raise click.UsageError("--act-bits and --target are for what --bits quantizes: give --bits too")
     from mixmix_cli.requests import refuse_early, request_from, show_result, tell_storage
@@ -64,6 +67,7 @@ def command(**given: Any) -> int:
     target = choose_target(given["target"], None, act_bits)
 
     from mixmix_cli.console import Terminal
+    from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, pruning, pruning_then_quantizing
     from recipes.prune.settings import PACKAGE, PruneSettings
     from recipes.quantize.settings import PACKAGE as QUANTIZE
@@ -83,7 +87,10 @@ def command(**given: Any) -> int:
     remedy = f"take less out of it, or teach it what it has lost (mixmix distill {given['model']} {result.output})"
     if bits is not None:
         remedy = "take less out of it, or give it more bits"
-    return show_result(terminal, result, validation, _account(result), remedy)
+    account = _account(result)
+    if bits is not None:
+        account += f"\n{placement_line(result)}"
+    return show_result(terminal, result, validation, account, remedy)
 
 
 def _account(result: Compression) -> str:
@@ -92,12 +99,13 @@ def _account(result: Compression) -> str:
 
     ordered = sorted(result.layers, key=lambda layer: layer.sparsity)
     least, most = ordered[0], ordered[-1]
-    dense = [layer for layer in result.layers if layer.sparsity == 0 and result.bits is None]
     text = (
-        f"{percent(result.sparsity)} of the weights of {len(result.layers)} layers are gone: from"
+        f"{percent(result.sparsity)} of the weights of {len(result.layers)} layers are"
+        f" {'gone' if result.macs_left < 1 else 'zero'}: from"
         f" {percent(least.sparsity)} ({least.name}) to {percent(most.sparsity)} ({most.name})"
     )
-    reasons = sorted({layer.reason for layer in dense if layer.reason})
     if result.macs_left < 1:
         text += f", and {percent(1 - result.macs_left)} of the multiplications"
-    return text + (f"; {len(dense)} stay dense ({'; '.join(reasons)})" if reasons else "")
+    whole = Counter(layer.whole for layer in result.layers if layer.whole is not None)
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in whole.most_common())
+    return text + (f"; {whole.total()} stay as they are ({reasons})" if whole else "")

@@ -28,6 +28,8 @@ from converters.torch_module import TorchClassifier
 Numbers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+ROUNDING = 1e-9
+"""Shares that differ by no more are the same."""
 UNITS = {"macs": "multiplications", "weights": "weights"}
 
 STEPS = 50
@@ -171,17 +173,19 @@ def choose_channels(
     Raises MixMixError where what may be removed does not come to it.
     """
     for removed in removals(channels, harm, unit, limits):
-        if removed.left <= share:
+        if removed.left <= share + ROUNDING:
             return removed.numbers
+    least = math.ceil(1000 * removed.left) / 1000
+    possible = f"--macs {least:g} or more" if unit == "macs" else f"--sparsity {round(1 - least, 3):g} or less"
     raise MixMixError(
-        f"{module.classifier.path}: {removed.left:.1%} of its {UNITS[unit]} stay where {kept_anyway(limits)}: ask for"
-        f" less{way_to_less(limits)}"
+        f"{module.classifier.path}: {removed.left:.1%} of its {UNITS[unit]} stay, as {kept_anyway(limits)}: give"
+        f" {possible}{way_to_less(limits)}"
     )
 
 
 def kept_anyway(limits: Limits) -> str:
     """What is never removed, in words."""
-    together = f" and their numbers are multiples of {limits.multiple}" if limits.multiple > 1 else ""
+    together = f", in multiples of {limits.multiple} channels" if limits.multiple > 1 else ""
     return f"{limits.least:.0%} of each layer is kept{together}, and what cannot be removed"
 
 

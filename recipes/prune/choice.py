@@ -10,22 +10,23 @@ import numpy as np
 from torch import Tensor
 
 from converters import writeback
-from converters.channel_cuts import Channels
+from converters.channel_cuts import Channels, LayerChannels
 from converters.channels import find_channels
 from converters.errors import MixMixError
+from converters.numbering import FIXED
 from converters.torch_module import Layer, TorchClassifier
 from recipes.checkpoint import Checkpoint
 from recipes.patterns import NofM, Pattern, WholeChannels
 from recipes.progress import Progress
 from recipes.prune import shares
-from recipes.prune.channels import Limits, channel_harm, choose_channels, masks, no_harm, share_left
-from recipes.prune.goal import Goal
-from recipes.prune.latency import choose_by_latency
+from recipes.prune.channels import ROUNDING, Limits, channel_harm, choose_channels, masks, no_harm, share_left
+from recipes.prune.goal import LATENCY, Goal
+from recipes.prune.latency import check_latency, choose_by_latency
 from recipes.prune.masks import Choose
 from recipes.prune.settings import PruneSettings
 
-ROUNDING = 1e-9
-"""Shares that differ by no more are the same."""
+WANTED = "missed more than others"
+"""Why a layer stays as it is that could give something up."""
 
 Cut = Callable[[Mapping[str, Tensor]], Sequence[writeback.Edit]]
 """Edits that make operands smaller, from the tensors that have changed by initializer name."""
@@ -60,8 +61,11 @@ def check_goal(module: TorchClassifier, settings: PruneSettings, goal: Goal) -> 
     """Raise MixMixError where the model cannot come to the goal, whatever the images."""
     if isinstance(goal.pattern, WholeChannels):
         channels = _free_channels(module)
-        if goal.unit != "latency":  # time is measured when it is known which channels go
-            choose_channels(module, channels, no_harm(channels), goal.unit, 1 - goal.sparsity, _limits(settings))
+        left, limits = 1 - goal.sparsity, _limits(settings)
+        if goal.unit == LATENCY:
+            check_latency(module, channels, left, limits)
+        else:
+            choose_channels(module, channels, no_harm(channels), goal.unit, left, limits)
         return
     fitting = fitting_layers(module, goal.pattern)
     if not isinstance(goal.pattern, NofM):
@@ -101,21 +105,27 @@ def _channels(
 ) -> Removal:
     channels, limits, left = _free_channels(module), _limits(settings), 1 - goal.sparsity
     harm = channel_harm(module, channels, inputs, settings.batch)
-    if goal.unit == "latency":  # another run would measure other times
+    if goal.unit == LATENCY:  # another run would measure other times
         found = checkpoint.measured(
-            "channels", lambda: choose_by_latency(module, channels, harm, inputs, left, limits, progress).tolist()
+            "channels", lambda: choose_by_latency(module, channels, harm, left, limits, progress).tolist()
         )
         removed = np.array(found, np.int64)
     else:
         removed = choose_channels(module, channels, harm, goal.unit, left, limits)
     choices = masks(channels, removed)
-    whole = [entry.layer.output for entry in channels.layers if entry.layer.output not in choices]
+    whole = [entry for entry in channels.layers if entry.layer.output not in choices]
     return Removal(
         choices,
-        dict.fromkeys(whole, "its channels cannot be told apart"),
+        {entry.layer.output: WANTED if _has_channels(entry) else "no channels that can be removed" for entry in whole},
         lambda tensors: channels.edits(removed, tensors, module.constant),
         share_left(channels, removed),
     )
+
+
+def _has_channels(entry: LayerChannels) -> bool:
+    """Whether any channel of the layer could be removed, on either side of it."""
+    sides = [entry.outputs, *([] if entry.inputs is None else [entry.inputs])]
+    return any(bool((numbers != FIXED).any()) for numbers in sides)
 
 
 def fitting_layers(module: TorchClassifier, pattern: Pattern) -> list[Layer]:
@@ -138,9 +148,9 @@ def _weights(module: TorchClassifier, pattern: Pattern, found: shares.Shares) ->
             stages = pattern.by_stages(share)
             choices[layer.output] = [partial(stage.choose, layer=layer, share=part) for stage, part in stages]
         elif not pattern.fits(layer):
-            reasons[layer.output] = f"{pattern.name} does not divide its input channels"
+            reasons[layer.output] = f"{pattern.name} does not divide the input channels"
         elif isinstance(pattern, NofM):
-            reasons[layer.output] = "its weights would be missed more"
+            reasons[layer.output] = WANTED
         elif layer.output not in found:
             reasons[layer.output] = "first layer"
     return Removal(choices, reasons)

@@ -68,7 +68,7 @@ def prune(
     result = prune_in_memory(
         classifier, images, output, settings, goal, seed=seed, device=device, overwrite=overwrite, progress=progress
     )
-    facts = {PROVENANCE: goal.to_json(images, seed), **(provenance or {})}
+    facts = {PROVENANCE: goal.to_json(images, seed, macs_left=result.macs_left), **(provenance or {})}
     return result.write(classifier, output, facts, started, overwrite=overwrite)
 
 
@@ -100,8 +100,9 @@ def prune_in_memory(
     run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed), checkpoint)
     run.reconstruct_all(progress)
     layers = run.layer_accounts(removal.reasons)
-    if share_of_zeros(layers) <= share_of_zeros([_as_it_was(module, layer) for layer in module.layers()]):
-        progress.say(f"{classifier.path} has no fewer zeros already: nothing more is gone")
+    before = share_of_zeros([_as_it_was(module, layer) for layer in module.layers()])
+    if not isinstance(goal.pattern, WholeChannels) and share_of_zeros(layers) <= before:
+        progress.say(f"{before:.2%} of the weights of {classifier.path} are zero already: there was nothing to remove")
     sample = sample_for_proof(prepared, inputs)
     return Result(
         prepared=prepared,
@@ -231,7 +232,7 @@ class _Run:
     def layer_accounts(self, reasons: Mapping[str, str]) -> list[LayerAccount]:
         tensors = self.tensors()
         return [
-            account_layer(layer.name, original, tensors.get(layer.weight, original), reason=reasons.get(layer.output))
+            account_layer(layer.name, original, tensors.get(layer.weight, original), whole=reasons.get(layer.output))
             for layer in self.module.layers()
             for original in [self.module.constant(layer.weight)]
         ]

@@ -9,75 +9,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from numpy.typing import NDArray
-from torch import Tensor
+import torch
 
 from converters import writeback
 from converters.channel_cuts import Channels
 from converters.errors import MixMixError
 from converters.runtime import Session, time_in_turn
 from converters.torch_module import TorchClassifier
+from recipes.images import ImageSet
 from recipes.progress import Progress
-from recipes.prune.channels import Floats, Limits, Numbers, Removed, kept_anyway, removals, way_to_less
+from recipes.prune.channels import Floats, Limits, Numbers, Removed, kept_anyway, no_harm, removals, way_to_less
+from recipes.workpiece import model_inputs
 
 UNIT = "macs"
 """What channels are removed for, until there is little enough of the time left."""
+NOISE = 1.1
+"""Times a budget that the narrowest file may take before it is known which channels go, and still be tried."""
+
+Share = Callable[[Removed], float]
+"""The share of the whole model's time that it takes without some channels."""
 
 
-class _Clock:
-    """Times what is left of a model beside the whole of it."""
+def clock(module: TorchClassifier, channels: Channels) -> Share:
+    """Times what is left of a model beside the whole of it, on one image or the batch that the file is fixed to."""
+    prepared = module.classifier
+    pixels = torch.rand(
+        prepared.fixed_batch or 1,
+        module.spec.channel_count,
+        *module.spec.size,
+        generator=torch.Generator().manual_seed(0),
+    )
+    batch = model_inputs(module, ImageSet(pixels)).cpu().contiguous().numpy()
+    whole = Session(prepared.original, name=str(prepared.path), rests=True)
 
-    def __init__(self, module: TorchClassifier, channels: Channels, inputs: Tensor) -> None:
-        self.module, self.channels = module, channels
-        self.prepared = module.classifier
-        self.whole = Session(self.prepared.original, name=str(self.prepared.path))
-        self.batch: NDArray[Any] = inputs[: self.prepared.fixed_batch or 1].cpu().contiguous().numpy()
+    def share(removed: Removed) -> float:
+        edits = channels.edits(removed.numbers, {}, module.constant)
+        model = writeback.apply(prepared.original, edits)
+        of_whole, left = time_in_turn((whole, Session(model, name=str(prepared.path), rests=True)), batch)
+        return left / of_whole
 
-    def share(self, removed: Removed) -> float:
-        """The share of the whole model's time that the model takes without some channels."""
-        edits = self.channels.edits(removed.numbers, {}, self.module.constant)
-        narrower = Session(writeback.apply(self.prepared.original, edits), name=str(self.prepared.path))
-        whole, left = time_in_turn((self.whole, narrower), self.batch)
-        return left / whole
+    return share
+
+
+def check_latency(module: TorchClassifier, channels: Channels, latency: float, limits: Limits) -> None:
+    """Raise MixMixError where not even the narrowest file takes so little, whichever channels it has."""
+    _require(
+        module, list(removals(channels, no_harm(channels), UNIT, limits)), latency, limits, clock(module, channels)
+    )
 
 
 def choose_by_latency(
     module: TorchClassifier,
     channels: Channels,
     harm: Floats,
-    inputs: Tensor,
     latency: float,
     limits: Limits,
     progress: Progress,
+    share: Share | None = None,
 ) -> Numbers:
-    """The channel numbers to remove so that `latency` of the model's time is left, one batch at a time.
+    """The channel numbers to remove so that `latency` of the model's time is left, by `share` or the clock.
 
-    Of the removals by harm (`removals`), the first that is fast enough, found by halving. Raises MixMixError where the
-    narrowest is not.
+    Of the removals by harm (`removals`), one that is fast enough where the one before was not. Raises MixMixError
+    where the narrowest is not fast enough.
     """
-    clock, steps = _Clock(module, channels, inputs), list(removals(channels, harm, UNIT, limits))
-    with progress.task("timing narrower models", 1 + math.ceil(math.log2(len(steps)))) as task:
+    steps, measure = list(removals(channels, harm, UNIT, limits)), share or clock(module, channels)
+    with progress.task("timing narrower models", 2 + math.ceil(math.log2(len(steps)))) as task:
 
-        def share(removed: Removed) -> float:
-            taken = clock.share(removed)
+        def timed(removed: Removed) -> float:
+            taken = measure(removed)
             task.advance()
             return taken
 
-        least = share(steps[-1])
-        if len(steps) == 1 or least > latency:
-            raise MixMixError(
-                f"{module.classifier.path} takes {least:.0%} of its time here where {kept_anyway(limits)}, and"
-                f" --latency {latency:g} is less: ask for more of it{way_to_less(limits)}"
-            )
-        return first_within(steps[1:], latency, share).numbers
+        _require(module, steps, latency, limits, timed)
+        return fast_enough(steps[1:], latency, timed).numbers
 
 
-def first_within(steps: Sequence[Removed], limit: float, share: Callable[[Removed], float]) -> Removed:
-    """The first of ever faster `steps` whose `share` is within the limit, found by halving; the last one is."""
+def _require(module: TorchClassifier, steps: Sequence[Removed], latency: float, limits: Limits, share: Share) -> None:
+    """Raise MixMixError where the last of ever narrower steps takes clearly more than `latency`."""
+    path = module.classifier.path
+    if len(steps) == 1:
+        raise MixMixError(f"{path} has no channels that can be removed, as {kept_anyway(limits)}{way_to_less(limits)}")
+    least = share(steps[-1])
+    if least > NOISE * latency:
+        raise MixMixError(
+            f"{path} takes {least:.1%} of its time here at the least, as {kept_anyway(limits)}: give --latency"
+            f" {math.ceil(100 * least) / 100:g} or more{way_to_less(limits)}"
+        )
+
+
+def fast_enough(steps: Sequence[Removed], limit: float, share: Share) -> Removed:
+    """One of ever narrower `steps` whose `share` is within the limit, found by halving; the last one if need be.
+
+    Where time falls with every step it is the first. It is timed once more, as a single time may be chance, and the
+    next one is taken where it was.
+    """
     slow, fast = -1, len(steps) - 1
     while fast - slow > 1:
         middle = (fast + slow) // 2
         slow, fast = (slow, middle) if share(steps[middle]) <= limit else (middle, fast)
+    while fast < len(steps) - 1 and share(steps[fast]) > limit:
+        fast += 1
     return steps[fast]

@@ -197,8 +197,16 @@ class _Run:
         self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
-        with progress.task("measuring what each layer does", len(self.module.layers())) as task:
-            self.plans = self.ranks.lead(lambda: self._plan(lambda: task.advance()))
+        count = len(self.module.layers())
+        with progress.task("measuring what each layer does", count) as task:
+            measured = Counter[str]()
+
+            def advance() -> None:
+                measured["layers"] += 1
+                task.advance()
+
+            self.plans = self.ranks.lead(lambda: self._plan(advance))
+            task.advance(count - measured["layers"])  # what an interrupted run had measured
         self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
         for plan in self.plans:
             layer = plan.layer

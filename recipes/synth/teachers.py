@@ -109,7 +109,8 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     if not teaching:
         names = ", ".join(str(module.classifier.path) for module in modules)
         raise SynthesisError(
-            f"{names}: no BatchNorm statistics to invert: name models exported with BatchNorm kept (quantize: --zoo)"
+            f"{names}: no BatchNorm statistics to invert: add models exported with BatchNorm kept (--zoo; in synth, by"
+            " name), or leave the recipe to be chosen"
         )
     return teaching, classes[0]
 

@@ -146,7 +146,7 @@ def test_prune_channels_and_bits(capsys: pytest.CaptureFixture[str], model: Path
     status, out, _ = run(capsys, "prune", model, "--pattern", "channel", "--macs", 0.6, *few)
     document = json.loads(out)
     assert status == 0
-    assert document["output"] == str(model.with_name("model.c40.onnx"))
+    assert document["output"] == str(model.with_name("model.m40.onnx"))
     macs = [json.loads(run(capsys, "inspect", p, "--json")[1])[0]["macs"] for p in (model, document["output"])]
     assert 0.56 < macs[1] / macs[0] <= 0.6
     assert document["macs_left"] == pytest.approx(macs[1] / macs[0], abs=1e-3)
@@ -169,17 +169,17 @@ def test_what_is_said_of_a_file_that_is_of_no_use(
     ruined = ("--method", "one-shot", "--set", "allocation=uniform")
     status, _, err = run(capsys, "prune", model, "--sparsity", 0.9, *ruined, "--data", images, "-n", 10**6)
     assert status == 0
-    assert "is of no use as it is: take less out of it" in err
+    assert "of the images: take less out of it" in err
     assert f"{images} has" in err
     assert "all of them are used" in err
 
 
 def test_pruning_what_is_pruned_already(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
     few = ("--data", images, "--method", "one-shot", "--set", "allocation=uniform")
-    assert "nothing more is gone" not in run(capsys, "prune", model, "--sparsity", 0.5, *few)[2]
+    assert "nothing to remove" not in run(capsys, "prune", model, "--sparsity", 0.5, *few)[2]
     pruned = model.with_name("model.s50.onnx")
-    assert "nothing more is gone" in run(capsys, "prune", pruned, "--sparsity", 0.3, *few)[2]
-    assert "nothing more is gone" not in run(capsys, "prune", pruned, "--sparsity", 0.6, *few)[2]
+    assert "nothing to remove" in run(capsys, "prune", pruned, "--sparsity", 0.3, *few)[2]
+    assert "nothing to remove" not in run(capsys, "prune", pruned, "--sparsity", 0.6, *few)[2]
 
 
 @pytest.mark.parametrize(("target", "bits", "said"), [("tensorrt", 4, True), ("tensorrt", 8, False), (None, 4, False)])
@@ -202,7 +202,7 @@ def test_distill_writes_the_contract(capsys: pytest.CaptureFixture[str], model: 
     assert {"blocks", "layers", "size_bytes", "seconds", "sparsity", "validation"} <= document.keys()
     assert document["validation"]["reference"]["path"] == str(zoo.model_path("plain"))
     (before,) = document["validation"]["beside"]
-    assert (before["path"], before["gates"]) == (str(model), [])
+    assert (before["path"], "passed" in before) == (str(model), False)
     assert document["validation"]["candidates"][0]["gates"]
     assert run(capsys, "distill", zoo.model_path("plain"), model, *few)[0] == 2
     assert run(capsys, "distill", zoo.model_path("plain"), model, *few, "--force")[0] == 0

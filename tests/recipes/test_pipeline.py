@@ -163,7 +163,7 @@ def test_one_image_for_a_student(plain: Classifier) -> None:
         ({}, make_goal("unstructured", 0.99), "cannot be reached"),
         ({"allocation": "global"}, make_goal("unstructured", 0.99), "cannot be reached"),
         ({"allocation": "uniform"}, HALF, "dense_first=false"),
-        ({}, make_goal("channel", None, 0.01), "ask for less"),
+        ({}, make_goal("channel", None, 0.01), "give --macs 0.5 or more"),
     ],
     ids=["pattern", "most", "global", "uniform", "channels"],
 )

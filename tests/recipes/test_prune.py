@@ -173,7 +173,7 @@ def test_two_of_four(
     assert groups or model == "attention"
     dense = [layer for layer in result.layers if layer.sparsity == 0]
     assert len(dense) == without
-    assert all(layer.reason == "2:4 does not divide its input channels" for layer in dense)
+    assert all(layer.whole == "2:4 does not divide the input channels" for layer in dense)
     assert all(layer.sparsity == pytest.approx(0.5) for layer in result.layers if layer not in dense)
     before = top1(classifier_of(model).path, classifier_of(model), judging_images)
     assert top1(result.output, classifier_of(model), judging_images) > before - 0.08
@@ -312,11 +312,11 @@ def test_two_of_four_where_it_is_missed_least(
     assert 0.25 <= result.sparsity < 0.3
     by_reason: dict[str | None, set[float]] = {}
     for layer in result.layers:
-        by_reason.setdefault(layer.reason, set()).add(round(layer.sparsity, 6))
+        by_reason.setdefault(layer.whole, set()).add(round(layer.sparsity, 6))
     assert by_reason == {
         None: {0.5},
-        "2:4 does not divide its input channels": {0.0},
-        "its weights would be missed more": {0.0},
+        "2:4 does not divide the input channels": {0.0},
+        "missed more than others": {0.0},
     }
     everywhere = prune(classifier, calibration_images, tmp_path / "all.onnx", settings, make_goal("2:4", None))
     files = [load_classifier(written.output) for written in (result, everywhere)]
@@ -341,6 +341,12 @@ def test_two_of_four_in_some_layers_leaves_those_where_noise_is_least(
     per_weight = {layer.output: noise[layer.output] / layer.parameters for layer in layers}
     chosen = [per_weight[name] for name, share in found.items() if share]
     assert np.median(chosen) < np.median([per_weight[name] for name, share in found.items() if not share])
+
+
+def test_output_names_of_budgets() -> None:
+    """Weights, multiplications and time are not the same file."""
+    goals = (make_goal("channel", 0.3), make_goal("channel", None, 0.7), make_goal("channel", None, latency=0.7))
+    assert [output_path(Path("m.onnx"), goal).name for goal in goals] == ["m.c30.onnx", "m.m30.onnx", "m.t30.onnx"]
 
 
 @pytest.mark.parametrize(
@@ -480,6 +486,7 @@ def test_multiples_that_do_not_come_to_the_budget_are_said(
 ) -> None:
     settings = recipe("one-shot", 0).model_copy(update={"multiple": 4, "least_channels": 0.4})
     with pytest.raises(
-        MixMixError, match=r"their numbers are multiples of 4.*or allow any number with --set multiple=1"
+        MixMixError,
+        match=r"in multiples of 4 channels.*: give --macs 0\.22 or more, or allow any number with --set multiple=1",
     ):
         prune(classifier_of("residual"), calibration_images, tmp_path / "o", settings, make_goal("channel", None, 0.1))
