@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from converters.torch_module import Layer, TorchClassifier
+from converters.torch_module import Layer, Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
 from recipes.reconstruct import LoopSettings, run_batched
 
@@ -44,16 +44,52 @@ def logit_noise(
     `inputs` [N, ...] are model inputs, on the first `count` of which it is measured. What lies before a layer's block
     is computed once for the block.
     """
-    found, x = {}, inputs
+    found = {}
     reference = module(inputs[:count])
-    for block in find_blocks(module, settings.max_chain):
-        before, start = Before(block, x), {block.input: x[:count].to(module.device)}
-        rest = module.segment([block.input], [module.logits_name])
-        for layer in block.layers:
+    for before, rest in _from_blocks(module, inputs, settings):
+        start = {before.block.input: before.x[:count].to(module.device)}
+        for layer in before.block.layers:
             found[layer.output] = [
                 noise_to_signal(reference, rest(start, version)[module.logits_name])
                 for version in versions(layer, before)
             ]
             advance()
-        x = run_batched(module.segment([block.input], [block.output]), x, settings.batch, settings.cache_limit)
     return found
+
+
+@torch.no_grad()
+def value_noise(
+    module: TorchClassifier,
+    inputs: Tensor,
+    values: Collection[str],
+    versions: Callable[[Tensor], Iterable[Transform]],
+    settings: LoopSettings,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Noise-to-signal ratios of the logits with each of `versions` of one value alone, by the value's name.
+
+    `versions` makes transforms of what the value is on model inputs [N, ...], on all of which it is measured.
+    """
+    found = {}
+    reference = module(inputs)
+    for before, rest in _from_blocks(module, inputs, settings):
+        block = before.block
+        start = {block.input: before.x.to(module.device)}
+        within = module.segment([block.input], [block.output])
+        made = [name for step in within.steps for name in step.outputs if name in values and name != block.output]
+        known = start | (module.segment([block.input], made)(start) if made else {})
+        for name in [block.input] * (block.input in values) + made:
+            found[name] = [
+                noise_to_signal(reference, rest(start, transforms={name: version})[module.logits_name])
+                for version in versions(known[name])
+            ]
+            advance()
+    return found
+
+
+def _from_blocks(module: TorchClassifier, inputs: Tensor, settings: LoopSettings) -> Iterator[tuple[Before, Segment]]:
+    """What each block reads, and all that comes from there on, up to the logits."""
+    x = inputs
+    for block in find_blocks(module, settings.max_chain):
+        yield Before(block, x), module.segment([block.input], [module.logits_name])
+        x = run_batched(module.segment([block.input], [block.output]), x, settings.batch, settings.cache_limit)

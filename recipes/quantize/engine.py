@@ -7,6 +7,7 @@ Because a block has one input value and one output value, two tensors are all th
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -33,6 +34,7 @@ from recipes.checkpoint import Checkpoint, State, Table
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
 from recipes.progress import Progress, Silent, Task
+from recipes.quantize.activations import place_activations
 from recipes.quantize.budget import Budget
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
@@ -197,16 +199,11 @@ class _Run:
         self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
-        count = len(self.module.layers())
+        count = len(self.module.layers()) * (1 if self.act_bits is None else 2)  # and what each of them reads
         with progress.task("measuring what each layer does", count) as task:
-            measured = Counter[str]()
-
-            def advance() -> None:
-                measured["layers"] += 1
-                task.advance()
-
-            self.plans = self.ranks.lead(lambda: self._plan(advance))
-            task.advance(count - measured["layers"])  # what an interrupted run had measured
+            done = itertools.count()
+            self.plans = self.ranks.lead(lambda: self._plan(lambda: task.advance(min(1, next(done) + 1))))
+            task.advance(count - next(done))  # what an interrupted run had measured, or nobody needs
         self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
         for plan in self.plans:
             layer = plan.layer
@@ -223,10 +220,14 @@ class _Run:
 
     def _plan(self, advance: Callable[[], None]) -> list[LayerPlan]:
         common = (self.act_bits, self.target, self.settings)
-        keep = partial(self.walk.checkpoint.measured, "noise")
-        if isinstance(self.bits, Budget):
-            return plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, advance, keep)
-        return plan_bits(self.module, self.inputs, self.bits, *common, advance, keep)
+        keep, keep_values = (partial(self.walk.checkpoint.measured, name) for name in ("noise", "noise of values"))
+        if not isinstance(self.bits, Budget):
+            plans = plan_bits(self.module, self.inputs, self.bits, *common, advance, keep)
+        else:
+            plans = plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, advance, keep)
+            if self.bits.kind == "bops":  # which count the bits of activations
+                return plans
+        return place_activations(self.module, self.inputs, plans, *common, advance, keep_values)
 
     def _file_size(self, plans: Sequence[LayerPlan]) -> int:
         """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""

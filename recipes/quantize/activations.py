@@ -1,0 +1,102 @@
+"""How many bits each quantized input gets.
+
+`--act-bits A` gives each A bits at least. As with weights (`recipes.quantize.plan`), up to `extra_share` of what lies
+between A bits and 8 is added where it takes the most noise out of the logits, here by elements of one image: what
+HardSwish or a sum leaves with a few large channels needs more steps than one scale for all channels has at 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from converters.targets import MAX_BITS, Target
+from converters.torch_module import TorchClassifier
+from recipes.allocate import Choice
+from recipes.quantize.plan import (
+    MOST,
+    WIDTHS,
+    Keep,
+    LayerPlan,
+    Noise,
+    allocate_enough,
+    noise_of,
+)
+from recipes.quantize.quantizers import QuantizedActivation
+from recipes.quantize.settings import QuantizeSettings
+from recipes.sensitivity import value_noise
+
+SAMPLE = 1 << 17
+"""Elements that a value's range is searched on while its noise is measured."""
+
+
+def place_activations(
+    module: TorchClassifier,
+    inputs: Tensor,
+    plans: Sequence[LayerPlan],
+    act_bits: int | None,
+    target: Target,
+    settings: QuantizeSettings,
+    advance: Callable[[], None] = lambda: None,
+    keep: Keep = lambda measure: measure(),
+) -> list[LayerPlan]:
+    """The plans with bits of their inputs. `inputs` [N, ...] are model inputs to measure on.
+
+    Inputs that have more than `act_bits` bits already keep them, and cost nothing of what may be added.
+    """
+    if act_bits is None or act_bits >= MAX_BITS or not settings.extra_share:
+        return list(plans)
+    given: dict[str, int] = {}
+    for plan in plans:
+        given[plan.layer.input] = max(given.get(plan.layer.input, 0), plan.act_bits or 0)
+    values = [value for value in module.values if given.get(value) == act_bits]
+    widths = [act_bits, *(width for width in WIDTHS if act_bits < width <= MAX_BITS)]
+    sizes = _sizes(module, values)
+    noise = keep(lambda: _measure(module, inputs, values, widths, target, settings, advance))
+    total = sum(sizes.values())
+    choices = [
+        [Choice(sizes[value] * width / total, harm) for width, harm in zip(widths, noise[value], strict=True)]
+        for value in values
+    ]
+    budget = act_bits + settings.extra_share * (MAX_BITS - act_bits)
+    chosen = allocate_enough(choices, budget, noise_of(settings.enough_snr)) if values else []
+    found = {value: widths[index] for value, index in zip(values, chosen, strict=True)}
+    return [
+        plan
+        if found.get(plan.layer.input, act_bits) == act_bits
+        else replace(plan, act_bits=found[plan.layer.input], reason=plan.reason or f"input {MOST}")
+        for plan in plans
+    ]
+
+
+def _sizes(module: TorchClassifier, values: Sequence[str]) -> dict[str, int]:
+    """Elements of each value for one image."""
+    image = {module.input_name: module.black_image()}
+    computed = [value for value in values if value != module.input_name]
+    known = image | (module.segment([module.input_name], computed)(image) if computed else {})
+    return {value: known[value].numel() for value in values}
+
+
+def _measure(
+    module: TorchClassifier,
+    inputs: Tensor,
+    values: Sequence[str],
+    widths: Sequence[int],
+    target: Target,
+    settings: QuantizeSettings,
+    advance: Callable[[], None],
+) -> Noise:
+    """Noise-to-signal ratio of the logits with each value alone quantized at each of rising widths, by its name."""
+
+    def versions(value: Tensor) -> Iterator[QuantizedActivation]:
+        flat = value.flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLE)]
+        for bits in widths:
+            yield QuantizedActivation(sample, bits, settings, target.symmetric_activations)
+
+    count = settings.sensitive_images
+    noise = value_noise(module, inputs[:count], values, versions, settings, advance)
+    return {name: list(np.minimum.accumulate(found)) for name, found in noise.items()}
