@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,14 @@ NAMED = 4
 
 
 def placement_line(result: Compression) -> str:
-    """Which layers have other bits than was asked for and why; where a budget was given, how many have how many."""
+    """Which layers have other bits than was asked for and why; where a budget was given, how many have how many.
+
+    Where inputs have other bits than was asked for, a second line says so.
+    """
+    return "\n".join(filter(None, (_weights_line(result), _inputs_line(result))))
+
+
+def _weights_line(result: Compression) -> str:
     if result.bits is None:
         used = sorted({layer.bits for layer in result.layers if layer.bits is not None})
         counts = [f"{sum(layer.bits == bits for layer in result.layers)} layers at {bits} bits" for bits in used]
@@ -81,13 +89,25 @@ def placement_line(result: Compression) -> str:
         reasons.setdefault(layer.reason, {}).setdefault(layer.bits, []).append(layer.name)
     parts = []
     for reason, widths in reasons.items():
-        groups = [
-            f"{', '.join(names[:NAMED])}{f' and {len(names) - NAMED} more' * (len(names) > NAMED)} {bits} bits"
-            for bits, names in widths.items()
-        ]
+        groups = [f"{_named(names)} {bits} bits" for bits, names in widths.items()]
         parts.append(f"{'; '.join(groups)} ({reason})")
     text = f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits"
     return f"{text}: {'; '.join(parts)}" if parts else text
+
+
+def _inputs_line(result: Compression) -> str:
+    others: dict[int, list[str]] = {}
+    for layer in result.layers:
+        if layer.act_bits is not None and layer.act_bits != result.act_bits:
+            others.setdefault(layer.act_bits, []).append(layer.name)
+    groups = [f"of {_named(names)} {bits} bits" for bits, names in sorted(others.items())]
+    count = sum(len(names) for names in others.values())
+    return f"inputs of {count} layers are not at {result.act_bits} bits: {'; '.join(groups)}" if others else ""
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
 
 
 def fusion_json(fusion: Fusion) -> dict[str, Any]:
