@@ -160,7 +160,9 @@ def smaller(function: F) -> F:
 
 
 act_bits = click.option(
-    "--act-bits", type=ActivationBits(), help="Bits of the activations, 2 to 8 or 16; float when not given."
+    "--act-bits",
+    type=ActivationBits(),
+    help="Bits of the activations, 2 to 8 or 16, and more where it hurts most; float when not given.",
 )
 
 target = click.option(

@@ -26,7 +26,7 @@ def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
 
 @click.command("quantize", cls=options.CommandWithLists)
 @click.argument("model", type=options.MODEL)
-@click.option("--bits", type=options.BITS, help="Bits of the weights.")
+@click.option("--bits", type=options.BITS, help="Bits of the weights, and more where it hurts most.")
 @click.option(
     "--mixed",
     metavar="BUDGET",
