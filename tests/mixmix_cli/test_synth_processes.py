@@ -13,7 +13,17 @@ import pytest
 from recipes import zoo
 from tests.mixmix_cli.command import finish, start, torchrun
 
-HOW = ("-n", "10", "--batch", "2", "--seed", "3", "--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":6}]')
+COUNT = 24
+HOW = (
+    "-n",
+    str(COUNT),
+    "--batch",
+    "2",
+    "--seed",
+    "3",
+    "--set",
+    'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":6}]',
+)
 SYNTH = ("-m", "mixmix_cli", "synth", *(str(zoo.model_path(name)) for name in ("inverted", "plain")), *HOW)
 TORCHRUN = torchrun(2)
 
@@ -61,8 +71,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: dict[str, byte
     status, err = stop_after(resumed, directory, 3, signal.SIGINT)
     assert status == 130
     listed = (directory / "metadata.jsonl").read_text().splitlines()  # what was finished can be used as it is
-    assert 6 <= len(listed) < 10
-    assert f"{len(listed)} of 10 images are in {directory}" in err
+    assert 6 <= len(listed) < COUNT
+    assert f"{len(listed)} of {COUNT} images are in {directory}" in err
     assert "--resume" in err
     finish(start(*SYNTH, "-o", directory, "--resume"))
     assert content(directory) == whole
@@ -71,7 +81,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: dict[str, byte
 def test_two_processes_make_what_one_makes(whole: dict[str, bytes], tmp_path: Path) -> None:
     directory = tmp_path / "set"
     out, _ = finish(start(*TORCHRUN, *SYNTH, "-o", directory, "--json"))
-    assert json.loads(out)["images"] == 10  # one document: only the first process speaks
+    assert json.loads(out)["images"] == COUNT  # one document: only the first process speaks
     assert content(directory) == whole
 
 
