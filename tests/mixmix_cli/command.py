@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -22,10 +23,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """A Python process with these arguments, on one thread."""
+    """A Python process with these arguments, on one thread, that can be interrupted.
+
+    What a shell starts in the background ignores interrupts, and so do its children, if nobody says otherwise.
+    """
     command = [sys.executable, *(str(argument) for argument in arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler is SIG_DFL in a new process
+    try:
+        return subprocess.Popen(command, text=True, env=environment, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
