@@ -77,11 +77,11 @@ def value_noise(
         start = {block.input: before.x.to(module.device)}
         within = module.segment([block.input], [block.output])
         made = [name for step in within.steps for name in step.outputs if name in values and name != block.output]
-        known = start | (module.segment([block.input], made)(start) if made else {})
-        for name in [block.input] * (block.input in values) + made:
+        wanted = [block.input] * (block.input in values) + made
+        for name, value in module.segment([block.input], wanted)(start).items():
             found[name] = [
                 noise_to_signal(reference, rest(start, transforms={name: version})[module.logits_name])
-                for version in versions(known[name])
+                for version in versions(value)
             ]
             advance()
     return found

@@ -7,7 +7,7 @@ HardSwish or a sum leaves with a few large channels needs more steps than one sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,10 +19,13 @@ from recipes.allocate import Choice
 from recipes.quantize.plan import (
     MOST,
     WIDTHS,
+    Advance,
     Keep,
     LayerPlan,
     Noise,
     allocate_enough,
+    at_once,
+    input_bits,
     noise_of,
 )
 from recipes.quantize.quantizers import QuantizedActivation
@@ -40,8 +43,7 @@ def place_activations(
     act_bits: int | None,
     target: Target,
     settings: QuantizeSettings,
-    advance: Callable[[], None] = lambda: None,
-    keep: Keep = lambda measure: measure(),
+    keep: Keep = at_once,
 ) -> list[LayerPlan]:
     """The plans with bits of their inputs. `inputs` [N, ...] are model inputs to measure on.
 
@@ -49,13 +51,11 @@ def place_activations(
     """
     if act_bits is None or act_bits >= MAX_BITS or not settings.extra_share:
         return list(plans)
-    given: dict[str, int] = {}
-    for plan in plans:
-        given[plan.layer.input] = max(given.get(plan.layer.input, 0), plan.act_bits or 0)
+    given = input_bits(plans)
     values = [value for value in module.values if given.get(value) == act_bits]
     widths = [act_bits, *(width for width in WIDTHS if act_bits < width <= MAX_BITS)]
     sizes = _sizes(module, values)
-    noise = keep(lambda: _measure(module, inputs, values, widths, target, settings, advance))
+    noise = keep(len(values), lambda advance: _measure(module, inputs, values, widths, target, settings, advance))
     total = sum(sizes.values())
     choices = [
         [Choice(sizes[value] * width / total, harm) for width, harm in zip(widths, noise[value], strict=True)]
@@ -74,10 +74,8 @@ def place_activations(
 
 def _sizes(module: TorchClassifier, values: Sequence[str]) -> dict[str, int]:
     """Elements of each value for one image."""
-    image = {module.input_name: module.black_image()}
-    computed = [value for value in values if value != module.input_name]
-    known = image | (module.segment([module.input_name], computed)(image) if computed else {})
-    return {value: known[value].numel() for value in values}
+    found = module.segment([module.input_name], values)({module.input_name: module.black_image()})
+    return {name: value.numel() for name, value in found.items()}
 
 
 def _measure(
@@ -87,7 +85,7 @@ def _measure(
     widths: Sequence[int],
     target: Target,
     settings: QuantizeSettings,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> Noise:
     """Noise-to-signal ratio of the logits with each value alone quantized at each of rising widths, by its name."""
 

@@ -7,7 +7,6 @@ Because a block has one input value and one output value, two tensors are all th
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -38,7 +37,7 @@ from recipes.quantize.activations import place_activations
 from recipes.quantize.budget import Budget
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
-from recipes.quantize.plan import LayerPlan, plan_bits, plan_values
+from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
 from recipes.quantize.proof import quantized_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -199,11 +198,7 @@ class _Run:
         self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
-        count = len(self.module.layers()) * (1 if self.act_bits is None else 2)  # and what each of them reads
-        with progress.task("measuring what each layer does", count) as task:
-            done = itertools.count()
-            self.plans = self.ranks.lead(lambda: self._plan(lambda: task.advance(min(1, next(done) + 1))))
-            task.advance(count - next(done))  # what an interrupted run had measured, or nobody needs
+        self.plans = self.ranks.lead(lambda: self._plan(progress))
         self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
         for plan in self.plans:
             layer = plan.layer
@@ -218,16 +213,23 @@ class _Run:
         counts = Counter(plan.bits for plan in self.plans)
         progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
 
-    def _plan(self, advance: Callable[[], None]) -> list[LayerPlan]:
+    def _plan(self, progress: Progress) -> list[LayerPlan]:
+        def keep(name: str, count: int, measure: Callable[[Advance], Noise]) -> Noise:
+            def measured() -> Noise:
+                with progress.task(f"measuring what each {name} does", count) as task:
+                    return measure(task.advance)
+
+            return self.walk.checkpoint.measured(name, measured)
+
         common = (self.act_bits, self.target, self.settings)
-        keep, keep_values = (partial(self.walk.checkpoint.measured, name) for name in ("noise", "noise of values"))
+        of_layers, of_inputs = partial(keep, "layer"), partial(keep, "input")
         if not isinstance(self.bits, Budget):
-            plans = plan_bits(self.module, self.inputs, self.bits, *common, advance, keep)
+            plans = plan_bits(self.module, self.inputs, self.bits, *common, of_layers)
         else:
-            plans = plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, advance, keep)
+            plans = plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, of_layers)
             if self.bits.kind == "bops":  # which count the bits of activations
                 return plans
-        return place_activations(self.module, self.inputs, plans, *common, advance, keep_values)
+        return place_activations(self.module, self.inputs, plans, *common, of_inputs)
 
     def _file_size(self, plans: Sequence[LayerPlan]) -> int:
         """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""

@@ -29,6 +29,7 @@ from recipes.quantize.plan import (
     Keep,
     LayerPlan,
     activation_bits,
+    at_once,
     decibels,
     layers_to_quantize,
     measure_noise,
@@ -47,8 +48,7 @@ def plan_mixed(
     target: Target,
     settings: QuantizeSettings,
     file_size: Callable[[Sequence[LayerPlan]], int],
-    advance: Callable[[], None] = lambda: None,
-    keep: Keep = lambda measure: measure(),
+    keep: Keep = at_once,
 ) -> list[LayerPlan]:
     """The placement with the least noise within `budget`. `inputs` [N, ...] are model inputs to measure on.
 
@@ -68,7 +68,9 @@ def plan_mixed(
             f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
             f" {replace(budget, amount=least)}: allow more"
         )
-    noise = keep(lambda: measure_noise(module, inputs, widths, act_bits, target, settings, advance))
+    noise = keep(
+        len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
+    )
     choices = [
         [Choice(cost, harm) for cost, harm in zip(row, noise[layer.output], strict=True)]
         for layer, row in zip(layers, costs, strict=True)

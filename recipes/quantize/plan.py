@@ -26,8 +26,16 @@ from recipes.sensitivity import Before, logit_noise
 WIDTHS = (2, 3, 4, 6, 8)
 Noise = dict[str, list[float]]
 """By layer output, the noise at each of some widths."""
-Keep = Callable[[Callable[[], Noise]], Noise]
-"""Gives what it is told to measure, or what was measured before."""
+Advance = Callable[[], None]
+Keep = Callable[[int, Callable[[Advance], Noise]], Noise]
+"""Gives what it is told to measure, in so many steps, or what was measured before."""
+
+
+def at_once(_: int, measure: Callable[[Advance], Noise]) -> Noise:
+    """Measure, and keep nothing."""
+    return measure(lambda: None)
+
+
 MOST = "where more bits take the most noise out of the logits"
 
 
@@ -80,7 +88,7 @@ def measure_noise(
     act_bits: int | None,
     target: Target,
     settings: QuantizeSettings,
-    advance: Callable[[], None] = lambda: None,
+    advance: Advance = lambda: None,
 ) -> Noise:
     """Noise-to-signal ratio of the logits with each layer alone rounded to nearest at each width, by layer output.
 
@@ -105,8 +113,7 @@ def plan_bits(
     act_bits: int | None,
     target: Target,
     settings: QuantizeSettings,
-    advance: Callable[[], None] = lambda: None,
-    keep: Keep = lambda measure: measure(),
+    keep: Keep = at_once,
 ) -> list[LayerPlan]:
     """The placement for every layer, in order. `inputs` [N, ...] are model inputs to measure on.
 
@@ -118,13 +125,13 @@ def plan_bits(
     widths = _widths(min(bits, most), most, target)
     extra = settings.extra_share * (most - widths[0])
     if not extra:
-        for _ in layers:
-            advance()
         return [
             LayerPlan(layer, widths[0], act, _why(bits, widths[0], act, act_bits))
             for layer, act in zip(layers, acts, strict=True)
         ]
-    noise = keep(lambda: measure_noise(module, inputs, widths, act_bits, target, settings, advance))
+    noise = keep(
+        len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
+    )
     total = sum(layer.parameters for layer in layers)
     choices = [
         [
@@ -178,15 +185,21 @@ def _why(bits: int, width: int, act: int | None, act_bits: int | None) -> str | 
     return "input of the first or the last layer" if act != act_bits else None
 
 
+def input_bits(plans: Sequence[LayerPlan]) -> dict[str, int]:
+    """Bits of the quantized inputs of layers, the widest where layers share one."""
+    found: dict[str, int] = {}
+    for plan in plans:
+        if plan.act_bits is not None:
+            found[plan.layer.input] = max(found.get(plan.layer.input, 0), plan.act_bits)
+    return found
+
+
 def plan_values(
     module: TorchClassifier, plans: Sequence[LayerPlan], act_bits: int | None, target: Target
 ) -> dict[str, int]:
     """Bits of every value to quantize, in order: inputs of layers, the widest where layers share, and at 8 bits what
     keeps integer kernels apart."""
-    found: dict[str, int] = {}
-    for plan in plans:
-        if plan.act_bits is not None:
-            found[plan.layer.input] = max(found.get(plan.layer.input, 0), plan.act_bits)
+    found = input_bits(plans)
     if act_bits is not None and target.integer_kernels:
         found = dict.fromkeys(values_between(module), MAX_BITS) | found
     return {name: found[name] for name in module.values if name in found}
