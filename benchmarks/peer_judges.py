@@ -25,7 +25,6 @@ from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
 from recipes.validate import decibels, validate
 
-CLOSED_FORM = ("unit=block", "compensate=true", "extra_share=0.005")
 LITE0 = "lite0"
 
 
@@ -46,11 +45,11 @@ def synthesized(name: str, steps: int | None, seed: int, images: int, folder: Pa
 def judge_set(name: str, path: Path, seed: int) -> list[float]:
     """Embedded nets: top-1 in per cent and SNR in dB at W2 and at W2A4. EfficientNet-Lite0: agreement and SNR at W4."""
     reference, images = float_classifier(name, path.parent), load_images(path)
+    recipe = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
     found: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "q.onnx"
         if name == LITE0:
-            recipe = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=CLOSED_FORM)
             quantize(reference, images, output, recipe, 4, seed=seed)
             crops = random_crops()
             expected, actual = (logits(file, reference, crops) for file in (reference.path, output))
@@ -59,7 +58,6 @@ def judge_set(name: str, path: Path, seed: int) -> list[float]:
         judging = ImageSet(
             from_bytes(pictures[5000:, :, :, None]), torch.from_numpy(labels[5000:].astype(np.int64)), "real"
         )
-        recipe = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
         for act_bits in (None, 4):
             quantize(reference, images, output, recipe, 2, act_bits, seed=seed, overwrite=True)
             (judged,) = validate(reference, [load_classifier(output)], judging, threads=1).candidates

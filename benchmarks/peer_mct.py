@@ -7,9 +7,9 @@
 
 `make` runs its data generation with its own defaults but for the number of iterations and writes the images as .npz.
 Its pixels are three channels, normalised as torchvision does; a layer in front brings them to what the net takes.
-`judge` makes ours, with the recipe as it is and with `--steps`, and quantizes the net on each set: the embedded nets at
-W2 and W2A4 (recipe qdrop, 100 steps a block; Fashion-MNIST's test images 5,000 to 9,999), EfficientNet-Lite0 at W4 with
-0.5 % of its weights at 8 bits (closed-form rounding; agreement with float on 288 crops of photographs).
+`judge` makes ours, with the recipe as it is and with `--steps`, and quantizes the net on each set by recipe qdrop, 100
+steps a block: the embedded nets at W2 and W2A4 (Fashion-MNIST's test images 5,000 to 9,999), EfficientNet-Lite0 at W4
+(agreement with float on 288 crops of photographs).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def float_net(name: str) -> nn.Module:
     return net
 
 
-def make(name: str, iterations: int, seed: int, output: Path) -> None:
+def make(name: str, images: int, iterations: int, seed: int, output: Path) -> None:
     """Its images, as uint8 [N, H, W, C]."""
     import model_compression_toolkit as mct
 
@@ -78,11 +78,11 @@ def make(name: str, iterations: int, seed: int, output: Path) -> None:
     config = mct.data_generation.get_pytorch_data_generation_config(n_iter=iterations)
     started = time.perf_counter()
     made = mct.data_generation.pytorch_data_generation_experimental(
-        model=net, n_images=IMAGES[name], output_image_size=SIZES[name], data_generation_config=config
+        model=net, n_images=images, output_image_size=SIZES[name], data_generation_config=config
     )
     seconds = time.perf_counter() - started
-    images = torch.cat([x if x.dim() == 4 else x[None] for x in made]).cpu().float()[: IMAGES[name]]
-    pixels = (images * net.std + net.mean).clamp(0, 1)
+    found = torch.cat([x if x.dim() == 4 else x[None] for x in made]).cpu().float()[:images]
+    pixels = (found * net.std + net.mean).clamp(0, 1)
     if name != LITE0:
         pixels = pixels.mean(1, keepdim=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def make(name: str, iterations: int, seed: int, output: Path) -> None:
     print(f"{path}: {len(pixels)} images in {seconds:.0f} s")
 
 
-def judge(name: str, steps: list[int], output: Path) -> None:
+def judge(name: str, images: int, steps: list[int], output: Path) -> None:
     """A row a set: how long it took, and what it gives."""
     from peer_judges import judge_set, synthesized
 
@@ -112,10 +112,10 @@ def judge(name: str, steps: list[int], output: Path) -> None:
     for count in [0, *steps]:
         title = f"MixMix, {count} steps" if count else "MixMix, recipe default"
         for seed in seeds:
-            path, seconds = synthesized(name, count or None, seed, IMAGES[name], output)
+            path, seconds = synthesized(name, count or None, seed, images, output)
             rows.setdefault(title, []).append((seconds, judge_set(name, path, seed)))
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}, {IMAGES[name]} images\n")
+    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}, {images} images\n")
     for title, found in rows.items():
         seconds = np.mean([row[0] for row in found])
         figures = np.array([row[1] for row in found])
@@ -128,15 +128,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("make", "judge"))
     parser.add_argument("model", choices=SIZES)
+    parser.add_argument("--images", type=int, help="128 for the embedded nets, 64 for EfficientNet-Lite0")
     parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, action="append", default=[], help="also ours with so many steps")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
+    images = options.images or IMAGES[options.model]
     if options.part == "make":
-        make(options.model, options.iterations, options.seed, options.output)
+        make(options.model, images, options.iterations, options.seed, options.output)
     else:
-        judge(options.model, options.steps, options.output)
+        judge(options.model, images, options.steps, options.output)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ TABLES = {
         | {
             "recipe single, the target": made(TARGET, recipe="single"),
             "recipe paper, six models, a tenth of its steps": made(*ALL, recipe="paper", effort="fast"),
-            "recipe default, the target": made(TARGET),
             "recipe default, six models": made(*ALL),
+            "recipe small (chosen by itself), the target": made(TARGET, recipe="small"),
+            "recipe small (chosen by itself), six models": made(*ALL, recipe="small"),
         }
         | REAL,
         (("inverted", 4, 4), ("inverted", 3, None), ("inverted", 2, None), ("residual", 2, None), ("residual", 2, 4)),
@@ -132,7 +133,7 @@ TABLES = {
         FIXED
         | {
             "recipe labels, the target": made(TARGET, recipe="labels"),
-            "recipe default, six models": made(*ALL),
+            "recipe small, six models": made(*ALL, recipe="small"),
         }
         | REAL,
         (("inverted_folded", 2, None), ("inverted_folded", 2, 4), ("attention", 3, None), ("attention", 2, None)),

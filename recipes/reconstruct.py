@@ -2,17 +2,18 @@
 
 For a block with float input x and float output y, and an input x~ that comes through the blocks already changed,
 
-    minimise over theta   mean ||block(x~; theta) - y||^2 / e0  +  sum_l penalty_l(theta, t)
+    minimise over theta   objective(block(x~; theta) - y)  +  sum_l penalty_l(theta, t)
 
-where e0 is the block's error with nearest rounding (so that one penalty weight serves all blocks), and
-t in [0, 1] is the share of steps done. What theta is, a rounding, a mask, a step size, is the `Change`'s business.
+where the objective (`recipes/objective.py`) is relative to the block's error with nearest rounding, so that one penalty
+weight serves all blocks, and t in [0, 1] is the share of steps done. What theta is, a rounding, a mask, a step size, is
+the `Change`'s business.
 Elementwise mixing of x into x~ is QDrop's (Wei et al. 2022).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -23,9 +24,8 @@ from torch import Tensor
 from converters.torch_module import Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
 from recipes.memory import rows_like
+from recipes.objective import BlockError, Objective
 from recipes.settings import Settings
-
-LEAST_POWER = 1e-12  # of a block's output, that errors are relative to
 
 
 class LoopSettings(Settings):
@@ -41,6 +41,10 @@ class LoopSettings(Settings):
     """Single layers in a row that are joined into one block."""
     cache_limit: float = Field(default=2.0, gt=0)
     """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
+    logit_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself."""
+    logit_directions: int = Field(default=1280, ge=1)
+    """Directions of the logits that it is measured in, over all images; for one image no more than its classes."""
     bias_rate: float = Field(default=0.0, ge=0)
     """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
     compensate: bool = False
@@ -243,28 +247,23 @@ def run_batched(
     return found
 
 
-def mean_square(x: Tensor, batch: int) -> float:
-    """mean x^2, read batch by batch."""
-    return sum(float(part.square().sum(dtype=torch.float64)) for part in x.split(batch)) / max(1, x.numel())
-
-
 def reconstruct(
     segment: Segment,
     float_input: Tensor,
     changed_input: Tensor,
-    target: Tensor,
+    objective: Objective,
     weights: Mapping[str, ChangedWeight],
     values: Mapping[str, ChangedValue],
     loop: Loop,
-    error: float,
+    plain: BlockError,
     generator: torch.Generator,
     advance: Callable[[int, float], None] = lambda steps, loss: None,
 ) -> None:
     """Train the changes of one block in place.
 
-    `float_input`, `changed_input` [N, ...] and `target` [N, ...] are the block's inputs on both streams and its float
-    output; `weights` and `values` are its changes by initializer and value name. `error` is e0, the block's relative
-    error with the changes made the plain way (`block_error` before they learn); `advance` is told steps done and loss.
+    `float_input` and `changed_input` [N, ...] are the block's inputs on both streams, `objective` what it is to answer;
+    `weights` and `values` are its changes by initializer and value name. `plain` is the block's error with the changes
+    made the plain way (`block_error` before they learn); `advance` is told steps done and loss.
     """
     changes: list[Change] = [*weights.values(), *values.values()]
     groups = [group for change in changes for group in change.groups() if group.tensors]
@@ -275,7 +274,6 @@ def reconstruct(
             tensor.requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": list(group.tensors), "lr": group.rate} for group in groups])
     device = segment.owner.device
-    scale = 1 / (max(mean_square(target, loop.batch), LEAST_POWER) * max(error, 1e-6))
     order = torch.empty(0, dtype=torch.long)
     masks = DropMasks(loop.input_drop, generator)
     name, output = segment.inputs[0], segment.outputs[0]
@@ -284,13 +282,13 @@ def reconstruct(
         for entry, group in zip(optimizer.param_groups, groups, strict=True):
             entry["lr"] = loop.rate * group.rate * (0.5 * (1 + math.cos(math.pi * progress)) if group.decay else 1)
         if not len(order):
-            order = torch.randperm(len(target), generator=generator)
+            order = torch.randperm(len(changed_input), generator=generator)
         chosen, order = order[: loop.batch], order[loop.batch :]
         x = changed_input[chosen].to(device)
         if loop.input_drop:
             x = torch.lerp(x, float_input[chosen].to(device), masks.like(x))
         y = segment({name: x}, {n: w.tensor() for n, w in weights.items()}, values)[output]
-        loss = (y - target[chosen].to(device)).square().mean() * scale
+        loss = objective.loss(y, chosen, plain)
         for change in changes:
             penalty = change.penalty(progress)
             loss = loss if penalty is None else loss + penalty
@@ -306,20 +304,12 @@ def reconstruct(
 def block_error(
     segment: Segment,
     x: Tensor,
-    target: Tensor,
+    objective: Objective,
     weights: Mapping[str, ChangedWeight],
     values: Mapping[str, ChangedValue],
     batch: int,
-) -> float:
-    """Relative squared error of the block's output with its changes as they are."""
+) -> BlockError:
+    """The error of the block's output for `x` [N, ...] with its changes as they are."""
     with torch.no_grad():
         parameters = {name: weight.tensor() for name, weight in weights.items()}
-    return error_of(batches(segment, x, batch, parameters=parameters, transforms=values), target, batch)
-
-
-def error_of(outputs: Iterable[Tensor], target: Tensor, batch: int) -> float:
-    """Squared error of outputs, `batch` at a time, against `target` [N, ...], relative to the target's power."""
-    noise = 0.0
-    for actual, expected in zip(outputs, target.split(batch), strict=True):
-        noise += float((actual - expected.to(actual.device)).square().sum(dtype=torch.float64))
-    return noise / target.numel() / max(mean_square(target, batch), LEAST_POWER)
+    return objective.error(batches(segment, x, batch, parameters=parameters, transforms=values), batch)

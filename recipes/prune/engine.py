@@ -21,6 +21,7 @@ from recipes.account import Compression, LayerAccount, account_layer, share_of_z
 from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
+from recipes.objective import BlockError, Objective
 from recipes.patterns import WholeChannels
 from recipes.progress import Progress, Silent, Task
 from recipes.prune import choice
@@ -39,6 +40,7 @@ from recipes.reconstruct import (
     walk_blocks,
 )
 from recipes.resumable import Walk
+from recipes.slopes import Slopes
 from recipes.workpiece import Result, begin, model_inputs, sample_for_proof
 
 
@@ -157,6 +159,7 @@ class _Run:
         self.changes = Changes((self.weights, self.biases), {})
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers whose weights make up for those taken out."""
+        self.slopes = Slopes(module, settings, len(inputs))
         self.walk = Walk(checkpoint, {"weights": self.weights, "biases": self.biases}, generator)
 
     def reconstruct_all(self, progress: Progress) -> None:
@@ -173,8 +176,11 @@ class _Run:
         weights = {layer.weight: self.weights[layer.weight] for layer in layers if layer.weight in self.weights}
         changed = weights | {layer.bias: self.biases[layer.bias] for layer in layers if layer.bias is not None}
 
-        def error() -> float:
-            return block_error(stretch.segment, stretch.changed_input, stretch.target, changed, {}, settings.batch)
+        steps = settings.mask_steps + settings.steps
+        objective = Objective(stretch.target, self.slopes.of(stretch) if steps else None, settings.logit_share)
+
+        def error() -> BlockError:
+            return block_error(stretch.segment, stretch.changed_input, objective, changed, {}, settings.batch)
 
         before = now = error()
         operable = [layer for layer in layers if layer.weight in weights and layer.output in self.settled]
@@ -183,26 +189,27 @@ class _Run:
             compensate(self.module, layer, stretch, self.changes, self.settings, weight, bias)
         if operable:
             now = error()
-        rate = min(now, 1.0) ** settings.rate_power
+        rate = min(now.output, 1.0) ** settings.rate_power
         for weight in weights.values():
             weight.soften()
-        self._train(stretch, changed, settings.mask_steps, before, rate, task)
+        self._train(stretch, objective, changed, settings.mask_steps, before, rate, task)
         for weight in weights.values():
             weight.absorb()
             weight.freeze()
-        self._train(stretch, changed, settings.steps, before, rate, task)
+        self._train(stretch, objective, changed, settings.steps, before, rate, task)
         for weight in weights.values():
             weight.harden()
-        if not settings.mask_steps + settings.steps:
+        if not steps:
             task.advance(len(layers))
-        self.walk.account.append((stretch.block.name, Reconstruction(before, error())))
+        self.walk.account.append((stretch.block.name, Reconstruction(before.output, error().output)))
 
     def _train(
         self,
         stretch: Stretch,
+        objective: Objective,
         changed: Mapping[str, PrunedWeight | LearnedTensor],
         steps: int,
-        error: float,
+        plain: BlockError,
         rate: float,
         task: Task,
     ) -> None:
@@ -211,11 +218,11 @@ class _Run:
             stretch.segment,
             stretch.float_input,
             stretch.changed_input,
-            stretch.target,
+            objective,
             changed,
             {},
             Loop(steps, self.settings.minibatch(stretch.changed_input), self.settings.input_drop, rate),
-            error,
+            plain,
             self.generator,
             lambda done, loss: task.advance(share * done, None if math.isnan(loss) else f"{name}: loss {loss:.3f}"),
         )

@@ -11,12 +11,11 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,27 +23,26 @@ import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
-from converters.steps import Quantized
-from converters.targets import INT32_LIMIT, MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
+from converters.targets import MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
-from recipes.account import Compression, LayerAccount, account_layer
-from recipes.checkpoint import Checkpoint, State, Table
+from recipes.account import Compression
+from recipes.checkpoint import Checkpoint, State
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
+from recipes.objective import Objective
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
 from recipes.quantize.budget import Budget
+from recipes.quantize.edits import Quantizers, file_size
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
-from recipes.quantize.proof import quantized_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.train import train_quantized
 from recipes.ranks import ALONE, Ranks
 from recipes.reconstruct import (
-    Changes,
     DropMasks,
     LearnedTensor,
     Loop,
@@ -52,12 +50,12 @@ from recipes.reconstruct import (
     Stretch,
     batches,
     block_error,
-    error_of,
     reconstruct,
     run_batched,
     walk_blocks,
 )
 from recipes.resumable import Walk
+from recipes.slopes import Slopes
 from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
@@ -129,12 +127,12 @@ def quantize(
     logits = run.fake_quantized(sample)
     result = Result(
         prepared=prepared,
-        edits=run.edits(),
+        edits=run.quantizers.edits(),
         sample=sample,
         logits=logits,
-        quantized=run.quantized(),
+        quantized=run.quantizers.quantized(),
         blocks=run.walk.account,
-        layers=run.layer_accounts(),
+        layers=run.quantizers.layer_accounts(),
         bits=None if isinstance(bits, Budget) else bits,
         act_bits=act_bits,
         tolerance=WRITTEN_TOLERANCE if act_bits is None else FLIP_TOLERANCE,
@@ -179,28 +177,27 @@ class _Run:
         self.target, self.metadata, self.ranks = target, metadata, ranks
         self.generator = torch.Generator().manual_seed(seed)
         self.images, self.inputs = images, model_inputs(module, images)
-        self.weights: dict[str, QuantizedWeight] = {}
-        self.biases = {
+        biases = {
             layer.bias: LearnedTensor.bias(module.constant(layer.bias), settings.bias_rate)
             for layer in module.layers()
             if layer.bias is not None
         }
-        self.values: dict[str, QuantizedActivation] = {}
-        self.changes = Changes((self.weights, self.biases), self.values)
+        self.quantizers = Quantizers(module, target, biases)
+        self.weights, self.values = self.quantizers.weights, self.quantizers.values
+        self.changes = self.quantizers.changes
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers that are rounded with compensation."""
         self.bounds = clipped_to(module) if target.integer_kernels else {}
-        self.plans: list[LayerPlan] = []
         self.widths: dict[str, int] = {}
         """Bits of every value that is quantized, in order."""
-        tables: dict[str, Table] = {"weights": self.weights, "biases": self.biases, "values": self.values}
-        self.walk = Walk(checkpoint, tables, self.generator, self._complete)
+        self.walk = Walk(checkpoint, self.quantizers.tables, self.generator, self._complete)
+        self.slopes = Slopes(module, settings, len(self.inputs))
         self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
-        self.plans = self.ranks.lead(lambda: self._plan(progress))
-        self.widths = plan_values(self.module, self.plans, self.act_bits, self.target)
-        for plan in self.plans:
+        self.quantizers.plans = self.ranks.lead(lambda: self._plan(progress))
+        self.widths = plan_values(self.module, self.quantizers.plans, self.act_bits, self.target)
+        for plan in self.quantizers.plans:
             layer = plan.layer
             self.weights[layer.weight] = QuantizedWeight(
                 self.module.constant(layer.weight),
@@ -210,7 +207,7 @@ class _Run:
                 self.target.symmetric(plan.bits, plan.act_bits),
             )
         self.ranks.spread([weight.zero for weight in self.weights.values()])  # no part of a weight's state
-        counts = Counter(plan.bits for plan in self.plans)
+        counts = Counter(plan.bits for plan in self.quantizers.plans)
         progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
 
     def _plan(self, progress: Progress) -> list[LayerPlan]:
@@ -226,28 +223,11 @@ class _Run:
         if not isinstance(self.bits, Budget):
             plans = plan_bits(self.module, self.inputs, self.bits, *common, of_layers)
         else:
-            plans = plan_mixed(self.module, self.inputs, self.bits, *common, self._file_size, of_layers)
+            size = partial(file_size, self.module, act_bits=self.act_bits, target=self.target, metadata=self.metadata)
+            plans = plan_mixed(self.module, self.inputs, self.bits, *common, size, of_layers)
             if self.bits.kind == "bops":  # which count the bits of activations
                 return plans
         return place_activations(self.module, self.inputs, plans, *common, of_inputs)
-
-    def _file_size(self, plans: Sequence[LayerPlan]) -> int:
-        """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""
-        edits: list[writeback.Edit] = []
-        for plan in plans:
-            layer, container = plan.layer, self.target.weight_container(plan.bits)
-            zeros = np.zeros(layer.shape[layer.axis], np.int32)
-            empty, scale = np.zeros(layer.shape, np.int32), np.ones(len(zeros), np.float32)
-            edits.append(
-                writeback.WeightEdit(layer.output, empty, scale, zeros, layer.axis, plan.bits, container, layer.operand)
-            )
-            if layer.bias is not None and self.target.integer_kernels and plan.act_bits is not None:
-                edits.append(writeback.BiasEdit(layer.output, zeros, scale))
-        for name, bits in plan_values(self.module, plans, self.act_bits, self.target).items():
-            edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, self.target.activation_container(bits)))
-        model = writeback.apply(self.module.classifier.original, edits)
-        writeback.stamp(model, self.metadata)
-        return writeback.stored_size(model)
 
     def reconstruct_all(self, progress: Progress) -> None:
         """Settle every change, in the first process for all of them: on a GPU, no two would come to the same."""
@@ -263,7 +243,7 @@ class _Run:
         settings = self.settings
         steps = settings.steps if settings.unit != "none" else 0
         self._found = self.walk.resume(progress)
-        with self.walk.kept(), progress.task("reconstructing", len(self.plans) * max(steps, 1)) as task:
+        with self.walk.kept(), progress.task("reconstructing", len(self.quantizers.plans) * max(steps, 1)) as task:
             stretches = walk_blocks(self.module, self.inputs, self.changes, settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
                 self._calibrate(stretch)
@@ -289,7 +269,7 @@ class _Run:
                 self.module,
                 self.images,
                 self.weights,
-                self.biases,
+                self.quantizers.biases,
                 self.values,
                 self.settings,
                 self.generator,
@@ -299,7 +279,7 @@ class _Run:
                 self.walk.state(),
                 self.ranks,
             )
-        self._snap_biases(self.module.layers())
+        self.quantizers.snap_biases(self.module.layers())
         self._measure_again()
 
     def _measure_again(self) -> None:
@@ -309,7 +289,7 @@ class _Run:
         for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
             found, how = stretch.segment, self.changes.of(stretch.segment)
             outputs = batches(found, stretch.changed_input, self.settings.batch, **how)
-            error = error_of(outputs, stretch.target, self.settings.batch)
+            error = Objective(stretch.target).error(outputs, self.settings.batch).output
             name = stretch.block.name
             account.append((name, Reconstruction(before[name].before if name in before else math.nan, error)))
         self.walk.account = account
@@ -357,7 +337,8 @@ class _Run:
         settings, batch = self.settings, self.settings.batch
         start = unit.segment.inputs[0]
         if unit.segment is stretch.segment:
-            float_input, changed_input, target = stretch.float_input, stretch.changed_input, stretch.target
+            float_input, changed_input = stretch.float_input, stretch.changed_input
+            objective = Objective(stretch.target, self.slopes.of(stretch) if steps else None, settings.logit_share)
         else:
             before = self.module.segment([stretch.block.input], [start])
             limit = settings.cache_limit
@@ -367,20 +348,20 @@ class _Run:
             changed_input = run_batched(
                 before, stretch.changed_input, batch, limit, parameters=parameters, transforms=transforms
             )
-            target = run_batched(unit.segment, float_input, batch, limit)
+            objective = Objective(run_batched(unit.segment, float_input, batch, limit))
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
         for layer in unit.layers:
             weights[layer.weight] = self.weights[layer.weight]
             if layer.bias is not None:
-                weights[layer.bias] = self.biases[layer.bias]
+                weights[layer.bias] = self.quantizers.biases[layer.bias]
         values = {name: self.values[name] for name in unit.values}
-        nearest = error = block_error(unit.segment, changed_input, target, weights, values, batch)
+        nearest = plain = block_error(unit.segment, changed_input, objective, weights, values, batch)
         if self.settled:
             for layer in unit.layers:
                 if layer.output in self.settled:
-                    chosen, bias = self.weights[layer.weight], self.biases[layer.bias] if layer.bias else None
+                    chosen, bias = self.weights[layer.weight], self.quantizers.bias(layer)
                     compensate(self.module, layer, stretch, self.changes, settings, chosen, bias)
-            error = block_error(unit.segment, changed_input, target, weights, values, batch)
+            plain = block_error(unit.segment, changed_input, objective, weights, values, batch)
         if steps:
             for weight in weights.values():
                 if isinstance(weight, QuantizedWeight):
@@ -391,11 +372,11 @@ class _Run:
             unit.segment,
             float_input,
             changed_input,
-            target,
+            objective,
             weights,
             values,
             Loop(steps, settings.minibatch(changed_input), settings.input_drop),
-            error,
+            plain,
             self.generator,
             lambda done, loss: task.advance(
                 share * done, None if math.isnan(loss) else f"{unit.name}: loss {loss:.3f}"
@@ -407,92 +388,21 @@ class _Run:
             self.weights[layer.weight].harden()
         for value in values.values():
             value.harden()
-        self._snap_biases(unit.layers)
-        after = block_error(unit.segment, changed_input, target, weights, values, batch)
-        self.walk.account.append((unit.name, Reconstruction(nearest, after)))
-
-    def _snap_biases(self, layers: Sequence[Layer]) -> None:
-        """Bring biases of fully quantized layers to whole multiples of input scale times weight scale.
-
-        Integer kernels add the bias to products on that grid, and onnxruntime rounds it so when it fuses; at 4 bits the
-        grid is coarse enough to be felt, so the simulation and the file have it too.
-        """
-        for layer in layers:
-            if layer.bias is not None and layer.input in self.values:
-                grid = self._bias_grid(layer)
-                bias = self.biases[layer.bias]
-                bias.value = torch.round(bias.value / grid) * grid
-
-    def _bias_grid(self, layer: Layer) -> Tensor:
-        """[C]: input scale times weight scale."""
-        return self.values[layer.input].scale * self.weights[layer.weight].scale.flatten()
+        self.quantizers.snap_biases(unit.layers)
+        after = block_error(unit.segment, changed_input, objective, weights, values, batch)
+        self.walk.account.append((unit.name, Reconstruction(nearest.output, after.output)))
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
         return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
 
-    def quantized(self) -> Quantized | None:
-        """The quantized activations, for the proof of the file; None where all are float."""
-        return quantized_values(self.module, self.values, self.changes) if self.values else None
-
-    def edits(self) -> list[writeback.Edit]:
-        """What to write into the graph."""
-        found: list[writeback.Edit] = []
-        for plan in self.plans:
-            layer, weight = plan.layer, self.weights[plan.layer.weight]
-            found.append(
-                writeback.WeightEdit(
-                    output=layer.output,
-                    values=weight.integers().cpu().numpy().astype("int32"),
-                    scale=weight.current_scale().flatten().cpu().numpy(),
-                    zero_point=weight.zero.flatten().cpu().numpy().astype("int32"),
-                    axis=layer.axis,
-                    bits=weight.bits,
-                    container=self.target.weight_container(weight.bits),
-                    index=layer.operand,
-                )
-            )
-            found += self._bias_edits(layer)
-        for name, value in self.values.items():
-            container = self.target.activation_container(value.bits)
-            found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits, container))
-        return found
-
-    def _bias_edits(self, layer: Layer) -> list[writeback.Edit]:
-        """What to write for a layer's bias: integers for integer kernels, nothing where it is as it was."""
-        if layer.bias is None:
-            return []
-        bias = self.biases[layer.bias].tensor().cpu()
-        if self.target.integer_kernels and layer.input in self.values:
-            grid = self._bias_grid(layer).cpu()
-            integers = torch.round(bias.double() / grid.double())
-            if bool((integers.abs() <= INT32_LIMIT).all()):
-                return [writeback.BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
-        if torch.equal(bias, self.module.constant(layer.bias).cpu()):
-            return []
-        return [writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy())]
-
     def fusion(self, path: Path) -> Fusion | None:
         """What the written file runs in integers, where its target is onnxruntime's integer kernels."""
         if not self.target.integer_kernels:
             return None
-        stored = {plan.layer.output: self.target.weight_container(plan.bits).bits for plan in self.plans}
+        stored = {plan.layer.output: self.target.weight_container(plan.bits).bits for plan in self.quantizers.plans}
         forecast = layers_in_integers(self.module, self.widths, stored)
-        return count_fusion(path, len(self.plans), len(forecast))
-
-    def layer_accounts(self) -> list[LayerAccount]:
-        return [
-            account_layer(
-                plan.layer.name,
-                self.module.constant(plan.layer.weight),
-                self.weights[plan.layer.weight].tensor(),
-                bits=plan.bits,
-                act_bits=plan.act_bits,
-                undecided=self.weights[plan.layer.weight].left_undecided,
-                reason=plan.reason,
-            )
-            for plan in self.plans
-        ]
+        return count_fusion(path, len(self.quantizers.plans), len(forecast))
 
 
 def _spread(part: Tensor, count: int) -> Tensor:

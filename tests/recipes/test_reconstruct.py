@@ -13,6 +13,7 @@ from torch import Tensor
 from converters.torch_module import Segment, TorchClassifier
 from recipes.blocks import find_blocks
 from recipes.images import ImageSet
+from recipes.objective import BlockError, Objective, mean_square
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.reconstruct import (
@@ -22,7 +23,6 @@ from recipes.reconstruct import (
     Loop,
     Reconstruction,
     block_error,
-    mean_square,
     reconstruct,
     run_batched,
 )
@@ -72,7 +72,17 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         changed = self.x if x is None else x
         before = self.error(self.weights(learn=False), changed)
-        reconstruct(segment or self.segment, self.x, changed, self.y, weights, {}, loop, before, generator)
+        reconstruct(
+            segment or self.segment,
+            self.x,
+            changed,
+            Objective(self.y),
+            weights,
+            {},
+            loop,
+            BlockError(before),
+            generator,
+        )
         return Reconstruction(before, self.error(weights, changed))
 
 
@@ -130,8 +140,10 @@ def test_block_error_is_relative_to_the_float_output(case: Case) -> None:
     weights = case.weights(learn=False)
     expected = case.error(weights)
     assert expected > 0
-    assert block_error(case.segment, case.x, case.y, weights, {}, 3) == pytest.approx(expected, rel=1e-5)
-    assert block_error(case.segment, case.x, case.y, {}, {}, 3) < 1e-10
+    assert block_error(case.segment, case.x, Objective(case.y), weights, {}, 3).output == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert block_error(case.segment, case.x, Objective(case.y), {}, {}, 3).output < 1e-10
 
 
 def test_zero_steps_change_nothing(case: Case) -> None:
@@ -220,10 +232,11 @@ def test_a_bias_learns_to_undo_a_shift(case: Case) -> None:
     segment = case.segment
     name = next(step.inputs[2] for step in segment.steps if step.op == "BatchNormalization")
     bias = LearnedTensor(case.module.constant(name) + 0.3, 0.02)
-    before = block_error(segment, case.x, case.y, {name: bias}, {}, 4)
+    objective = Objective(case.y)
+    before = block_error(segment, case.x, objective, {name: bias}, {}, 4)
     generator = torch.Generator().manual_seed(0)
-    reconstruct(segment, case.x, case.x, case.y, {name: bias}, {}, Loop(200, 4), before, generator)
-    assert block_error(segment, case.x, case.y, {name: bias}, {}, 4) < 1e-3 * before
+    reconstruct(segment, case.x, case.x, objective, {name: bias}, {}, Loop(200, 4), before, generator)
+    assert block_error(segment, case.x, objective, {name: bias}, {}, 4).output < 1e-3 * before.output
     torch.testing.assert_close(bias.tensor(), case.module.constant(name), rtol=0, atol=0.05)
 
 
@@ -248,7 +261,15 @@ def test_decaying_rates_fall_to_zero_and_others_stay(case: Case) -> None:
         change = Penalised(decay)
         generator = torch.Generator().manual_seed(0)
         reconstruct(
-            case.segment, case.x, case.x, case.y, {}, {case.segment.inputs[0]: change}, Loop(20, 10), 1.0, generator
+            case.segment,
+            case.x,
+            case.x,
+            Objective(case.y),
+            {},
+            {case.segment.inputs[0]: change},
+            Loop(20, 10),
+            BlockError(1.0),
+            generator,
         )
         steps = torch.tensor([*change.path[1:], float(change.value)]).diff()
         assert float(steps[0]) == pytest.approx(0.01, rel=1e-2)
@@ -259,12 +280,12 @@ def test_progress_is_told_every_step(case: Case) -> None:
     told: list[tuple[int, float]] = []
     generator = torch.Generator().manual_seed(0)
     weights = case.weights()
-    before = block_error(case.segment, case.x, case.y, weights, {}, 4)
+    before = block_error(case.segment, case.x, Objective(case.y), weights, {}, 4)
 
     def tell(steps: int, loss: float) -> None:
         told.append((steps, loss))
 
-    reconstruct(case.segment, case.x, case.x, case.y, weights, {}, Loop(7, 4), before, generator, tell)
+    reconstruct(case.segment, case.x, case.x, Objective(case.y), weights, {}, Loop(7, 4), before, generator, tell)
     assert sum(steps for steps, _ in told) == 7
     assert told[0][1] == pytest.approx(1, rel=0.5)  # the loss is in units of e0, up to the minibatch
 
@@ -280,8 +301,10 @@ def test_errors_are_those_of_the_whole_whatever_the_batch(case: Case, batch: int
     weights = case.weights(learn=False)
     expected = case.error(weights)
     assert expected > 0
-    assert block_error(case.segment, case.x, case.y, weights, {}, batch) == pytest.approx(expected, rel=1e-5)
-    assert block_error(case.segment, case.x, case.y, {}, {}, batch) < 1e-10
+    assert block_error(case.segment, case.x, Objective(case.y), weights, {}, batch).output == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert block_error(case.segment, case.x, Objective(case.y), {}, {}, batch).output < 1e-10
     assert mean_square(case.y, batch) == pytest.approx(float(case.y.square().mean()), rel=1e-5)
 
 
@@ -298,6 +321,8 @@ def test_values_beyond_the_limit_lie_on_disk_and_train_alike(case: Case) -> None
     learned = []
     for y in (here, there):
         weights, generator = case.weights(settings=OFFSET), torch.Generator().manual_seed(0)
-        reconstruct(case.segment, case.x, case.x, y, weights, {}, Loop(5, 4, 0.5), 1.0, generator)
+        reconstruct(
+            case.segment, case.x, case.x, Objective(y), weights, {}, Loop(5, 4, 0.5), BlockError(1.0), generator
+        )
         learned.append([weight.tensor() for weight in weights.values()])
     assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))

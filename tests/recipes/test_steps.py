@@ -18,6 +18,7 @@ from converters.steps import Floats, Quantized
 from converters.targets import choose_target
 from recipes.images import ImageSet
 from recipes.quantize import engine
+from recipes.quantize.edits import Quantizers
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
 from tests import models
@@ -66,10 +67,10 @@ def damage_one(
     monkeypatch: pytest.MonkeyPatch, choose: Callable[[Quantized], str], damage: Callable[[Floats, float], Floats]
 ) -> None:
     """From now on, one computed value is what `damage` makes of it and of its step (0 for logits)."""
-    whole = engine._Run.quantized
+    whole = Quantizers.quantized
 
-    def damaged(run: engine._Run) -> Quantized:
-        quantized = whole(run)
+    def damaged(quantizers: Quantizers) -> Quantized:
+        quantized = whole(quantizers)
         assert quantized is not None
         compute, bad = quantized.compute, choose(quantized)
 
@@ -79,7 +80,7 @@ def damage_one(
 
         return replace(quantized, compute=wrong)
 
-    monkeypatch.setattr(engine._Run, "quantized", damaged)
+    monkeypatch.setattr(Quantizers, "quantized", damaged)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""The quantizers of a model in tables, and what they come to in its graph: edits, the size of the file, the account."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from converters import writeback
+from converters.steps import Quantized
+from converters.targets import INT32_LIMIT, Target
+from converters.torch_module import Layer, TorchClassifier
+from recipes.account import LayerAccount, account_layer
+from recipes.checkpoint import Table
+from recipes.quantize.plan import LayerPlan, plan_values
+from recipes.quantize.proof import quantized_values
+from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
+from recipes.reconstruct import Changes, LearnedTensor
+
+
+@dataclass
+class Quantizers:
+    """Of the weights, biases (by initializer name) and values (by value name) of one model; weights as `plans` say."""
+
+    module: TorchClassifier
+    target: Target
+    biases: dict[str, LearnedTensor]
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    values: dict[str, QuantizedActivation] = field(default_factory=dict)
+    plans: list[LayerPlan] = field(default_factory=list)
+
+    @property
+    def changes(self) -> Changes:
+        return Changes((self.weights, self.biases), self.values)
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Whose states make up the state of a run."""
+        return {"weights": self.weights, "biases": self.biases, "values": self.values}
+
+    def bias(self, layer: Layer) -> LearnedTensor | None:
+        return self.biases[layer.bias] if layer.bias is not None else None
+
+    def snap_biases(self, layers: Sequence[Layer]) -> None:
+        """Bring biases of fully quantized layers to whole multiples of input scale times weight scale.
+
+        Integer kernels add the bias to products on that grid, and onnxruntime rounds it so when it fuses; at 4 bits the
+        grid is coarse enough to be felt, so the simulation and the file have it too.
+        """
+        for layer in layers:
+            bias = self.bias(layer)
+            if bias is not None and layer.input in self.values:
+                grid = self._bias_grid(layer)
+                bias.value = torch.round(bias.value / grid) * grid
+
+    def _bias_grid(self, layer: Layer) -> Tensor:
+        """[C]: input scale times weight scale."""
+        return self.values[layer.input].scale * self.weights[layer.weight].scale.flatten()
+
+    def quantized(self) -> Quantized | None:
+        """The quantized activations, for the proof of the file; None where all are float."""
+        return quantized_values(self.module, self.values, self.changes) if self.values else None
+
+    def edits(self) -> list[writeback.Edit]:
+        """What to write into the graph."""
+        found: list[writeback.Edit] = []
+        for plan in self.plans:
+            layer, weight = plan.layer, self.weights[plan.layer.weight]
+            found.append(
+                writeback.WeightEdit(
+                    output=layer.output,
+                    values=weight.integers().cpu().numpy().astype("int32"),
+                    scale=weight.current_scale().flatten().cpu().numpy(),
+                    zero_point=weight.zero.flatten().cpu().numpy().astype("int32"),
+                    axis=layer.axis,
+                    bits=weight.bits,
+                    container=self.target.weight_container(weight.bits),
+                    index=layer.operand,
+                )
+            )
+            found += self._bias_edits(layer)
+        for name, value in self.values.items():
+            container = self.target.activation_container(value.bits)
+            found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits, container))
+        return found
+
+    def _bias_edits(self, layer: Layer) -> list[writeback.Edit]:
+        """What to write for a layer's bias: integers for integer kernels, nothing where it is as it was."""
+        if layer.bias is None:
+            return []
+        bias = self.biases[layer.bias].tensor().cpu()
+        if self.target.integer_kernels and layer.input in self.values:
+            grid = self._bias_grid(layer).cpu()
+            integers = torch.round(bias.double() / grid.double())
+            if bool((integers.abs() <= INT32_LIMIT).all()):
+                return [writeback.BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
+        if torch.equal(bias, self.module.constant(layer.bias).cpu()):
+            return []
+        return [writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy())]
+
+    def layer_accounts(self) -> list[LayerAccount]:
+        return [
+            account_layer(
+                plan.layer.name,
+                self.module.constant(plan.layer.weight),
+                self.weights[plan.layer.weight].tensor(),
+                bits=plan.bits,
+                act_bits=plan.act_bits,
+                undecided=self.weights[plan.layer.weight].left_undecided,
+                reason=plan.reason,
+            )
+            for plan in self.plans
+        ]
+
+
+def file_size(
+    module: TorchClassifier,
+    plans: Sequence[LayerPlan],
+    act_bits: int | None,
+    target: Target,
+    metadata: Mapping[str, str],
+) -> int:
+    """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""
+    edits: list[writeback.Edit] = []
+    for plan in plans:
+        layer, container = plan.layer, target.weight_container(plan.bits)
+        zeros = np.zeros(layer.shape[layer.axis], np.int32)
+        empty, scale = np.zeros(layer.shape, np.int32), np.ones(len(zeros), np.float32)
+        edits.append(
+            writeback.WeightEdit(layer.output, empty, scale, zeros, layer.axis, plan.bits, container, layer.operand)
+        )
+        if layer.bias is not None and target.integer_kernels and plan.act_bits is not None:
+            edits.append(writeback.BiasEdit(layer.output, zeros, scale))
+    for name, bits in plan_values(module, plans, act_bits, target).items():
+        edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, target.activation_container(bits)))
+    model = writeback.apply(module.classifier.original, edits)
+    writeback.stamp(model, metadata)
+    return writeback.stored_size(model)

@@ -1,0 +1,129 @@
+"""What a block's error does to the logits: finite differences as the oracle, and the same whatever fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from converters.load import load_classifier
+from converters.torch_module import TorchClassifier
+from recipes import zoo
+from recipes.images import ImageSet
+from recipes.objective import BlockError, Objective, moved
+from recipes.quantize.engine import quantize
+from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.reconstruct import Changes, LoopSettings, Stretch, walk_blocks
+from recipes.settings import load_recipe
+from recipes.slopes import Slopes
+from recipes.validate import decibels
+
+COUNT = 6
+SETTINGS = LoopSettings(logit_share=0.25, batch=4)
+
+
+def stretches(module: TorchClassifier, images: ImageSet) -> list[Stretch]:
+    inputs = module.spec.to_input(images.pixels[:COUNT])
+    return list(walk_blocks(module, inputs, Changes((), {}), SETTINGS))
+
+
+def all_slopes(module: TorchClassifier, found: list[Stretch], settings: LoopSettings = SETTINGS) -> list[Tensor]:
+    slopes = Slopes(module, settings, COUNT)
+    return [s for s in map(slopes.of, found) if s is not None]
+
+
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_a_small_error_moves_the_logits_as_slopes_say(
+    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet, name: str
+) -> None:
+    module = module_of(name)
+    found = stretches(module, calibration_images)
+    generator = torch.Generator().manual_seed(0)
+    for stretch, slopes in zip(found[:-1], all_slopes(module, found), strict=True):
+        assert slopes.shape == (COUNT, 10, *stretch.target.shape[1:])  # each of the ten classes
+        rest = module.segment([stretch.block.output], [module.logits_name])
+        size = 1e-3 * float(stretch.target.square().mean().sqrt())
+        d = size * torch.randn(stretch.target.shape, generator=generator)
+        up, down = (rest({stretch.block.output: stretch.target + s * d})[module.logits_name] for s in (1, -1))
+        order = up.add(down).argsort(dim=1, descending=True)
+        expected = ((up - down) / 2).gather(1, order)
+        assert float((moved(d, slopes) - expected).square().mean() / expected.square().mean()) < 0.03**2
+
+
+def test_the_largest_logits_come_first(
+    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    """With fewer directions than classes, each image has those of its own largest logits."""
+    module = module_of("residual")
+    found = stretches(module, calibration_images)
+    few = SETTINGS.model_copy(update={"logit_directions": 3 * COUNT})
+    for three, ten in zip(all_slopes(module, found, few), all_slopes(module, found), strict=True):
+        assert torch.equal(three, ten[:, :3])
+
+
+def test_slopes_do_not_depend_on_where_a_pass_began(
+    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    """Little memory means a pass for each block, on disk; an interrupted run begins in the middle."""
+    module = module_of("residual")
+    found = stretches(module, calibration_images)
+    at_once = all_slopes(module, found)
+    assert len(at_once) == len(found) - 1 > 2
+    little = SETTINGS.model_copy(update={"cache_limit": 1e-9})
+    for slopes, again in zip(at_once, all_slopes(module, found, little), strict=True):
+        assert torch.equal(slopes, again)
+        assert again.untyped_storage().filename is not None
+    later = all_slopes(module, found[2:])
+    assert all(torch.equal(a, b) for a, b in zip(at_once[2:], later, strict=True))
+
+
+def test_nobody_asks_for_slopes_of_the_logits_or_at_a_share_of_nothing(
+    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
+) -> None:
+    module = module_of("residual")
+    found = stretches(module, calibration_images)
+    assert Slopes(module, SETTINGS, COUNT).of(found[-1]) is None
+    assert all_slopes(module, found, LoopSettings()) == []
+
+
+def test_the_objective_is_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, y, slopes = (torch.randn(shape, generator=generator) for shape in ((5, 3, 2), (5, 3, 2), (5, 4, 3, 2)))
+    plain = BlockError(output=0.3, logits=7.0)
+    rows = torch.tensor([3, 0])
+    d = y[rows] - target[rows]
+    local = float(d.square().mean() / target.square().mean())
+    logits = float((slopes[rows] * d[:, None]).sum((2, 3)).square().mean())
+    objective = Objective(target, slopes, 0.25)
+    assert float(objective.loss(y[rows], rows, plain)) == pytest.approx(
+        0.75 * local / 0.3 + 0.25 * logits / 7, rel=1e-5
+    )
+    assert float(Objective(target).loss(y[rows], rows, plain)) == pytest.approx(local / 0.3, rel=1e-5)
+    error = objective.error(y.split(2), 2)
+    assert error.output == pytest.approx(float((y - target).square().mean() / target.square().mean()), rel=1e-5)
+    assert error.logits == pytest.approx(float((slopes * (y - target)[:, None]).sum((2, 3)).square().mean()), rel=1e-5)
+
+
+def test_a_block_that_does_nothing_to_the_logits_is_held_to_its_output() -> None:
+    target, slopes = torch.ones(2, 3), torch.zeros(2, 1, 3)
+    objective = Objective(target, slopes, 0.25)
+    plain = objective.error([target + 1], 2)
+    assert plain == BlockError(1.0, 0.0)
+    assert float(objective.loss(target + 1, torch.arange(2), plain)) == pytest.approx(1.0)
+
+
+def test_logits_come_nearer_with_it(tmp_path: Path, calibration_images: ImageSet) -> None:
+    """On the images that it is done with, written and read by onnxruntime."""
+    classifier = load_classifier(zoo.model_path("inverted"))
+    x = classifier.spec.to_input(calibration_images.pixels).numpy()
+    expected = classifier.session().run(x)[0]
+    found = []
+    for share in (0.0, 0.25):
+        settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=[f"logit_share={share}"])
+        output = tmp_path / f"{share}.onnx"
+        quantize(classifier, calibration_images, output, settings, 2)
+        found.append(decibels(expected, load_classifier(output).session().run(x)[0]))
+    assert found[1] > found[0] + 0.5
