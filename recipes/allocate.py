@@ -9,6 +9,7 @@ own exact cost, so the budget is kept and what is lost is less than a step's wor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,13 +32,44 @@ class Choice:
     harm: float
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of one choice of each layer, by rising cost and falling harm, and what each is made of."""
+
+    cost: Floats
+    harm: Floats
+    history: list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+    """Layer by layer, for every sum: which one it goes on from, and which choice it adds."""
+
+    def indices(self, state: int) -> list[int]:
+        """The choice of each layer in the sum at `state`."""
+        found = []
+        for before, taken in reversed(self.history):
+            found.append(int(taken[state]))
+            state = int(before[state])
+        return found[::-1]
+
+
 def allocate(choices: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     """The index of the choice of each layer. Raises MixMixError when even the cheapest exceed the budget."""
+    least = sum(min(choice.cost for choice in row) for row in choices)
+    if least > budget * (1 + ROUNDING):
+        raise MixMixError(f"the budget of {budget:g} is below what the cheapest choices cost, {least:g}: allow more")
+    sums = _add_up(choices, budget)
+    return sums.indices(int(sums.harm.argmin()))
+
+
+def frontier(choices: Sequence[Sequence[Choice]]) -> list[tuple[Choice, list[int]]]:
+    """All that is worth choosing of several layers together: what it costs and harms, and the index for each layer."""
+    sums = _add_up(choices, math.inf)
+    return [
+        (Choice(float(cost), float(harm)), sums.indices(state))
+        for state, (cost, harm) in enumerate(zip(sums.cost, sums.harm, strict=True))
+    ]
+
+
+def _add_up(choices: Sequence[Sequence[Choice]], budget: float) -> _Sums:
     cheapest = [min(choice.cost for choice in row) for row in choices]
-    if sum(cheapest) > budget * (1 + ROUNDING):
-        raise MixMixError(
-            f"the budget of {budget:g} is below what the cheapest choices cost, {sum(cheapest):g}: allow more"
-        )
     cost, harm = np.zeros(1), np.zeros(1)
     history: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
     for index, row in enumerate(choices):
@@ -48,11 +80,7 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: float) -> list[int]:
         cost, harm = costs.ravel()[kept], harms.ravel()[kept]
         before, taken = np.unravel_index(kept, costs.shape)
         history.append((before, taken))
-    state, found = int(harm.argmin()), []
-    for before, taken in reversed(history):
-        found.append(int(taken[state]))
-        state = int(before[state])
-    return found[::-1]
+    return _Sums(cost, harm, history)
 
 
 def _frontier(cost: Floats, harm: Floats, room: float) -> NDArray[np.intp]:

@@ -6,6 +6,7 @@ end. The mark is of what was asked for: models, images, settings, seed and versi
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -27,7 +28,7 @@ from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 
 T = TypeVar("T")
-MEASURED = "measured"
+MEASURED, SUFFIX = "measured", ".partial"
 SECONDS = 20.0
 """Work between two writes; a run that goes by blocks writes at the end of one."""
 
@@ -102,7 +103,7 @@ class Checkpoint:
                 mark.update(repr((step.op, step.inputs, step.outputs)).encode())
             for buffer in module.buffers():
                 mark.update(buffer.cpu().contiguous().numpy().tobytes())
-        self.path = output.with_name(f"{output.name}.{kind}-{mark.hexdigest()[:8]}.partial")
+        self.path = output.with_name(f"{output.name}.{kind}-{mark.hexdigest()[:8]}{SUFFIX}")
         self._mark = mark.hexdigest()
         self._measured: dict[str, Any] = {}
 
@@ -155,6 +156,11 @@ class Checkpoint:
     def remove(self) -> None:
         """The run is done."""
         self.path.unlink(missing_ok=True)
+
+
+def left_beside(output: Path) -> bool:
+    """Whether interrupted runs, of whatever kind, have left something to go on from to `output`."""
+    return any(output.parent.glob(f"{glob.escape(output.name)}.*{SUFFIX}"))
 
 
 def _versions() -> list[str]:

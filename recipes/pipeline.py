@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from converters.targets import PORTABLE, Target
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import prepare_for_quantization
 from recipes.account import Compression, LayerAccount
+from recipes.checkpoint import left_beside
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
 from recipes.image_store import OtherSetError, in_short
@@ -169,7 +169,7 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     try:
         images, result = _make(request, write, progress)
     except KeyboardInterrupt:
-        if any(request.output.parent.glob(f"{glob.escape(request.output.name)}.*.partial")):
+        if left_beside(request.output):
             progress.say("the same command goes on from what is done")
         raise
     before = [] if request.student is None else [request.student]

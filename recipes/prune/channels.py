@@ -24,13 +24,14 @@ from converters.channel_cuts import Channels, LayerChannels
 from converters.errors import MixMixError
 from converters.numbering import FIXED
 from converters.torch_module import TorchClassifier
+from recipes.prune.goal import MACS, WEIGHTS
 
 Numbers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 ROUNDING = 1e-9
 """Shares that differ by no more are the same."""
-UNITS = {"macs": "multiplications", "weights": "weights"}
+UNITS = {MACS: "multiplications", WEIGHTS: "weights"}
 
 STEPS = 50
 """Bundles that a large family is cut into, at least."""
@@ -100,7 +101,7 @@ class _Costs:
         self.entries: list[tuple[LayerChannels, float]] = []
         for entry in channels.layers:
             pairs = len(entry.outputs) * (1 if entry.inputs is None else len(entry.inputs))
-            self.entries.append((entry, entry.layer.parameters / pairs * (entry.places if unit == "macs" else 1)))
+            self.entries.append((entry, entry.layer.parameters / pairs * (entry.places if unit == MACS else 1)))
 
     def total(self, kept: NDArray[np.bool_]) -> float:
         return sum(each * _kept(entry.outputs, kept) * _inputs(entry, kept) for entry, each in self.entries)
@@ -123,7 +124,7 @@ def _inputs(entry: LayerChannels, kept: NDArray[np.bool_]) -> int:
     return 1 if entry.inputs is None else _kept(entry.inputs, kept)
 
 
-def share_left(channels: Channels, removed: Numbers, unit: str = "macs") -> float:
+def share_left(channels: Channels, removed: Numbers, unit: str = MACS) -> float:
     """The share of the layers' multiplications, or weights, that is left with some channel numbers gone."""
     costs = _Costs(channels, unit)
     kept = np.ones(len(no_harm(channels)), bool)
@@ -176,7 +177,7 @@ def choose_channels(
         if removed.left <= share + ROUNDING:
             return removed.numbers
     least = math.ceil(1000 * removed.left) / 1000
-    possible = f"--macs {least:g} or more" if unit == "macs" else f"--sparsity {round(1 - least, 3):g} or less"
+    possible = f"--macs {least:g} or more" if unit == MACS else f"--sparsity {round(1 - least, 3):g} or less"
     raise MixMixError(
         f"{module.classifier.path}: {removed.left:.1%} of its {UNITS[unit]} stay, as {kept_anyway(limits)}: give"
         f" {possible}{way_to_less(limits)}"

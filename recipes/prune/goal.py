@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 PROVENANCE = "mixmix.prune"
 """Metadata key of a pruned file."""
-MACS, LATENCY = "macs", "latency"
-"""Units of a budget for whole channels, besides weights."""
-LETTERS = {"weights": "c", MACS: "m", LATENCY: "t"}
+WEIGHTS, MACS, LATENCY = "weights", "macs", "latency"
+"""Units of a budget for whole channels."""
+LETTERS = {WEIGHTS: "c", MACS: "m", LATENCY: "t"}
 """What a file's name says of which of them are gone, in per cent."""
 
 
@@ -30,7 +30,7 @@ class Goal:
     sparsity: float
     """The share of all layers' weights to remove; for whole channels 1 less the share of the weights, of the
     multiplications or of the time that is left, as `unit` says."""
-    unit: str = "weights"
+    unit: str = WEIGHTS
     everywhere: bool = False
     """Whether every layer gets an N:M pattern that it fits, and not only as many as `sparsity` needs."""
 

@@ -20,9 +20,10 @@ from converters.torch_module import TorchClassifier
 from recipes.images import ImageSet
 from recipes.progress import Progress
 from recipes.prune.channels import Floats, Limits, Numbers, Removed, kept_anyway, no_harm, removals, way_to_less
+from recipes.prune.goal import MACS
 from recipes.workpiece import model_inputs
 
-UNIT = "macs"
+UNIT = MACS
 """What channels are removed for, until there is little enough of the time left."""
 NOISE = 1.1
 """Times a budget that the narrowest file may take before it is known which channels go, and still be tried."""

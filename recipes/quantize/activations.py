@@ -53,9 +53,9 @@ def place_activations(
         return list(plans)
     given = input_bits(plans)
     values = [value for value in module.values if given.get(value) == act_bits]
-    widths = [act_bits, *(width for width in WIDTHS if act_bits < width <= MAX_BITS)]
+    widths = input_widths(act_bits)
     sizes = _sizes(module, values)
-    noise = keep(len(values), lambda advance: _measure(module, inputs, values, widths, target, settings, advance))
+    noise = keep(len(values), lambda advance: measure_inputs(module, inputs, values, widths, target, settings, advance))
     total = sum(sizes.values())
     choices = [
         [Choice(sizes[value] * width / total, harm) for width, harm in zip(widths, noise[value], strict=True)]
@@ -72,13 +72,18 @@ def place_activations(
     ]
 
 
+def input_widths(bits: int) -> list[int]:
+    """What an input of at least `bits` bits may have, rising."""
+    return [bits, *(width for width in WIDTHS if bits < width <= MAX_BITS)]
+
+
 def _sizes(module: TorchClassifier, values: Sequence[str]) -> dict[str, int]:
     """Elements of each value for one image."""
     found = module.segment([module.input_name], values)({module.input_name: module.black_image()})
     return {name: value.numel() for name, value in found.items()}
 
 
-def _measure(
+def measure_inputs(
     module: TorchClassifier,
     inputs: Tensor,
     values: Sequence[str],

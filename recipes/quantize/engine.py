@@ -224,8 +224,8 @@ class _Run:
             plans = plan_bits(self.module, self.inputs, self.bits, *common, of_layers)
         else:
             size = partial(file_size, self.module, act_bits=self.act_bits, target=self.target, metadata=self.metadata)
-            plans = plan_mixed(self.module, self.inputs, self.bits, *common, size, of_layers)
-            if self.bits.kind == "bops":  # which count the bits of activations
+            plans = plan_mixed(self.module, self.inputs, self.bits, *common, size, of_layers, of_inputs)
+            if self.bits.kind == "bops":  # which counts the bits of inputs, and has chosen them
                 return plans
         return place_activations(self.module, self.inputs, plans, *common, of_inputs)
 

@@ -1,36 +1,41 @@
 """Bits by layer under one budget.
 
-    minimise  sum_l noise_l(b_l)   subject to   sum_l cost_l(b_l) <= budget
+    minimise  sum_l noise_l(b_l) + sum_x noise_x(a_x)   subject to   sum_l cost_l(b_l, a_x(l)) <= budget
 
-noise_l(b) is the noise-to-signal ratio of the logits with layer l alone rounded to b bits. The cost is one of
+noise_l(b) is the noise-to-signal ratio of the logits with layer l alone rounded to b bits, noise_x(a) that with value x
+alone, which layer l reads, at a bits. The cost is one of
 
 - `size`: bytes of the written file. Weights of 3 bits are stored in 4, so only full containers are offered;
 - `bops`: bit operations for one image, multiply-accumulates x bits of the weight x bits of the input (32 for float);
 - `bits`: bits a weight, on average.
 
-The allocation is exact (`recipes.allocate`).
+Bits of inputs cost bit operations alone, and are chosen with those; layers that read one value choose together. The
+allocation is exact (`recipes.allocate`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from converters.errors import MixMixError
-from converters.targets import Target
+from converters.targets import MAX_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
-from recipes.allocate import ROUNDING, Choice, allocate
+from recipes.allocate import ROUNDING, Choice, allocate, frontier
 from recipes.inspect import layer_macs
+from recipes.quantize.activations import input_widths, measure_inputs
 from recipes.quantize.budget import Budget
 from recipes.quantize.plan import (
     WIDTHS,
     Keep,
     LayerPlan,
+    Noise,
     activation_bits,
     at_once,
     decibels,
+    input_bits,
     layers_to_quantize,
     measure_noise,
     widest,
@@ -38,6 +43,40 @@ from recipes.quantize.plan import (
 from recipes.quantize.settings import QuantizeSettings
 
 FLOAT_BITS = 32
+Cost = Callable[[Layer, int, int | None], float]
+"""Of a layer with so many bits of its weight, and of its input."""
+
+
+@dataclass(frozen=True)
+class _Option:
+    """Bits of one value (None for float) and of the weights that multiply it, with what they cost and harm."""
+
+    act: int | None
+    widths: tuple[int, ...]
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that read one value, and the bits that it may have, rising."""
+
+    layers: tuple[Layer, ...]
+    acts: tuple[int | None, ...]
+
+    def options(self, widths: Sequence[int], cost: Cost, weights: Noise, inputs: Noise) -> list[_Option]:
+        """All that are worth choosing."""
+        found = []
+        harms = inputs.get(self.layers[0].input, [0.0] * len(self.acts))
+        for act, harm in zip(self.acts, harms, strict=True):
+            rows = [
+                [Choice(cost(layer, w, act), noise) for w, noise in zip(widths, weights[layer.output], strict=True)]
+                for layer in self.layers
+            ]
+            for sums, indices in frontier(rows):
+                found.append(
+                    _Option(act, tuple(widths[index] for index in indices), Choice(sums.cost, sums.harm + harm))
+                )
+        return found
 
 
 def plan_mixed(
@@ -49,6 +88,7 @@ def plan_mixed(
     settings: QuantizeSettings,
     file_size: Callable[[Sequence[LayerPlan]], int],
     keep: Keep = at_once,
+    keep_inputs: Keep = at_once,
 ) -> list[LayerPlan]:
     """The placement with the least noise within `budget`. `inputs` [N, ...] are model inputs to measure on.
 
@@ -57,10 +97,13 @@ def plan_mixed(
     """
     layers = layers_to_quantize(module)
     widths = _widths(budget, target, settings, act_bits)
-    acts = activation_bits(layers, act_bits, settings)
-    costs = _costs(module, layers, widths, budget, acts, target)
-    fewest = sum(row[0] for row in costs)
-    narrowest = [LayerPlan(layer, widths[0], act) for layer, act in zip(layers, acts, strict=True)]
+    narrowest = [
+        LayerPlan(layer, widths[0], act)
+        for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
+    ]
+    groups = _groups(narrowest, budget, act_bits)
+    cost = _cost(module, layers, budget, target)
+    fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
     fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0  # all but the weights
     least = fixed + fewest
     if least > budget.amount * (1 + ROUNDING):
@@ -71,15 +114,41 @@ def plan_mixed(
     noise = keep(
         len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
     )
-    choices = [
-        [Choice(cost, harm) for cost, harm in zip(row, noise[layer.output], strict=True)]
-        for layer, row in zip(layers, costs, strict=True)
-    ]
-    chosen = allocate(choices, budget.amount - fixed)
+    open_values = [group.layers[0].input for group in groups if len(group.acts) > 1]
+    of_inputs: Noise = {}
+    if act_bits is not None and open_values:
+        acts = input_widths(act_bits)
+        of_inputs = keep_inputs(
+            len(open_values),
+            lambda advance: measure_inputs(module, inputs, open_values, acts, target, settings, advance),
+        )
+    options = [group.options(widths, cost, noise, of_inputs) for group in groups]
+    chosen = allocate([[option.choice for option in row] for row in options], budget.amount - fixed)
+    found: dict[str, tuple[int, int | None]] = {}
+    for group, row, index in zip(groups, options, chosen, strict=True):
+        for layer, width in zip(group.layers, row[index].widths, strict=True):
+            found[layer.output] = (width, row[index].act)
     return [
-        LayerPlan(layer, widths[index], act, f"least noise within {budget}", decibels(noise[layer.output][index]))
-        for layer, act, index in zip(layers, acts, chosen, strict=True)
+        LayerPlan(layer, bits, act, f"least noise within {budget}", decibels(noise[layer.output][widths.index(bits)]))
+        for layer in layers
+        for bits, act in [found[layer.output]]
     ]
+
+
+def _groups(narrowest: Sequence[LayerPlan], budget: Budget, act_bits: int | None) -> list[_Group]:
+    """Layers by the value that they read, whose bits are open where they cost something and are few."""
+    given = input_bits(narrowest)
+    readers: dict[str, list[Layer]] = {}
+    for plan in narrowest:
+        readers.setdefault(plan.layer.input, []).append(plan.layer)
+    groups = []
+    for value, layers in readers.items():
+        bits = given.get(value)
+        if budget.kind == "bops" and bits is not None and bits == act_bits and bits < MAX_BITS:
+            groups.append(_Group(tuple(layers), tuple(input_widths(bits))))
+        else:
+            groups.append(_Group(tuple(layers), (bits,)))
+    return groups
 
 
 def _widths(budget: Budget, target: Target, settings: QuantizeSettings, act_bits: int | None) -> list[int]:
@@ -88,27 +157,18 @@ def _widths(budget: Budget, target: Target, settings: QuantizeSettings, act_bits
     return sorted({min(bits, widest(target, settings, act_bits)) for bits in widths})
 
 
-def _costs(
-    module: TorchClassifier,
-    layers: Sequence[Layer],
-    widths: Sequence[int],
-    budget: Budget,
-    acts: Sequence[int | None],
-    target: Target,
-) -> list[list[float]]:
-    """What each width of each layer costs, in the budget's unit."""
+def _cost(module: TorchClassifier, layers: Sequence[Layer], budget: Budget, target: Target) -> Cost:
+    """In the budget's unit."""
     if budget.kind == "bops":
         macs = layer_macs(module)
-        return [
-            [float(macs[layer.output] * bits * (act or FLOAT_BITS)) for bits in widths]
-            for layer, act in zip(layers, acts, strict=True)
-        ]
+        return lambda layer, bits, act: float(macs[layer.output] * bits * (act or FLOAT_BITS))
     if budget.kind == "bits":
         total = sum(layer.parameters for layer in layers)
-        return [[layer.parameters * bits / total for bits in widths] for layer in layers]
-    rows = []
-    for layer in layers:
-        stored = [target.weight_container(bits).bits for bits in widths]
+        return lambda layer, bits, act: layer.parameters * bits / total
+
+    def stored(layer: Layer, bits: int, act: int | None) -> float:
+        each = target.weight_container(bits).bits
         numbers = (layer.parameters, layer.shape[layer.axis])  # weights, and a zero point a channel
-        rows.append([float(sum(-(-count * bits // 8) for count in numbers)) for bits in stored])
-    return rows
+        return float(sum(-(-count * each // 8) for count in numbers))
+
+    return stored

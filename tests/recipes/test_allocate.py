@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import MixMixError
-from recipes.allocate import Choice, allocate
+from recipes.allocate import Choice, allocate, frontier
 
 ROWS = st.lists(
     st.lists(st.builds(Choice, st.integers(0, 20).map(float), st.integers(0, 50).map(float)), min_size=1, max_size=4),
@@ -55,3 +55,19 @@ def test_no_other_allocation_within_the_budget_does_less_harm(rows: list[list[Ch
     chosen = [row[index] for row, index in zip(rows, allocate(rows, budget), strict=True)]
     assert sum(choice.cost for choice in chosen) <= budget + 1e-6
     assert sum(choice.harm for choice in chosen) == pytest.approx(min(within), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=ROWS)
+def test_the_frontier_is_what_no_other_sum_beats(rows: list[list[Choice]]) -> None:
+    sums = {
+        (sum(choice.cost for choice in taken), sum(choice.harm for choice in taken))
+        for taken in itertools.product(*rows)
+    }
+    best = {(c, h) for c, h in sums if not any(x <= c and y <= h and (x, y) != (c, h) for x, y in sums)}
+    found = frontier(rows)
+    assert {(choice.cost, choice.harm) for choice, _ in found} == best
+    assert len(found) == len(best)
+    for choice, indices in found:
+        taken = [row[index] for row, index in zip(rows, indices, strict=True)]
+        assert choice == Choice(sum(c.cost for c in taken), sum(c.harm for c in taken))

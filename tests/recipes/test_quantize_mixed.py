@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.targets import PORTABLE, choose_target
 from converters.torch_module import TorchClassifier
+from recipes.allocate import Choice, allocate
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
+from recipes.quantize.activations import input_widths
 from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.mixed import plan_mixed
-from recipes.quantize.plan import measure_noise
+from recipes.quantize.plan import WIDTHS, Advance, Keep, LayerPlan, Noise, measure_noise
 from recipes.quantize.settings import QuantizeSettings
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
@@ -74,7 +77,7 @@ def test_the_allocation_does_less_harm_than_the_same_bits_everywhere(
     assert mixed < 0.9 * sum(row[0] for row in noise.values())
 
 
-@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("act_bits", [None, 3, 8])
 def test_bit_operations_are_within_the_budget(
     act_bits: int | None, module_of: Modules, calibration_images: ImageSet
 ) -> None:
@@ -85,6 +88,49 @@ def test_bit_operations_are_within_the_budget(
     plans = plan_mixed(module, x, Budget("bops", amount), act_bits, PORTABLE, NEAREST, lambda plans: 0)
     used = sum(macs[plan.layer.output] * plan.bits * (plan.act_bits or 32) for plan in plans)
     assert 0.9 * amount < used <= amount * (1 + 1e-9)
+    assert all((plan.act_bits or 32) >= (act_bits or 32) for plan in plans)
+
+
+def test_bits_of_weights_and_inputs_are_chosen_together(module_of: Modules, calibration_images: ImageSet) -> None:
+    """Within the same bit operations there is less noise than with the inputs at the bits asked for, and layers that
+    read one value agree on its bits."""
+    module = module_of("residual")  # a shortcut's convolution reads what the block's first one reads
+    x = module.spec.to_input(calibration_images.pixels[:8])
+    amount = 12.0 * sum(layer_macs(module).values())
+    told: dict[str, Noise] = {}
+
+    def keep(name: str) -> Keep:
+        def measured(_: int, measure: Callable[[Advance], Noise]) -> Noise:
+            told[name] = measure(lambda: None)
+            return told[name]
+
+        return measured
+
+    ask = (module, x, Budget("bops", amount), 3, PORTABLE, NEAREST, lambda plans: 0)
+    plans = plan_mixed(*ask, keep("weights"), keep("inputs"))
+    readers: dict[str, set[int | None]] = {}
+    for plan in plans:
+        readers.setdefault(plan.layer.input, set()).add(plan.act_bits)
+    assert len(readers) < len(plans)
+    assert all(len(bits) == 1 for bits in readers.values())
+    open_values = {value: bits for value, (bits,) in readers.items() if value in told["inputs"]}
+    assert len(set(open_values.values())) > 1
+    widths = input_widths(3)
+
+    def harm(plans: list[LayerPlan], bits: dict[str, int | None]) -> float:
+        of_weights = sum(told["weights"][plan.layer.output][WIDTHS.index(plan.bits)] for plan in plans)
+        return of_weights + sum(told["inputs"][value][widths.index(b or 0)] for value, b in bits.items())
+
+    macs = layer_macs(module)
+    costs = [
+        [
+            Choice(float(macs[p.layer.output] * b * (p.act_bits if p.layer.input not in told["inputs"] else 3)), n)
+            for b, n in zip(WIDTHS, told["weights"][p.layer.output], strict=True)
+        ]
+        for p in plans
+    ]
+    alone = [replace(p, bits=WIDTHS[i]) for p, i in zip(plans, allocate(costs, amount), strict=True)]
+    assert harm(plans, open_values) < 0.8 * harm(alone, dict.fromkeys(open_values, 3))
 
 
 @pytest.mark.parametrize(("container", "act_bits"), [("int4", None), ("int2", None), ("int4", 8)])
