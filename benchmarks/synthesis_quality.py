@@ -3,6 +3,7 @@
     python benchmarks/synthesis_quality.py quality -o quality/     # noise, leaves, single, paper, default, real images
     python benchmarks/synthesis_quality.py ablation -o quality/    # statistics, labels, mixing, one model and several
     python benchmarks/synthesis_quality.py per-step -o quality/    # models a step, at equal model-steps
+    python benchmarks/synthesis_quality.py efforts -o quality/     # --effort fast, default and paper
     python benchmarks/synthesis_quality.py without -o quality/     # a folded target, and one with LayerNorm alone
     python benchmarks/synthesis_quality.py alike -o quality/       # how well MMD ranks the sets of the other tables
 
@@ -25,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import scipy.stats
@@ -127,6 +129,14 @@ TABLES = {
             for count in (1, 2, 3, 6)
         },
         LOW,
+        seeds=3,
+    ),
+    "efforts": Table(
+        {
+            f"recipe small, the target, --effort {effort}": made(TARGET, recipe="small", effort=effort)
+            for effort in get_args(Effort)
+        },
+        (("inverted", 4, 4), ("inverted", 2, None), ("inverted", 2, 4)),
         seeds=3,
     ),
     "without": Table(

@@ -2,7 +2,7 @@
 
 For an error d of the block's output, and the rows g_k of the logits' Jacobian in K directions (`slopes`),
 
-    (1 - s) mean d^2 / e0  +  s mean_k (g_k . d)^2 / l0
+    (1 - s) mean d^2 / e0  +  s mean_k (g_k . d)^2 / l0,
 
 where e0 and l0 are what the two are with the block changed the plain way, so that neither depends on the block's
 scale. The first term alone is the usual one (Nagel et al. 2020, eq. 21). Li et al. (2021, eq. 10) weight elements by
@@ -12,8 +12,9 @@ it is taken from, of which there are few.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 LEAST_POWER = 1e-12  # of a block's output, that errors are relative to
 LEAST_ERROR = 1e-6  # relative, below which it makes no difference any more
 LEAST_MOVE = 1e-20  # of the logits, mean square
+FEW = 4
+"""Images whose slopes are brought to float32 at once where errors are measured."""
+POWER_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -43,24 +47,37 @@ class Objective:
     @cached_property
     def power(self) -> float:
         """The target's mean square, never zero."""
-        return max(mean_square(self.target, 32), LEAST_POWER)
+        return max(mean_square(self.target, POWER_BATCH), LEAST_POWER)
+
+    @property
+    def of_output(self) -> Objective:
+        """The same without the logits."""
+        return replace(self, slopes=None)
 
     def loss(self, y: Tensor, rows: Tensor, plain: BlockError) -> Tensor:
-        """Of the output `y` [n, ...] for the images `rows` [n], relative to what `plain` changes leave."""
+        """Of the output `y` [n, ...] for the images `rows` [n], relative to what `plain` changes leave.
+
+        The output alone counts where the logits do not feel it, or where a slope is infinite.
+        """
         d = y - self.target[rows].to(y.device)
         loss = d.square().mean() / (self.power * max(plain.output, LEAST_ERROR))
-        if self.slopes is None or plain.logits < LEAST_MOVE:
+        if self.slopes is None or not LEAST_MOVE <= plain.logits < math.inf:
             return loss
-        return torch.lerp(loss, moved(d, self.slopes[rows]).square().mean() / plain.logits, self.share)
+        of_logits = moved(d, self.slopes[rows]).square().mean() / plain.logits
+        return torch.lerp(loss, of_logits * min(1.0, plain.output / LEAST_ERROR), self.share)
 
     def error(self, outputs: Iterable[Tensor], batch: int) -> BlockError:
         """Of all outputs, `batch` images at a time."""
         noise = moves = 0.0
-        for rows, y in zip(torch.arange(len(self.target)).split(batch), outputs, strict=True):
-            d = y - self.target[rows].to(y.device)
+        start = 0
+        for y, target in zip(outputs, self.target.split(batch), strict=True):
+            d = y - target.to(y.device)
             noise += float(d.square().sum(dtype=torch.float64))
             if self.slopes is not None:
-                moves += float(moved(d, self.slopes[rows]).square().mean(1).sum(dtype=torch.float64))
+                slopes = self.slopes[start : start + len(y)]
+                for few, along in zip(d.split(FEW), slopes.split(FEW), strict=True):
+                    moves += float(moved(few, along).square().mean(1).sum(dtype=torch.float64))
+            start += len(y)
         return BlockError(noise / self.target.numel() / self.power, moves / len(self.target))
 
 

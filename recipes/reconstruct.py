@@ -42,9 +42,10 @@ class LoopSettings(Settings):
     cache_limit: float = Field(default=2.0, gt=0)
     """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
     logit_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself."""
+    """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself.
+    Of whole blocks alone: nobody asks what a layer within one does to the logits."""
     logit_directions: int = Field(default=1280, ge=1)
-    """Directions of the logits that it is measured in, over all images; for one image no more than its classes."""
+    """Largest logits that it is measured in, about so many over all images, one to ten an image."""
     bias_rate: float = Field(default=0.0, ge=0)
     """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
     compensate: bool = False

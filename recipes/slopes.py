@@ -1,8 +1,8 @@
-"""How the logits of each image move with a block's output: gradients of the float model, in a few directions an image.
+"""How the largest logits of each image move with a block's output: gradients of the float model.
 
 One pass through the network serves as many blocks as their slopes fit into memory: from the first of them to the
-logits, and back once for each direction. Directions are the same for every block, so that what a block gets does not
-depend on where a pass began, nor on whether the run was interrupted.
+logits, and back once for each direction. What a block gets depends neither on where a pass began nor on whether the run
+was interrupted: images always go through in the same small batches.
 """
 
 from __future__ import annotations
@@ -12,21 +12,29 @@ import itertools
 import torch
 from torch import Tensor
 
-from converters.torch_module import TorchClassifier
+from converters.torch_module import Segment, TorchClassifier
 from recipes.blocks import find_blocks
 from recipes.memory import GIGABYTE, rows_like
+from recipes.objective import Objective
 from recipes.reconstruct import LoopSettings, Stretch
 
 PRECISION = torch.bfloat16  # a sum over thousands of elements does not feel three digits each
+MOST = 10
+"""Directions an image: they are multiplied with the block's error in every step."""
 
 
 class Slopes:
     """Of the blocks of one network, in the order in which they are reconstructed."""
 
-    def __init__(self, module: TorchClassifier, settings: LoopSettings, images: int) -> None:
-        self.module, self.settings, self.images = module, settings, images
+    def __init__(self, module: TorchClassifier, settings: LoopSettings) -> None:
+        self.module, self.settings = module, settings
         self._outputs = [block.output for block in find_blocks(module, settings.max_chain)]
         self._kept: dict[str, Tensor] = {}
+
+    def objective(self, stretch: Stretch, steps: int) -> Objective:
+        """What the block is held to in so many steps; for none, or with no share for the logits, its output alone."""
+        slopes = self.of(stretch) if steps else None
+        return Objective(stretch.target, slopes, self.settings.logit_share)
 
     def of(self, stretch: Stretch) -> Tensor | None:
         """[N, K, ...] of the block's float output [N, ...]; None where nobody asks for them, or it is the logits."""
@@ -39,41 +47,41 @@ class Slopes:
 
     def _pass_back(self, first: str, x: Tensor) -> dict[str, Tensor]:
         """The slopes of `first`, whose float values are `x` [N, ...], and of as many of the blocks after it as fit."""
-        device = self.module.device
-        count = self._count()
-        names = self._fitting(first, x[:1].to(device), count)
+        names, count = self._fitting(first, x)
         segment = self.module.segment([first], [*names, self.module.logits_name])
         found: dict[str, Tensor] = {}
-        for rows in torch.arange(len(x)).split(self.settings.batch):
-            start = x[rows].to(device).requires_grad_()
-            with torch.enable_grad():
-                values = segment({first: start})
-                values[first] = start
-            logits = values[self.module.logits_name]
-            wanted = [values[name] for name in names]
-            largest = logits.detach().topk(count, dim=1).indices
-            for k in range(count):
-                direction = torch.zeros_like(logits).scatter_(1, largest[:, k : k + 1], 1.0)
-                slopes = torch.autograd.grad(logits, wanted, direction, retain_graph=True)
-                for name, slope in zip(names, slopes, strict=True):
-                    if name not in found:
-                        shape = (1, count, *slope.shape[1:])
-                        found[name] = rows_like(torch.empty(shape, dtype=PRECISION), len(x), self.settings.cache_limit)
-                    found[name][rows, k] = slope.to(found[name])
+        for rows in torch.arange(len(x)).split(self.settings.least_batch):
+            slopes = self._of_batch(segment, x[rows].to(self.module.device), names, count)
+            for name, values in slopes.items():
+                if name not in found:
+                    found[name] = rows_like(values, len(x), self.settings.cache_limit)
+                found[name][rows] = values.to(found[name].device)
         return found
 
-    def _count(self) -> int:
-        """How many logits of an image: as many as there are, or as are due to it."""
-        with torch.no_grad():
-            classes = self.module(self.module.black_image()).shape[1]
-        return min(classes, max(1, round(self.settings.logit_directions / self.images)))
+    def _of_batch(self, segment: Segment, x: Tensor, names: list[str], count: int) -> dict[str, Tensor]:
+        """[n, K, ...] for each name; where no gradient comes back from the logits, zeros for the first alone."""
+        values = segment({names[0]: x.detach().requires_grad_()})
+        logits = values[self.module.logits_name]
+        if not logits.requires_grad:  # a comparison or a cast lies between
+            return {names[0]: torch.zeros(len(x), 1, *x.shape[1:], dtype=PRECISION, device=x.device)}
+        largest = logits.detach().topk(count, dim=1).indices
+        wanted, found = [values[name] for name in names], []
+        for k in range(count):
+            direction = torch.zeros_like(logits).scatter_(1, largest[:, k : k + 1], 1.0)
+            slopes = torch.autograd.grad(logits, wanted, direction, retain_graph=k + 1 < count)
+            found.append([slope.to(PRECISION) for slope in slopes])
+        return {name: torch.stack(each, 1) for name, each in zip(names, zip(*found, strict=True), strict=True)}
 
-    def _fitting(self, first: str, x: Tensor, count: int) -> list[str]:
-        """`first`, and the outputs after it whose slopes, all together, stay within the limit of memory."""
+    def _fitting(self, first: str, x: Tensor) -> tuple[list[str], int]:
+        """`first` and the outputs after it whose slopes stay within the limit of memory, and directions an image."""
         after = [name for name in self._outputs[self._outputs.index(first) :] if name != self.module.logits_name]
         with torch.no_grad():
-            values = {**self.module.segment([first], after[1:])({first: x}), first: x}
-        sizes = [values[name].numel() * count * self.images * PRECISION.itemsize for name in after]
-        total = itertools.accumulate(sizes)
+            values = self.module.segment([first], [*after, self.module.logits_name])(
+                {first: x[:1].to(self.module.device)}
+            )
+        each = max(1, round(self.settings.logit_directions / len(x)))
+        count = min(values[self.module.logits_name].shape[1], MOST, each)
+        total = itertools.accumulate(values[name].numel() * count * len(x) * PRECISION.itemsize for name in after)
         limit = self.settings.cache_limit * GIGABYTE
-        return [name for index, (name, size) in enumerate(zip(after, total, strict=True)) if not index or size <= limit]
+        fitting = [name for name, size in zip(after, total, strict=True) if size <= limit]
+        return fitting or [first], count

@@ -159,7 +159,7 @@ class _Run:
         self.changes = Changes((self.weights, self.biases), {})
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers whose weights make up for those taken out."""
-        self.slopes = Slopes(module, settings, len(inputs))
+        self.slopes = Slopes(module, settings)
         self.walk = Walk(checkpoint, {"weights": self.weights, "biases": self.biases}, generator)
 
     def reconstruct_all(self, progress: Progress) -> None:
@@ -177,18 +177,19 @@ class _Run:
         changed = weights | {layer.bias: self.biases[layer.bias] for layer in layers if layer.bias is not None}
 
         steps = settings.mask_steps + settings.steps
-        objective = Objective(stretch.target, self.slopes.of(stretch) if steps else None, settings.logit_share)
+        objective = self.slopes.objective(stretch, steps)
 
-        def error() -> BlockError:
+        def error(objective: Objective) -> BlockError:
             return block_error(stretch.segment, stretch.changed_input, objective, changed, {}, settings.batch)
 
-        before = now = error()
+        before = now = error(objective)
         operable = [layer for layer in layers if layer.weight in weights and layer.output in self.settled]
         for layer in operable:
-            weight, bias = self.weights[layer.weight], self.biases[layer.bias] if layer.bias else None
+            weight = self.weights[layer.weight]
+            bias = self.biases[layer.bias] if layer.bias is not None else None
             compensate(self.module, layer, stretch, self.changes, self.settings, weight, bias)
         if operable:
-            now = error()
+            now = error(objective.of_output)
         rate = min(now.output, 1.0) ** settings.rate_power
         for weight in weights.values():
             weight.soften()
@@ -201,7 +202,7 @@ class _Run:
             weight.harden()
         if not steps:
             task.advance(len(layers))
-        self.walk.account.append((stretch.block.name, Reconstruction(before.output, error().output)))
+        self.walk.account.append((stretch.block.name, Reconstruction(before.output, error(objective.of_output).output)))
 
     def _train(
         self,

@@ -34,12 +34,12 @@ from recipes.objective import Objective
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
 from recipes.quantize.budget import Budget
-from recipes.quantize.edits import Quantizers, file_size
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.quantize.tables import Quantizers, file_size
 from recipes.quantize.train import train_quantized
 from recipes.ranks import ALONE, Ranks
 from recipes.reconstruct import (
@@ -183,15 +183,13 @@ class _Run:
             if layer.bias is not None
         }
         self.quantizers = Quantizers(module, target, biases)
-        self.weights, self.values = self.quantizers.weights, self.quantizers.values
-        self.changes = self.quantizers.changes
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers that are rounded with compensation."""
         self.bounds = clipped_to(module) if target.integer_kernels else {}
         self.widths: dict[str, int] = {}
         """Bits of every value that is quantized, in order."""
         self.walk = Walk(checkpoint, self.quantizers.tables, self.generator, self._complete)
-        self.slopes = Slopes(module, settings, len(self.inputs))
+        self.slopes = Slopes(module, settings)
         self._found: State | None = None
 
     def place(self, progress: Progress) -> None:
@@ -199,14 +197,14 @@ class _Run:
         self.widths = plan_values(self.module, self.quantizers.plans, self.act_bits, self.target)
         for plan in self.quantizers.plans:
             layer = plan.layer
-            self.weights[layer.weight] = QuantizedWeight(
+            self.quantizers.weights[layer.weight] = QuantizedWeight(
                 self.module.constant(layer.weight),
                 layer.axis,
                 plan.bits,
                 self.settings,
                 self.target.symmetric(plan.bits, plan.act_bits),
             )
-        self.ranks.spread([weight.zero for weight in self.weights.values()])  # no part of a weight's state
+        self.ranks.spread([weight.zero for weight in self.quantizers.weights.values()])  # no part of a weight's state
         counts = Counter(plan.bits for plan in self.quantizers.plans)
         progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
 
@@ -244,7 +242,7 @@ class _Run:
         steps = settings.steps if settings.unit != "none" else 0
         self._found = self.walk.resume(progress)
         with self.walk.kept(), progress.task("reconstructing", len(self.quantizers.plans) * max(steps, 1)) as task:
-            stretches = walk_blocks(self.module, self.inputs, self.changes, settings)
+            stretches = walk_blocks(self.module, self.inputs, self.quantizers.changes, settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
                 self._calibrate(stretch)
                 units = self._units(stretch)
@@ -256,7 +254,7 @@ class _Run:
         """Quantizers of the values that an interrupted run has calibrated."""
         for name, bits in self.widths.items():
             if f"values|scale|{name}" in found.tensors:
-                self.values[name] = self._activation(name, torch.zeros(1, device=self.module.device), bits)
+                self.quantizers.values[name] = self._activation(name, torch.zeros(1, device=self.module.device), bits)
 
     def train(self, progress: Progress) -> None:
         """Train all changes together, where the settings ask for it."""
@@ -268,9 +266,9 @@ class _Run:
             train_quantized(
                 self.module,
                 self.images,
-                self.weights,
+                self.quantizers.weights,
                 self.quantizers.biases,
-                self.values,
+                self.quantizers.values,
                 self.settings,
                 self.generator,
                 task,
@@ -286,8 +284,8 @@ class _Run:
         """Errors of the blocks as training has left them; by block, whatever the units were."""
         before = dict(self.walk.account)
         account = []
-        for stretch in walk_blocks(self.module, self.inputs, self.changes, self.settings):
-            found, how = stretch.segment, self.changes.of(stretch.segment)
+        for stretch in walk_blocks(self.module, self.inputs, self.quantizers.changes, self.settings):
+            found, how = stretch.segment, self.quantizers.changes.of(stretch.segment)
             outputs = batches(found, stretch.changed_input, self.settings.batch, **how)
             error = Objective(stretch.target).error(outputs, self.settings.batch).output
             name = stretch.block.name
@@ -323,9 +321,11 @@ class _Run:
             before = self.module.segment([block.input], [name])
             parts, count = stretch.changed_input.split(self.settings.batch), len(stretch.changed_input)
             if name != block.input:
-                parts = batches(before, stretch.changed_input, self.settings.batch, **self.changes.of(before))
+                parts = batches(
+                    before, stretch.changed_input, self.settings.batch, **self.quantizers.changes.of(before)
+                )
             sample = torch.cat([_spread(part, count) for part in parts])
-            self.values[name] = self._activation(name, sample.to(self.module.device), bits)
+            self.quantizers.values[name] = self._activation(name, sample.to(self.module.device), bits)
 
     def _activation(self, name: str, sample: Tensor, bits: int) -> QuantizedActivation:
         """A quantizer for a value, its range searched on `sample`."""
@@ -338,29 +338,29 @@ class _Run:
         start = unit.segment.inputs[0]
         if unit.segment is stretch.segment:
             float_input, changed_input = stretch.float_input, stretch.changed_input
-            objective = Objective(stretch.target, self.slopes.of(stretch) if steps else None, settings.logit_share)
+            objective = self.slopes.objective(stretch, steps)
         else:
             before = self.module.segment([stretch.block.input], [start])
             limit = settings.cache_limit
             float_input = run_batched(before, stretch.float_input, batch, limit)
-            transforms = {name: value for name, value in self.values.items() if name != start}
-            parameters = self.changes.of(before)["parameters"]
+            transforms = {name: value for name, value in self.quantizers.values.items() if name != start}
+            parameters = self.quantizers.changes.of(before)["parameters"]
             changed_input = run_batched(
                 before, stretch.changed_input, batch, limit, parameters=parameters, transforms=transforms
             )
             objective = Objective(run_batched(unit.segment, float_input, batch, limit))
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
         for layer in unit.layers:
-            weights[layer.weight] = self.weights[layer.weight]
+            weights[layer.weight] = self.quantizers.weights[layer.weight]
             if layer.bias is not None:
                 weights[layer.bias] = self.quantizers.biases[layer.bias]
-        values = {name: self.values[name] for name in unit.values}
+        values = {name: self.quantizers.values[name] for name in unit.values}
         nearest = plain = block_error(unit.segment, changed_input, objective, weights, values, batch)
         if self.settled:
             for layer in unit.layers:
                 if layer.output in self.settled:
-                    chosen, bias = self.weights[layer.weight], self.quantizers.bias(layer)
-                    compensate(self.module, layer, stretch, self.changes, settings, chosen, bias)
+                    chosen, bias = self.quantizers.weights[layer.weight], self.quantizers.bias(layer)
+                    compensate(self.module, layer, stretch, self.quantizers.changes, settings, chosen, bias)
             plain = block_error(unit.segment, changed_input, objective, weights, values, batch)
         if steps:
             for weight in weights.values():
@@ -385,16 +385,18 @@ class _Run:
         if not steps:
             task.advance(share)
         for layer in unit.layers:
-            self.weights[layer.weight].harden()
+            self.quantizers.weights[layer.weight].harden()
         for value in values.values():
             value.harden()
         self.quantizers.snap_biases(unit.layers)
-        after = block_error(unit.segment, changed_input, objective, weights, values, batch)
+        after = block_error(unit.segment, changed_input, objective.of_output, weights, values, batch)
         self.walk.account.append((unit.name, Reconstruction(nearest.output, after.output)))
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
-        return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
+        return run_batched(
+            self.module.whole, inputs, self.settings.batch, **self.quantizers.changes.of(self.module.whole)
+        )
 
     def fusion(self, path: Path) -> Fusion | None:
         """What the written file runs in integers, where its target is onnxruntime's integer kernels."""

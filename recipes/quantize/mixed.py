@@ -60,13 +60,14 @@ class _Option:
 class _Group:
     """Layers that read one value, and the bits that it may have, rising."""
 
+    value: str
     layers: tuple[Layer, ...]
     acts: tuple[int | None, ...]
 
     def options(self, widths: Sequence[int], cost: Cost, weights: Noise, inputs: Noise) -> list[_Option]:
         """All that are worth choosing."""
         found = []
-        harms = inputs.get(self.layers[0].input, [0.0] * len(self.acts))
+        harms = inputs.get(self.value, [0.0] * len(self.acts))
         for act, harm in zip(self.acts, harms, strict=True):
             rows = [
                 [Choice(cost(layer, w, act), noise) for w, noise in zip(widths, weights[layer.output], strict=True)]
@@ -76,7 +77,8 @@ class _Group:
                 found.append(
                     _Option(act, tuple(widths[index] for index in indices), Choice(sums.cost, sums.harm + harm))
                 )
-        return found
+        kept = frontier([[option.choice for option in found]])
+        return [found[index] for _, (index,) in kept]
 
 
 def plan_mixed(
@@ -101,7 +103,7 @@ def plan_mixed(
         LayerPlan(layer, widths[0], act)
         for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
     ]
-    groups = _groups(narrowest, budget, act_bits)
+    groups = _groups(narrowest, budget, act_bits, settings)
     cost = _cost(module, layers, budget, target)
     fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
     fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0  # all but the weights
@@ -114,7 +116,7 @@ def plan_mixed(
     noise = keep(
         len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
     )
-    open_values = [group.layers[0].input for group in groups if len(group.acts) > 1]
+    open_values = [group.value for group in groups if len(group.acts) > 1]
     of_inputs: Noise = {}
     if act_bits is not None and open_values:
         acts = input_widths(act_bits)
@@ -135,8 +137,10 @@ def plan_mixed(
     ]
 
 
-def _groups(narrowest: Sequence[LayerPlan], budget: Budget, act_bits: int | None) -> list[_Group]:
-    """Layers by the value that they read, whose bits are open where they cost something and are few."""
+def _groups(
+    narrowest: Sequence[LayerPlan], budget: Budget, act_bits: int | None, settings: QuantizeSettings
+) -> list[_Group]:
+    """Layers by the value that they read, whose bits are open where they cost something, are few, and may be more."""
     given = input_bits(narrowest)
     readers: dict[str, list[Layer]] = {}
     for plan in narrowest:
@@ -144,10 +148,10 @@ def _groups(narrowest: Sequence[LayerPlan], budget: Budget, act_bits: int | None
     groups = []
     for value, layers in readers.items():
         bits = given.get(value)
-        if budget.kind == "bops" and bits is not None and bits == act_bits and bits < MAX_BITS:
-            groups.append(_Group(tuple(layers), tuple(input_widths(bits))))
-        else:
-            groups.append(_Group(tuple(layers), (bits,)))
+        acts: tuple[int | None, ...] = (bits,)
+        if bits is not None and bits == act_bits and bits < MAX_BITS and budget.kind == "bops" and settings.extra_share:
+            acts = tuple(input_widths(bits))
+        groups.append(_Group(value, tuple(layers), acts))
     return groups
 
 

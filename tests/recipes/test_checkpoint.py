@@ -29,7 +29,7 @@ from recipes.progress import Silent
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
 from recipes.prune.settings import PruneSettings
-from recipes.quantize import mixed, plan
+from recipes.quantize import activations, mixed, plan
 from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
@@ -48,6 +48,7 @@ QDROP = {
     "activation_rate": 1e-3,
     "activation_drop": 0.5,
     "input_drop": 0.5,
+    "logit_share": 0.25,
 }
 
 
@@ -154,9 +155,12 @@ def test_a_run_that_was_interrupted_is_gone_on_with(
     assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == [output, tmp_path / "whole.onnx"]
 
 
-@pytest.mark.parametrize("bits", [3, Budget("bits", 3)], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "act_bits"), [(3, None), (3, 3), (Budget("bits", 3), None), (Budget("bops", 9e7), 3)], ids=str
+)
 def test_noise_is_measured_once(
     bits: int | Budget,
+    act_bits: int | None,
     classifier_of: Classifiers,
     calibration_images: ImageSet,
     tmp_path: Path,
@@ -166,13 +170,16 @@ def test_noise_is_measured_once(
     settings = QuantizeSettings.model_validate(QDROP)
 
     def run(output: Path, progress: Silent) -> Compression:
-        return quantize(classifier_of("plain"), calibration_images.take(6), output, settings, bits, progress=progress)
+        images = calibration_images.take(6)
+        return quantize(classifier_of("plain"), images, output, settings, bits, act_bits, progress=progress)
 
     whole = run(tmp_path / "whole.onnx", Stopping())
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "o.onnx", Stopping("reconstructing", 1.0))
     for module in (mixed, plan):
         monkeypatch.setattr(module, "measure_noise", lambda *_: pytest.fail("measured twice"))
+    for module in (mixed, activations):
+        monkeypatch.setattr(module, "measure_inputs", lambda *_: pytest.fail("measured twice"))
     assert run(tmp_path / "o.onnx", Stopping()).layers == whole.layers
     assert (tmp_path / "o.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
 

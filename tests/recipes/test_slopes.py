@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor
 
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier
+from converters.torch_module import TorchClassifier, to_torch
 from recipes import zoo
 from recipes.images import ImageSet
 from recipes.objective import BlockError, Objective, moved
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
+from recipes.prune.settings import PACKAGE as PRUNE
+from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.reconstruct import Changes, LoopSettings, Stretch, walk_blocks
@@ -31,7 +37,7 @@ def stretches(module: TorchClassifier, images: ImageSet) -> list[Stretch]:
 
 
 def all_slopes(module: TorchClassifier, found: list[Stretch], settings: LoopSettings = SETTINGS) -> list[Tensor]:
-    slopes = Slopes(module, settings, COUNT)
+    slopes = Slopes(module, settings)
     return [s for s in map(slopes.of, found) if s is not None]
 
 
@@ -76,6 +82,9 @@ def test_slopes_do_not_depend_on_where_a_pass_began(
     for slopes, again in zip(at_once, all_slopes(module, found, little), strict=True):
         assert torch.equal(slopes, again)
         assert again.untyped_storage().filename is not None
+    sizes = [slopes.numel() * 2 / 1e9 for slopes in at_once]  # bfloat16, in gigabytes
+    some = SETTINGS.model_copy(update={"cache_limit": 1.01 * (sizes[0] + sizes[1])})  # the first two, then one by one
+    assert all(torch.equal(a, b) for a, b in zip(at_once, all_slopes(module, found, some), strict=True))
     later = all_slopes(module, found[2:])
     assert all(torch.equal(a, b) for a, b in zip(at_once[2:], later, strict=True))
 
@@ -85,7 +94,7 @@ def test_nobody_asks_for_slopes_of_the_logits_or_at_a_share_of_nothing(
 ) -> None:
     module = module_of("residual")
     found = stretches(module, calibration_images)
-    assert Slopes(module, SETTINGS, COUNT).of(found[-1]) is None
+    assert Slopes(module, SETTINGS).of(found[-1]) is None
     assert all_slopes(module, found, LoopSettings()) == []
 
 
@@ -113,6 +122,77 @@ def test_a_block_that_does_nothing_to_the_logits_is_held_to_its_output() -> None
     plain = objective.error([target + 1], 2)
     assert plain == BlockError(1.0, 0.0)
     assert float(objective.loss(target + 1, torch.arange(2), plain)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("move", [float("nan"), float("inf")])
+def test_an_infinite_slope_leaves_the_output(move: float) -> None:
+    target = torch.ones(2, 3)
+    objective = Objective(target, torch.full((2, 1, 3), move), 0.25)
+    plain = objective.error([target + 1], 2)
+    assert float(objective.loss(target + 1, torch.arange(2), plain)) == pytest.approx(1.0)
+
+
+def test_a_block_that_is_exact_is_not_held_to_the_logits_alone() -> None:
+    """Both terms are let off alike below the error that makes a difference."""
+    target, slopes = torch.ones(2, 3), torch.ones(2, 1, 3)
+    objective = Objective(target, slopes, 0.25)
+    plain = objective.error([target + 1e-4], 2)
+    loss = float(objective.loss(target + 1e-4, torch.arange(2), plain))
+    assert loss == pytest.approx(plain.output / 1e-6, rel=1e-3)
+
+
+def test_a_network_whose_gradients_end_is_quantized(tmp_path: Path, calibration_images: ImageSet) -> None:
+    """Behind the first block the logits hang on comparisons alone; the blocks after it still have slopes."""
+    generator = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(generator.normal(0, 0.3, shape).astype(np.float32), name)
+
+    nodes = [
+        onnx.helper.make_node("Conv", ["image", "w0"], ["a"], pads=[1, 1, 1, 1]),
+        onnx.helper.make_node("Greater", ["a", "zero"], ["more"]),
+        onnx.helper.make_node("Less", ["a", "zero"], ["less"]),
+        onnx.helper.make_node("Cast", ["more"], ["b"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Cast", ["less"], ["c"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Conv", ["b", "w1"], ["d"], pads=[1, 1, 1, 1]),
+        onnx.helper.make_node("Conv", ["c", "w2"], ["e"], pads=[1, 1, 1, 1]),
+        onnx.helper.make_node("Add", ["d", "e"], ["f"]),
+        onnx.helper.make_node("GlobalAveragePool", ["f"], ["g"]),
+        onnx.helper.make_node("Flatten", ["g"], ["h"]),
+        onnx.helper.make_node("Gemm", ["h", "w3"], ["logits"]),
+    ]
+    weights = [weight("w0", 4, 1, 3, 3), weight("w1", 4, 4, 3, 3), weight("w2", 4, 4, 3, 3), weight("w3", 4, 10)]
+    zero = onnx.numpy_helper.from_array(np.zeros((), np.float32), "zero")
+    graph = onnx.helper.make_graph(
+        nodes,
+        "ends",
+        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 1, 28, 28])],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 10])],
+        [*weights, zero],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "ends.onnx")
+    classifier = load_classifier(tmp_path / "ends.onnx")
+    found = stretches(to_torch(classifier), calibration_images)
+    first, second = (slopes.float().abs().sum() for slopes in all_slopes(to_torch(classifier), found))
+    assert first == 0
+    assert second > 0
+    settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=["logit_share=0.25"])
+    quantize(classifier, calibration_images, tmp_path / "o.onnx", settings, 4)
+    assert (tmp_path / "o.onnx").is_file()
+
+
+def test_pruning_is_held_to_the_logits_too(tmp_path: Path, calibration_images: ImageSet) -> None:
+    classifier = load_classifier(zoo.model_path("residual"))
+    x = classifier.spec.to_input(calibration_images.pixels).numpy()
+    expected = classifier.session().run(x)[0]
+    found = []
+    for share in (0.0, 0.25):
+        settings = load_recipe(PruneSettings, PRUNE, "obs", "fast", overrides=[f"logit_share={share}"])
+        output = tmp_path / f"{share}.onnx"
+        prune(classifier, calibration_images, output, settings, make_goal("unstructured", 0.8))
+        found.append(decibels(expected, load_classifier(output).session().run(x)[0]))
+    assert found[1] > found[0]
 
 
 def test_logits_come_nearer_with_it(tmp_path: Path, calibration_images: ImageSet) -> None:

@@ -18,8 +18,8 @@ from converters.steps import Floats, Quantized
 from converters.targets import choose_target
 from recipes.images import ImageSet
 from recipes.quantize import engine
-from recipes.quantize.edits import Quantizers
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.quantize.tables import Quantizers
 from recipes.settings import load_recipe
 from tests import models
 
