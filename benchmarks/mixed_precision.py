@@ -1,11 +1,14 @@
 """Accuracy against size: the same bits for all layers, and bits by layer within the same budget.
 
-    python benchmarks/mixed_precision.py -o mixed/        # about 20 minutes on one core
+    python benchmarks/mixed_precision.py -o mixed/                # about 20 minutes on one core
+    python benchmarks/mixed_precision.py -o mixed/ --tables bops  # bit operations, about 10 minutes
 
 Each uniform row has B bits for all weights (`--bits B --set extra_share=0`); the mixed row below it is
 `--mixed bits=B`. The rows of `--bits B` are the default, which adds a tenth of what lies between B and 8 bits. Those of
-`--mixed size=...` have the bytes of the row above. 128 real images a set, judged as in `quantization.py`: top-1 in per
-cent and the logits' signal-to-noise ratio in dB, mean and standard deviation over three seeds.
+`--mixed size=...` have the bytes of the row above. Rows of bit operations have so many for each multiplication, on
+average: with inputs at `--act-bits`, as `--set extra_share=0` leaves them, and with the bits of inputs chosen too. 128
+real images a set, judged as in `quantization.py`: top-1 in per cent and the logits' signal-to-noise ratio in dB, mean
+and standard deviation over three seeds.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ import argparse
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from synthesis_quality import Results, classifier, digest, float_accuracy, judge, spread, training
+from synthesis_quality import Results, classifier, digest, float_accuracy, judge, module, spread, training
 
 from converters.targets import choose_target
 from recipes.account import Compression
+from recipes.inspect import layer_macs
 from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
@@ -32,15 +36,25 @@ SEEDS = (30, 31, 32)
 TARGETS = ("inverted", "residual")
 UNIFORM = (2, 3, 4)
 MIXED = (2.25, 2.5, 3.5)
+OPERATIONS = ((16, 4), (9, 3))
+"""Bit operations a multiplication, and bits of inputs."""
 
 
-def measure(target: str, bits: int | Budget, seed: int, container: str, settings: QuantizeSettings) -> list[float]:
+def measure(
+    target: str,
+    bits: int | Budget,
+    seed: int,
+    container: str,
+    settings: QuantizeSettings,
+    act_bits: int | None = None,
+) -> list[float]:
     """Top-1 in per cent, SNR in dB, average bits a weight, and bytes of the file."""
     made: list[Compression] = []
 
     def write(output: Path) -> None:
         chosen = choose_target("portable", container)
-        made.append(quantize(classifier(target), training(128, seed), output, settings, bits, target=chosen, seed=seed))
+        images = training(128, seed)
+        made.append(quantize(classifier(target), images, output, settings, bits, act_bits, chosen, seed=seed))
 
     top1, snr = judge(target, write)
     (result,) = made
@@ -49,41 +63,66 @@ def measure(target: str, bits: int | Budget, seed: int, container: str, settings
     return [top1, snr, average, result.size_after]
 
 
+Rows = Callable[[str, int | Budget, QuantizeSettings, str, int | None], Sequence[list[float]]]
+"""What `measure` gives of a target for each seed, measured or found."""
+
+
+def size_table(target: str, default: QuantizeSettings, rows: Rows) -> None:
+    """Weights alone, by bits and by bytes."""
+    same_bits = default.model_copy(update={"extra_share": 0.0})
+    for bits in UNIFORM:
+        show(f"{bits} bits for all", rows(target, bits, same_bits, "int4", None))
+        if bits > min(UNIFORM):
+            show(f"`--mixed bits={bits}`", rows(target, Budget("bits", bits), default, "int4", None))
+        show(f"`--bits {bits}`", rows(target, bits, default, "int4", None))
+    for amount in MIXED:
+        show(f"`--mixed bits={amount:g}`", rows(target, Budget("bits", amount), default, "int4", None))
+    for bits, container in ((4, "int4"), (2, "int2")):
+        show(f"`--bits {bits}`, stored in {container}", found := rows(target, bits, default, container, None))
+        budget = Budget("size", statistics.mean(row[3] for row in found))
+        show(f"`--mixed size=` the same, stored in {container}", rows(target, budget, default, container, None))
+
+
+def bops_table(target: str, default: QuantizeSettings, rows: Rows) -> None:
+    """Bit operations, with inputs at the bits asked for, and with theirs chosen too."""
+    as_asked = default.model_copy(update={"extra_share": 0.0})
+    total = sum(layer_macs(module(target)).values())
+    for each, act_bits in OPERATIONS:
+        budget = Budget("bops", each * total)
+        for what, settings in (("inputs as asked", as_asked), ("inputs chosen too", default)):
+            found = rows(target, budget, settings, "int4", act_bits)
+            show(f"{each} a multiplication, `--act-bits {act_bits}`, {what}", found)
+
+
+TABLES = {"size": size_table, "bops": bops_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--tables", nargs="+", default=["size"], choices=TABLES)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "mixed.jsonl")
-    default = load_recipe(QuantizeSettings, PACKAGE, "qdrop")
-    same_bits = default.model_copy(update={"extra_share": 0.0})
     print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
 
     def rows(
-        target: str, bits: int | Budget, container: str, settings: QuantizeSettings = default
+        target: str, bits: int | Budget, settings: QuantizeSettings, container: str, act_bits: int | None
     ) -> Sequence[list[float]]:
         mark = digest(settings.model_dump_json(), torch.__version__)
         return [
             results.get(
-                (target, str(bits), container, seed, mark), partial(measure, target, bits, seed, container, settings)
+                (target, str(bits), act_bits, container, seed, mark),
+                partial(measure, target, bits, seed, container, settings, act_bits),
             )
             for seed in SEEDS
         ]
 
     for target in TARGETS:
-        print(f"\n| {target}, float {float_accuracy(target):.2f} % | average bits | kB | top-1 | SNR |")
-        print("| --- " * 5 + "|")
-        for bits in UNIFORM:
-            show(f"{bits} bits for all", rows(target, bits, "int4", same_bits))
-            if bits > min(UNIFORM):
-                show(f"`--mixed bits={bits}`", rows(target, Budget("bits", bits), "int4"))
-            show(f"`--bits {bits}`", rows(target, bits, "int4"))
-        for amount in MIXED:
-            show(f"`--mixed bits={amount:g}`", rows(target, Budget("bits", amount), "int4"))
-        for bits, container in ((4, "int4"), (2, "int2")):
-            show(f"`--bits {bits}`, stored in {container}", found := rows(target, bits, container))
-            budget = Budget("size", statistics.mean(row[3] for row in found))
-            show(f"`--mixed size=` the same, stored in {container}", rows(target, budget, container))
+        for name in options.tables:
+            print(f"\n| {target}, float {float_accuracy(target):.2f} % | average bits | kB | top-1 | SNR |")
+            print("| --- " * 5 + "|")
+            TABLES[name](target, load_recipe(QuantizeSettings, PACKAGE, "qdrop"), rows)
 
 
 def show(title: str, found: Sequence[list[float]]) -> None:
