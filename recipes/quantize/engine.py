@@ -266,9 +266,7 @@ class _Run:
             train_quantized(
                 self.module,
                 self.images,
-                self.quantizers.weights,
-                self.quantizers.biases,
-                self.quantizers.values,
+                self.quantizers,
                 self.settings,
                 self.generator,
                 task,

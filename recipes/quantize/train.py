@@ -21,10 +21,10 @@ from recipes.blocks import find_blocks
 from recipes.checkpoint import Checkpoint, State
 from recipes.images import ImageSet
 from recipes.progress import Task
-from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
+from recipes.quantize.tables import Quantizers
 from recipes.ranks import Part, Ranks
-from recipes.reconstruct import Change, Changes, LearnedTensor
+from recipes.reconstruct import Change
 from recipes.training import Training, divergence, train
 from recipes.workpiece import to_inputs
 
@@ -32,9 +32,7 @@ from recipes.workpiece import to_inputs
 def train_quantized(
     module: TorchClassifier,
     images: ImageSet,
-    weights: Mapping[str, QuantizedWeight],
-    biases: Mapping[str, LearnedTensor],
-    values: Mapping[str, QuantizedActivation],
+    quantizers: Quantizers,
     settings: QuantizeSettings,
     generator: torch.Generator,
     task: Task,
@@ -43,17 +41,18 @@ def train_quantized(
     before: State,
     ranks: Ranks,
 ) -> None:
-    """Train all changes together on `images`, in place; afterwards they are hard again.
+    """Train all `quantizers` together on `images`, in place; afterwards they are hard again.
 
     `found` is what an interrupted run has left in `checkpoint` while it trained, `before` the state that all began
     from; all `ranks` train alike. Raises MixMixError when training diverges.
     """
+    weights, biases, values = quantizers.weights, quantizers.biases, quantizers.values
     for weight in weights.values():
         weight.learn_freely()
     outputs = [block.output for block in find_blocks(module, settings.max_chain)]
     taps = list(dict.fromkeys([*outputs, module.logits_name]))
     segment = module.segment([module.input_name], taps)
-    changes = Changes((weights, biases), values)
+    changes = quantizers.changes
 
     def loss_of(pixels: Tensor, part: Part) -> Tensor:
         x = {module.input_name: to_inputs(module, pixels)}
