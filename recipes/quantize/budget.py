@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,4 +40,7 @@ class Budget:
         raise MixMixError(f"--mixed {text!r} is not a budget: write size=2MB, bops=1.5G or bits=3")
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.amount:.6g}" + ("B" if self.kind == "size" else "")
+        """As it is written on the command line, rounded up so that it is no less than it is."""
+        if self.kind == "bits":
+            return f"bits={self.amount:.6g}"
+        return f"{self.kind}={math.ceil(self.amount)}" + ("B" if self.kind == "size" else "")

@@ -108,7 +108,9 @@ def plan_mixed(
     fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
     fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0  # all but the weights
     least = fixed + fewest
-    if least > budget.amount * (1 + ROUNDING):
+    if budget.kind == "size":  # the file says what was asked for, in more letters where that is more
+        least += len(str(replace(budget, amount=least))) - len(str(budget))
+    if fixed + fewest > budget.amount * (1 + ROUNDING):
         raise MixMixError(
             f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
             f" {replace(budget, amount=least)}: allow more"

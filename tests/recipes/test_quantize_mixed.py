@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,21 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(
     with pytest.raises(MixMixError, match=r"bits=1 cannot be reached: with 2 bits everywhere it is bits=2: allow more"):
         quantize(*ask, Budget("bits", 1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("text", "act_bits"), [("size=1kB", None), ("bops=1", None), ("bops=1", 4), ("bits=1", None)])
+def test_what_is_said_to_be_enough_is_enough(
+    text: str, act_bits: int | None, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """As it is printed, to the last digit."""
+    ask = (classifier_of("inverted"), calibration_images, tmp_path / "o.onnx", NEAREST)
+    with pytest.raises(MixMixError, match="cannot be reached") as refused:
+        quantize(*ask, Budget.parse(text), act_bits)
+    found = re.search(r"it is (\w+=[\d.]+B?): allow more", str(refused.value))
+    assert found is not None
+    result = quantize(*ask, Budget.parse(found[1]), act_bits)
+    if text.startswith("size"):
+        assert result.size_after == Budget.parse(found[1]).amount
 
 
 def test_what_a_file_of_four_bits_takes_is_enough_for_four_bits(
