@@ -122,6 +122,15 @@ class LearnedTensor:
         self.value = state["value"].to(self.value.device)
 
 
+def learned_biases(module: TorchClassifier, rate: float) -> dict[str, LearnedTensor]:
+    """The biases of all layers, by name, each to be trained at `rate` relative to its typical size."""
+    return {
+        layer.bias: LearnedTensor.bias(module.constant(layer.bias), rate)
+        for layer in module.layers()
+        if layer.bias is not None
+    }
+
+
 class Changed(TypedDict):
     """Keyword arguments that make a segment compute otherwise."""
 

@@ -28,7 +28,6 @@ class Slopes:
 
     def __init__(self, module: TorchClassifier, settings: LoopSettings) -> None:
         self.module, self.settings = module, settings
-        self._outputs = [block.output for block in find_blocks(module, settings.max_chain)]
         self._kept: dict[str, Tensor] = {}
 
     def objective(self, stretch: Stretch, steps: int) -> Objective:
@@ -74,7 +73,8 @@ class Slopes:
 
     def _fitting(self, first: str, x: Tensor) -> tuple[list[str], int]:
         """`first` and the outputs after it whose slopes stay within the limit of memory, and directions an image."""
-        after = [name for name in self._outputs[self._outputs.index(first) :] if name != self.module.logits_name]
+        outputs = [block.output for block in find_blocks(self.module, self.settings.max_chain)]
+        after = [name for name in outputs[outputs.index(first) :] if name != self.module.logits_name]
         with torch.no_grad():
             values = self.module.segment([first], [*after, self.module.logits_name])(
                 {first: x[:1].to(self.module.device)}

@@ -35,6 +35,7 @@ from recipes.reconstruct import (
     Reconstruction,
     Stretch,
     block_error,
+    learned_biases,
     reconstruct,
     run_batched,
     walk_blocks,
@@ -151,11 +152,7 @@ class _Run:
             for layer in module.layers()
             if layer.output in choices
         }
-        self.biases = {
-            layer.bias: LearnedTensor.bias(module.constant(layer.bias), settings.bias_rate)
-            for layer in module.layers()
-            if layer.bias is not None
-        }
+        self.biases = learned_biases(module, settings.bias_rate)
         self.changes = Changes((self.weights, self.biases), {})
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers whose weights make up for those taken out."""

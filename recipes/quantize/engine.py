@@ -50,6 +50,7 @@ from recipes.reconstruct import (
     Stretch,
     batches,
     block_error,
+    learned_biases,
     reconstruct,
     run_batched,
     walk_blocks,
@@ -177,12 +178,7 @@ class _Run:
         self.target, self.metadata, self.ranks = target, metadata, ranks
         self.generator = torch.Generator().manual_seed(seed)
         self.images, self.inputs = images, model_inputs(module, images)
-        biases = {
-            layer.bias: LearnedTensor.bias(module.constant(layer.bias), settings.bias_rate)
-            for layer in module.layers()
-            if layer.bias is not None
-        }
-        self.quantizers = Quantizers(module, target, biases)
+        self.quantizers = Quantizers(module, target, learned_biases(module, settings.bias_rate))
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers that are rounded with compensation."""
         self.bounds = clipped_to(module) if target.integer_kernels else {}
