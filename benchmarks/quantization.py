@@ -5,7 +5,8 @@
 
 Every set has 128 images; the written file is judged through onnxruntime on Fashion-MNIST's test images 5,000 to 9,999
 (Debian: `apt-get install dataset-fashion-mnist`), true labels. Top-1 in per cent, mean and standard deviation over
-three seeds (another set of images, other chance). What is done is kept in the folder, and a second call goes on.
+three seeds (another set of images, other chance), and the means of all cells, of the logits' signal-to-noise ratio
+too. What is done is kept in the folder, and a second call goes on.
 """
 
 from __future__ import annotations
@@ -88,27 +89,32 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="only these (for several processes)")
+    parser.add_argument("--only", default="", help="only rows whose title has this in it")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "quantization.jsonl")
     print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
     heads = [f"W{bits}" + ("" if act is None else f"A{act}") for bits, act in WIDTHS]
     for target in options.targets:
-        print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} | mean |")
-        print("| --- " * (2 + len(heads)) + "|")
+        print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} | mean | mean SNR |")
+        print("| --- " * (3 + len(heads)) + "|")
         for title, row in TABLES[options.table].items():
+            if options.only not in title:
+                continue
             cells, means = [], []
             for width in WIDTHS:
                 values = [
                     results.get(
                         (row.method, str(row.images), target, *width, seed, _fingerprint(row)),
                         partial(measure, target, *width, row, seed, options.output),
-                    )[0]
+                    )
                     for seed in SEEDS
                 ]
-                cells.append(spread(values))
-                means.append(statistics.mean(values))
-            print(f"| {title} | {' | '.join(cells)} | {statistics.mean(means):.2f} |", flush=True)
+                top1, snr = zip(*values, strict=True)
+                cells.append(spread(top1))
+                means.append((statistics.mean(top1), statistics.mean(snr)))
+            top1, snr = map(statistics.mean, zip(*means, strict=True))
+            print(f"| {title} | {' | '.join(cells)} | {top1:.2f} | {snr:.1f} dB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@
     python benchmarks/synthesis_quality.py without -o quality/     # a folded target, and one with LayerNorm alone
     python benchmarks/synthesis_quality.py alike -o quality/       # how well MMD ranks the sets of the other tables
 
-Every set has 128 images. It is quantized on (recipe qdrop, 100 steps a block), and the written file is judged through
-onnxruntime on Fashion-MNIST's test images 5,000 to 9,999 (Debian: `apt-get install dataset-fashion-mnist`); settings
-were chosen on the first 5,000. Top-1 in per cent and the logits' signal-to-noise ratio in dB, mean and standard
-deviation over seeds. What is done is kept in the folder, and a second call goes on from there.
+Every set has 128 images. It is quantized on (recipe qdrop, 100 steps a block), or pruned on (recipe obs), and the
+written file is judged through onnxruntime on Fashion-MNIST's test images 5,000 to 9,999 (Debian: `apt-get install
+dataset-fashion-mnist`); settings were chosen on the first 5,000. Top-1 in per cent and the logits' signal-to-noise
+ratio in dB, mean and standard deviation over seeds. What is done is kept in the folder, and a second call goes on from
+there.
 """
 
 from __future__ import annotations
@@ -39,8 +40,13 @@ from converters.torch_module import TorchClassifier, to_torch
 from recipes import zoo
 from recipes.compare import compare
 from recipes.images import ImageSet, from_bytes, gaussian_noise, load_images, to_bytes
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
+from recipes.prune.settings import PACKAGE as PRUNING
+from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
-from recipes.quantize.settings import PACKAGE, QuantizeSettings
+from recipes.quantize.settings import PACKAGE as QUANTIZATION
+from recipes.quantize.settings import QuantizeSettings
 from recipes.settings import Effort, load_recipe
 from recipes.synth.engine import synthesize
 from recipes.synth.procedural import dead_leaves
@@ -64,11 +70,48 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Quantization on a set by the recipe `qdrop`, 100 steps a block."""
+
+    bits: int
+    act_bits: int | None = None
+
+    def __str__(self) -> str:
+        return f"W{self.bits}" + ("" if self.act_bits is None else f"A{self.act_bits}")
+
+    def settings(self) -> QuantizeSettings:
+        return load_recipe(QuantizeSettings, QUANTIZATION, "qdrop", "fast")
+
+    def write(self, model: Classifier, images: ImageSet, seed: int, output: Path) -> None:
+        quantize(model, images, output, self.settings(), self.bits, self.act_bits, seed=seed)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Pruning on a set by its default recipe."""
+
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g} % zeros"
+
+    def settings(self) -> PruneSettings:
+        return load_recipe(PruneSettings, PRUNING, "obs")
+
+    def write(self, model: Classifier, images: ImageSet, seed: int, output: Path) -> None:
+        prune(model, images, output, self.settings(), make_goal("unstructured", self.sparsity), seed=seed)
+
+
+Cell = tuple[str, Widths | Zeros]
+"""A target, and how it is compressed."""
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows by title, columns as (target, weight bits, activation bits)."""
+    """Rows by title, and columns."""
 
     rows: dict[str, Source]
-    cells: Sequence[tuple[str, int, int | None]]
+    cells: Sequence[Cell]
     seeds: int
 
 
@@ -87,7 +130,12 @@ EQUAL = {"stages": steps(60, 60), "rate": 0.2, "shift": 0.0, "variation": 0.01}
 LABELS = {"label": 0.1, "weight_rate": 0.0}
 FIXED = {"Gaussian noise": Source("noise"), "dead leaves": Source("leaves")}
 REAL = {"real training images": Source("real")}
-LOW = (("inverted", 2, None), ("residual", 2, None), ("residual", 2, 4))
+LOW: Sequence[Cell] = (
+    ("inverted", Widths(2)),
+    ("residual", Widths(2)),
+    ("residual", Widths(2, 4)),
+    ("inverted", Zeros(0.7)),
+)
 TABLES = {
     "quality": Table(
         FIXED
@@ -99,7 +147,7 @@ TABLES = {
             "recipe small (chosen by itself), six models": made(*ALL, recipe="small"),
         }
         | REAL,
-        (("inverted", 4, 4), ("inverted", 3, None), ("inverted", 2, None), ("residual", 2, None), ("residual", 2, 4)),
+        (("inverted", Widths(4, 4)), ("inverted", Widths(3)), *LOW),
         seeds=3,
     ),
     "ablation": Table(
@@ -136,7 +184,7 @@ TABLES = {
             f"recipe small, the target, --effort {effort}": made(TARGET, recipe="small", effort=effort)
             for effort in get_args(Effort)
         },
-        (("inverted", 4, 4), ("inverted", 2, None), ("inverted", 2, 4)),
+        (("inverted", Widths(4, 4)), ("inverted", Widths(2)), ("inverted", Widths(2, 4)), ("inverted", Zeros(0.7))),
         seeds=3,
     ),
     "without": Table(
@@ -146,7 +194,13 @@ TABLES = {
             "recipe small, six models": made(*ALL, recipe="small"),
         }
         | REAL,
-        (("inverted_folded", 2, None), ("inverted_folded", 2, 4), ("attention", 3, None), ("attention", 2, None)),
+        (
+            ("inverted_folded", Widths(2)),
+            ("inverted_folded", Widths(2, 4)),
+            ("inverted_folded", Zeros(0.7)),
+            ("attention", Widths(3)),
+            ("attention", Widths(2)),
+        ),
         seeds=3,
     ),
 }
@@ -197,11 +251,11 @@ def image_set(title: str, source: Source, target: str, seed: int, folder: Path) 
     return load_images(directory)
 
 
-def fingerprint(source: Source) -> str:
-    """Of what decides a row's figures: another recipe, quantizer or torch is another row."""
+def fingerprint(source: Source, *used: Widths | Zeros) -> str:
+    """Of what decides a figure: another recipe, quantizer or torch is another figure."""
     made = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": IMAGES})
-    used = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
-    return digest(repr(source), made.model_dump_json(), used.model_dump_json(), torch.__version__)
+    settings = [how.settings().model_dump_json() for how in used]
+    return digest(repr(source), made.model_dump_json(), *settings, torch.__version__)
 
 
 def digest(*parts: str) -> str:
@@ -225,14 +279,6 @@ class Results:
         return self.found[key]
 
 
-def quantized(target: str, bits: int, act_bits: int | None, images: ImageSet, seed: int) -> list[float]:
-    """Top-1 in per cent, and logit signal-to-noise ratio in dB."""
-    settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast")
-    return judge(
-        target, lambda output: quantize(classifier(target), images, output, settings, bits, act_bits, seed=seed)
-    )
-
-
 def judge(target: str, write: Callable[[Path], object]) -> list[float]:
     """Top-1 in per cent, and logit signal-to-noise ratio in dB, of the file that `write` makes of the target."""
     with tempfile.TemporaryDirectory() as folder:
@@ -254,8 +300,8 @@ def alikeness(target: str, images: ImageSet) -> list[float]:
 
 
 def measure_table(name: str, table: Table, only: str, folder: Path, results: Results) -> None:
-    heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in table.cells]
-    floats = {target: float_accuracy(target) for target in dict.fromkeys(target for target, _, _ in table.cells)}
+    heads = [f"{target} {how}" for target, how in table.cells]
+    floats = {target: float_accuracy(target) for target in dict.fromkeys(target for target, _ in table.cells)}
     print(f"float: {', '.join(f'{target} {value:.2f} %' for target, value in floats.items())}; {table.seeds} seeds\n")
     print(f"| images | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
     for title, source in table.rows.items():
@@ -269,16 +315,18 @@ def measure_table(name: str, table: Table, only: str, folder: Path, results: Res
 
 
 def measure_cell(
-    name: str, title: str, source: Source, cell: tuple[str, int, int | None], seed: int, folder: Path, results: Results
+    name: str, title: str, source: Source, cell: Cell, seed: int, folder: Path, results: Results
 ) -> list[float]:
-    """Top-1 and signal-to-noise ratio of one quantized file; beside them the likeness of its images, by the way."""
-    target, bits, act_bits = cell
+    """Top-1 and signal-to-noise ratio of one written file; beside them the likeness of its images, by the way."""
+    target, how = cell
     images = cache(partial(image_set, title, source, target, seed, folder))
+
+    def measure() -> list[float]:
+        return judge(target, partial(how.write, classifier(target), images(), seed))
+
     if module(target).batchnorms():
         results.get(("alike", name, title, target, seed, fingerprint(source)), lambda: alikeness(target, images()))
-    return results.get(
-        (name, title, *cell, seed, fingerprint(source)), lambda: quantized(target, bits, act_bits, images(), seed)
-    )
+    return results.get((name, title, target, str(how), seed, fingerprint(source, how)), measure)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -287,22 +335,22 @@ def spread(values: Sequence[float]) -> str:
 
 def rank(results: Results) -> None:
     """Spearman's rank correlation over all sets measured, of the two distances with what the sets gave."""
-    print("| target and widths | sets | MMD^2 and top-1 | MMD^2 and SNR | statistics and top-1 | statistics and SNR |")
+    alike = {key[1:5]: value for key, value in results.found.items() if key[0] == "alike"}
+    print("| target | sets | MMD^2 and top-1 | MMD^2 and SNR | statistics and top-1 | statistics and SNR |")
     print("| --- " * 6 + "|")
-    cells = sorted({key[2:5] for key in results.found if key[0] in TABLES}, key=str)
-    for target, bits, act_bits in cells:
+    cells = sorted({key[2:4] for key in results.found if key[0] in TABLES}, key=str)
+    for target, how in cells:
         rows = []
         for key, value in results.found.items():
-            if key[0] in TABLES and key[2:5] == (target, bits, act_bits):
-                known = results.found.get(("alike", key[0], key[1], target, key[5], key[6]))
+            if key[0] in TABLES and key[2:4] == (target, how):
+                known = alike.get((key[0], key[1], target, key[4]))
                 if known is not None:
                     rows.append((*known, *value))
         if len(rows) > 5:
             mmd2, distance, top1, snr = zip(*rows, strict=True)
             pairs = ((mmd2, top1), (mmd2, snr), (distance, top1), (distance, snr))
             found = " | ".join(f"{scipy.stats.spearmanr(a, b).statistic:.2f}" for a, b in pairs)
-            widths = f"W{bits}" + ("" if act_bits is None else f"A{act_bits}")
-            print(f"| {target} {widths} | {len(rows)} | {found} |")
+            print(f"| {target} {how} | {len(rows)} | {found} |")
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ class Terminal:
         self.results = _Printer(highlight=False, soft_wrap=True)
         if not self.results.is_terminal and "COLUMNS" not in os.environ:
             self.results.width = FILE_WIDTH
+        self._bars: Progress | None = None
         self._warn_of_installation()
 
     def _warn_of_installation(self) -> None:
@@ -63,8 +64,15 @@ class Terminal:
 
     @contextmanager
     def task(self, name: str, total: float) -> Iterator[_Bar]:
-        """A progress bar with time left; nothing where nobody looks."""
-        bar = Progress(
+        """A progress bar with time left, under that of the task that it is a part of; nothing where nobody looks."""
+        if self._bars is not None:
+            part = self._bars.add_task(name, total=total, note="")
+            try:
+                yield _Bar(self._bars, part)
+            finally:
+                self._bars.remove_task(part)
+            return
+        self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -75,8 +83,11 @@ class Terminal:
             transient=not self.verbose,
             disable=self.quiet or not self.errors.is_terminal,
         )
-        with bar:
-            yield _Bar(bar, bar.add_task(name, total=total, note=""))
+        try:
+            with self._bars as bars:
+                yield _Bar(bars, bars.add_task(name, total=total, note=""))
+        finally:
+            self._bars = None
 
     def say(self, message: str) -> None:
         """A line on stderr."""

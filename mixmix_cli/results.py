@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recipes.compare import Comparison
     from recipes.inspect import Inspection
     from recipes.layer_noise import LayerNoise
+    from recipes.quantize.budget import Spending
     from recipes.synth.engine import Synthesis
     from recipes.validate import Candidate, Validation
     from recipes.zoo import Zoo, ZooFacts
@@ -44,12 +45,14 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
         "spec": spec_json(result.spec),
         "bits": result.bits,
         "act_bits": result.act_bits,
+        "budget": None if result.spending is None else spending_json(result.spending),
         "sparsity": result.sparsity,
         "macs_left": result.macs_left,
         "blocks": [{"name": name, "before": r.before, "after": r.after} for name, r in result.blocks],
         "layers": [
             {
                 "name": layer.name,
+                "weights": layer.weights,
                 "bits": layer.bits,
                 "act_bits": layer.act_bits,
                 "sparsity": layer.sparsity,
@@ -67,6 +70,11 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
     }
 
 
+def spending_json(spending: Spending) -> dict[str, Any]:
+    budget = spending.budget
+    return {"kind": budget.kind, "allowed": budget.amount, "spent": spending.spent, "binds": spending.binds}
+
+
 NAMED = 4
 """Layers that are called by name where many share a reason."""
 
@@ -82,8 +90,10 @@ def placement_line(result: Compression) -> str:
 def _weights_line(result: Compression) -> str:
     if result.bits is None:
         used = sorted({layer.bits for layer in result.layers if layer.bits is not None})
-        counts = [f"{sum(layer.bits == bits for layer in result.layers)} layers at {bits} bits" for bits in used]
-        return ", ".join(counts)
+        counts = [f"{_layers(sum(layer.bits == bits for layer in result.layers))} at {bits} bits" for bits in used]
+        return f"{result.spending}: {', '.join(counts)}"
+    if not result.kept:
+        return f"all {_layers(len(result.layers))} at {result.bits} bits"
     reasons: dict[str | None, dict[int | None, list[str]]] = {}
     for layer in result.kept:
         reasons.setdefault(layer.reason, {}).setdefault(layer.bits, []).append(layer.name)
@@ -91,8 +101,7 @@ def _weights_line(result: Compression) -> str:
     for reason, widths in reasons.items():
         groups = [f"{_named(names)} {bits} bits" for bits, names in widths.items()]
         parts.append(f"{'; '.join(groups)} ({reason})")
-    text = f"{len(result.kept)} of {len(result.layers)} layers are not at {result.bits} bits"
-    return f"{text}: {'; '.join(parts)}" if parts else text
+    return f"{len(result.kept)} of {_layers(len(result.layers))} are not at {result.bits} bits: {'; '.join(parts)}"
 
 
 def _inputs_line(result: Compression) -> str:
@@ -102,7 +111,11 @@ def _inputs_line(result: Compression) -> str:
             others.setdefault(layer.act_bits, []).append(layer.name)
     groups = [f"of {_named(names)} {bits} bits" for bits, names in sorted(others.items())]
     count = sum(len(names) for names in others.values())
-    return f"inputs of {count} layers are not at {result.act_bits} bits: {'; '.join(groups)}" if others else ""
+    return f"inputs of {_layers(count)} are not at {result.act_bits} bits: {'; '.join(groups)}" if others else ""
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _named(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from converters.input_spec import InputSpec
 from converters.kernels import Fusion
+from recipes.quantize.budget import Spending
 from recipes.reconstruct import Reconstruction
 
 LEAST_POWER = 1e-12  # a layer of zeros has no relative error
@@ -82,6 +83,8 @@ class Compression:
     """What runs in integers, where that was asked for."""
     target: str | None = None
     """The runtime that a quantized file is for."""
+    spending: Spending | None = None
+    """Of the budget of bits, where that was what was asked for."""
 
     @property
     def runs_elsewhere(self) -> bool:

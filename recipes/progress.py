@@ -19,7 +19,7 @@ class Progress(Protocol):
 
     @contextmanager
     def task(self, name: str, total: float) -> Iterator[Task]:
-        """Announce work of `total` steps; the task lives as long as the context."""
+        """Announce work of `total` steps; the task lives as long as the context. Tasks may lie within one another."""
         ...
 
     def say(self, message: str) -> None:

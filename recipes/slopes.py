@@ -16,6 +16,7 @@ from converters.torch_module import Segment, TorchClassifier
 from recipes.blocks import find_blocks
 from recipes.memory import GIGABYTE, rows_like
 from recipes.objective import Objective
+from recipes.progress import Progress, Silent
 from recipes.reconstruct import LoopSettings, Stretch
 
 PRECISION = torch.bfloat16  # a sum over thousands of elements does not feel three digits each
@@ -26,8 +27,8 @@ MOST = 10
 class Slopes:
     """Of the blocks of one network, in the order in which they are reconstructed."""
 
-    def __init__(self, module: TorchClassifier, settings: LoopSettings) -> None:
-        self.module, self.settings = module, settings
+    def __init__(self, module: TorchClassifier, settings: LoopSettings, progress: Progress | None = None) -> None:
+        self.module, self.settings, self.progress = module, settings, progress or Silent()
         self._kept: dict[str, Tensor] = {}
 
     def objective(self, stretch: Stretch, steps: int) -> Objective:
@@ -49,12 +50,14 @@ class Slopes:
         names, count = self._fitting(first, x)
         segment = self.module.segment([first], [*names, self.module.logits_name])
         found: dict[str, Tensor] = {}
-        for rows in torch.arange(len(x)).split(self.settings.least_batch):
-            slopes = self._of_batch(segment, x[rows].to(self.module.device), names, count)
-            for name, values in slopes.items():
-                if name not in found:
-                    found[name] = rows_like(values, len(x), self.settings.cache_limit)
-                found[name][rows] = values.to(found[name].device)
+        with self.progress.task("what logits feel of blocks", len(x)) as task:
+            for rows in torch.arange(len(x)).split(self.settings.least_batch):
+                slopes = self._of_batch(segment, x[rows].to(self.module.device), names, count)
+                for name, values in slopes.items():
+                    if name not in found:
+                        found[name] = rows_like(values, len(x), self.settings.cache_limit)
+                    found[name][rows] = values.to(found[name].device)
+                task.advance(len(rows))
         return found
 
     def _of_batch(self, segment: Segment, x: Tensor, names: list[str], count: int) -> dict[str, Tensor]:

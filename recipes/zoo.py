@@ -19,6 +19,7 @@ from converters.errors import MixMixError, OutputError
 from converters.export import write_kept
 from converters.files import read_model
 from converters.load import load_classifier
+from converters.outputs import ensure_writable, write_atomically
 from converters.torch_module import to_torch
 from recipes.inspect import layer_outputs
 from recipes.libraries import create, is_installed
@@ -104,7 +105,7 @@ def find_zoo(name: str) -> Zoo:
     """The zoo of that name. Raises MixMixError naming the nearest one."""
     zoos = named_zoos()
     if name == "embedded":
-        raise MixMixError(f"the embedded zoo is in files already: copy them from {EMBEDDED}")
+        raise MixMixError("the zoo embedded is made of files and shown in another way: name it alone")
     if name not in zoos:
         raise MixMixError(f"there is no zoo {name!r}{nearest(name, zoos)}: choose one of {', '.join(zoos)}")
     return zoos[name]
@@ -133,11 +134,7 @@ def export_zoo(
     A member that cannot be had does not stop the others. Raises OutputError where the folder cannot be made.
     """
     progress = progress or Silent()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL character
-        reason = getattr(error, "strerror", None) or "no folder's name"
-        raise OutputError(f"{directory} cannot be created ({reason}): choose another output") from error
+    _make_folder(directory)
     done = Exported([], [], {})
     with progress.task(f"exporting {zoo.name}", len(zoo.members)) as task:
         for member in zoo.members:
@@ -156,6 +153,35 @@ def export_zoo(
                 done.failed[member.file_name] = str(error)
             task.advance(1, member.name)
     return done
+
+
+def export_embedded(directory: Path, *, overwrite: bool = False) -> Exported:
+    """Copy the embedded models, BatchNorm kept; one that is there stays.
+
+    Raises OutputError where the folder cannot be made.
+    """
+    _make_folder(directory)
+    done = Exported([], [], {})
+    for source in map(model_path, FAMILIES):
+        path, content = directory / source.name, source.read_bytes()
+        try:
+            if path.is_file() and path.read_bytes() == content:
+                done.kept.append(path)
+            else:
+                ensure_writable(path, overwrite=overwrite)
+                write_atomically(path, content)
+                done.written.append(path)
+        except OutputError as error:
+            done.failed[source.name] = str(error)
+    return done
+
+
+def _make_folder(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = getattr(error, "strerror", None) or "no folder's name"
+        raise OutputError(f"{directory} cannot be created ({reason}): choose another output") from error
 
 
 def _same_source(path: Path, member: Member, *, trained: bool) -> None:

@@ -98,13 +98,17 @@ def export(**given: Any) -> int:
     Example: mixmix zoo export mixmix-mobile -o models/
     """
     from mixmix_cli.console import Terminal
-    from recipes.zoo import export_zoo, find_zoo
+    from recipes.zoo import export_embedded, export_zoo, find_zoo
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    zoo, output = find_zoo(given["zoo"]), given["output"]
-    done = export_zoo(
-        zoo, output, trained=not given["untrained"], overwrite=given["force"], progress=terminal, version=__version__
-    )
+    output, overwrite = given["output"], given["force"]
+    if given["zoo"] == "embedded":
+        if given["untrained"]:
+            raise click.UsageError("the embedded zoo comes with its weights: leave --untrained out")
+        done = export_embedded(output, overwrite=overwrite)
+    else:
+        zoo, trained = find_zoo(given["zoo"]), not given["untrained"]
+        done = export_zoo(zoo, output, trained=trained, overwrite=overwrite, progress=terminal, version=__version__)
     if terminal.as_json:
         terminal.document({"dir": output, "written": done.written, "kept": done.kept, "failed": done.failed})
     else:

@@ -100,8 +100,9 @@ def prune_in_memory(
     if isinstance(goal.pattern, WholeChannels):  # which go is not trained, so all steps are the second stage's
         settings = settings.model_copy(update={"steps": settings.mask_steps + settings.steps, "mask_steps": 0})
     removal = choice.choose(module, inputs, settings, goal, checkpoint, progress)
-    run = _Run(module, inputs, settings, removal.choices, torch.Generator().manual_seed(seed), checkpoint)
-    run.reconstruct_all(progress)
+    generator = torch.Generator().manual_seed(seed)
+    run = _Run(module, inputs, settings, removal.choices, generator, checkpoint, progress)
+    run.reconstruct_all()
     layers = run.layer_accounts(removal.reasons)
     before = share_of_zeros([_as_it_was(module, layer) for layer in module.layers()])
     if not isinstance(goal.pattern, WholeChannels) and share_of_zeros(layers) <= before:
@@ -145,8 +146,10 @@ class _Run:
         choices: Mapping[str, Sequence[Choose]],
         generator: torch.Generator,
         checkpoint: Checkpoint,
+        progress: Progress,
     ) -> None:
-        self.module, self.inputs, self.settings, self.generator = module, inputs, settings, generator
+        self.module, self.inputs, self.settings = module, inputs, settings
+        self.generator, self.progress = generator, progress
         self.weights = {
             layer.weight: PrunedWeight(module.constant(layer.weight), choices[layer.output], settings)
             for layer in module.layers()
@@ -156,14 +159,14 @@ class _Run:
         self.changes = Changes((self.weights, self.biases), {})
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers whose weights make up for those taken out."""
-        self.slopes = Slopes(module, settings)
+        self.slopes = Slopes(module, settings, progress)
         self.walk = Walk(checkpoint, {"weights": self.weights, "biases": self.biases}, generator)
 
-    def reconstruct_all(self, progress: Progress) -> None:
+    def reconstruct_all(self) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
         steps = max(self.settings.mask_steps + self.settings.steps, 1)
-        self.walk.resume(progress)
-        with self.walk.kept(), progress.task("reconstructing", len(self.module.layers()) * steps) as task:
+        self.walk.resume(self.progress)
+        with self.walk.kept(), self.progress.task("reconstructing", len(self.module.layers()) * steps) as task:
             stretches = walk_blocks(self.module, self.inputs, self.changes, self.settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * steps)):
                 self._reconstruct(stretch, task)

@@ -17,6 +17,7 @@ UNITS: Mapping[Kind, Mapping[str, float]] = {
     "bops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
     "bits": {"": 1},
 }
+THOUSANDS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,30 @@ class Budget:
                 return cls(kind, float(found[2]) * unit)
         raise MixMixError(f"--mixed {text!r} is not a budget: write size=2MB, bops=1.5G or bits=3")
 
+    def tell(self, spent: float) -> str:
+        """How much of it is spent, for people."""
+        if self.kind == "bits":
+            return f"{spent:.2f} of {self.amount:.6g} bits a weight on average"
+        scale, letter = next(((by, letter) for letter, by in THOUSANDS if self.amount >= by), (1.0, ""))
+        unit = f"{letter}B" if self.kind == "size" else f"{letter} bit operations".lstrip()
+        return f"{spent / scale:.4g} of {self.amount / scale:.4g} {unit}"
+
     def __str__(self) -> str:
         """As it is written on the command line, rounded up so that it is no less than it is."""
         if self.kind == "bits":
             return f"bits={self.amount:.6g}"
         return f"{self.kind}={math.ceil(self.amount)}" + ("B" if self.kind == "size" else "")
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a placement of bits costs, in the budget's unit."""
+
+    budget: Budget
+    spent: float
+    binds: bool
+    """Whether a larger budget could buy more bits."""
+
+    def __str__(self) -> str:
+        text = self.budget.tell(self.spent)
+        return text if self.binds else f"{text}, as every layer has the most bits that it may have"

@@ -33,9 +33,9 @@ from recipes.least_squares import compensate, settled_layers
 from recipes.objective import Objective
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
-from recipes.quantize.budget import Budget
+from recipes.quantize.budget import Budget, Spending
 from recipes.quantize.equalise import FEW_BITS, equalise
-from recipes.quantize.mixed import plan_mixed
+from recipes.quantize.mixed import plan_mixed, spending
 from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -120,10 +120,10 @@ def quantize(
     }
     said = {"mixmix.quantize": json.dumps(asked), **to_metadata(units), **(provenance or {})}
     metadata = {**classifier.spec.to_metadata(), **said}
-    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata, ranks)
-    run.place(progress)
-    run.reconstruct_all(progress)
-    run.train(progress)
+    run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata, ranks, progress)
+    run.place()
+    run.reconstruct_all()
+    run.train()
     sample = sample_for_proof(prepared, run.inputs)
     logits = run.fake_quantized(sample)
     result = Result(
@@ -142,7 +142,7 @@ def quantize(
 
     def write() -> Compression:
         written = result.write(classifier, output, said, started, overwrite=overwrite)
-        return replace(written, fusion=run.fusion(output), target=target.name)
+        return replace(written, fusion=run.fusion(output), target=target.name, spending=run.spent(written.size_after))
 
     return ranks.lead(write)
 
@@ -173,9 +173,10 @@ class _Run:
         checkpoint: Checkpoint,
         metadata: Mapping[str, str],
         ranks: Ranks,
+        progress: Progress,
     ) -> None:
         self.module, self.settings, self.bits, self.act_bits = module, settings, bits, act_bits
-        self.target, self.metadata, self.ranks = target, metadata, ranks
+        self.target, self.metadata, self.ranks, self.progress = target, metadata, ranks, progress
         self.generator = torch.Generator().manual_seed(seed)
         self.images, self.inputs = images, model_inputs(module, images)
         self.quantizers = Quantizers(module, target, learned_biases(module, settings.bias_rate))
@@ -184,12 +185,14 @@ class _Run:
         self.bounds = clipped_to(module) if target.integer_kernels else {}
         self.widths: dict[str, int] = {}
         """Bits of every value that is quantized, in order."""
+        self.spending: Spending | None = None
+        """Of the budget, where there is one."""
         self.walk = Walk(checkpoint, self.quantizers.tables, self.generator, self._complete)
-        self.slopes = Slopes(module, settings)
+        self.slopes = Slopes(module, settings, progress)
         self._found: State | None = None
 
-    def place(self, progress: Progress) -> None:
-        self.quantizers.plans = self.ranks.lead(lambda: self._plan(progress))
+    def place(self) -> None:
+        self.quantizers.plans = self.ranks.lead(self._plan)
         self.widths = plan_values(self.module, self.quantizers.plans, self.act_bits, self.target)
         for plan in self.quantizers.plans:
             layer = plan.layer
@@ -202,12 +205,12 @@ class _Run:
             )
         self.ranks.spread([weight.zero for weight in self.quantizers.weights.values()])  # no part of a weight's state
         counts = Counter(plan.bits for plan in self.quantizers.plans)
-        progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
+        self.progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
 
-    def _plan(self, progress: Progress) -> list[LayerPlan]:
+    def _plan(self) -> list[LayerPlan]:
         def keep(name: str, count: int, measure: Callable[[Advance], Noise]) -> Noise:
             def measured() -> Noise:
-                with progress.task(f"measuring what each {name} does", count) as task:
+                with self.progress.task(f"measuring what each {name} does", count) as task:
                     return measure(task.advance)
 
             return self.walk.checkpoint.measured(name, measured)
@@ -219,25 +222,27 @@ class _Run:
         else:
             size = partial(file_size, self.module, act_bits=self.act_bits, target=self.target, metadata=self.metadata)
             plans = plan_mixed(self.module, self.inputs, self.bits, *common, size, of_layers, of_inputs)
+            self.spending = spending(self.module, plans, self.bits, *common, size)
             if self.bits.kind == "bops":  # which counts the bits of inputs, and has chosen them
                 return plans
         return place_activations(self.module, self.inputs, plans, *common, of_inputs)
 
-    def reconstruct_all(self, progress: Progress) -> None:
+    def reconstruct_all(self) -> None:
         """Settle every change, in the first process for all of them: on a GPU, no two would come to the same."""
         if self.ranks.leads:
-            self._go_through_blocks(progress)
+            self._go_through_blocks()
         if self.ranks.count > 1:
             self._found, state = self.ranks.share((self._found, self.walk.state().cpu()))
             if not self.ranks.leads:
                 self.walk.restore(state)
 
-    def _go_through_blocks(self, progress: Progress) -> None:
+    def _go_through_blocks(self) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
         settings = self.settings
         steps = settings.steps if settings.unit != "none" else 0
-        self._found = self.walk.resume(progress)
-        with self.walk.kept(), progress.task("reconstructing", len(self.quantizers.plans) * max(steps, 1)) as task:
+        self._found = self.walk.resume(self.progress)
+        total = len(self.quantizers.plans) * max(steps, 1)
+        with self.walk.kept(), self.progress.task("reconstructing", total) as task:
             stretches = walk_blocks(self.module, self.inputs, self.quantizers.changes, settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
                 self._calibrate(stretch)
@@ -252,13 +257,13 @@ class _Run:
             if f"values|scale|{name}" in found.tensors:
                 self.quantizers.values[name] = self._activation(name, torch.zeros(1, device=self.module.device), bits)
 
-    def train(self, progress: Progress) -> None:
+    def train(self) -> None:
         """Train all changes together, where the settings ask for it."""
         steps = self.settings.train_steps
         if not steps:
             return
         found = self._found if self._found is not None and "step" in self._found.numbers else None
-        with progress.task("training the whole network", steps) as task:
+        with self.progress.task("training the whole network", steps) as task:
             train_quantized(
                 self.module,
                 self.images,
@@ -385,6 +390,12 @@ class _Run:
         self.quantizers.snap_biases(unit.layers)
         after = block_error(unit.segment, changed_input, objective.of_output, weights, values, batch)
         self.walk.account.append((unit.name, Reconstruction(nearest.output, after.output)))
+
+    def spent(self, size: int) -> Spending | None:
+        """What the budget was spent on, now that the file is there and has `size` bytes."""
+        if self.spending is None or self.spending.budget.kind != "size":
+            return self.spending
+        return replace(self.spending, spent=size)
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""

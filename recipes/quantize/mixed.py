@@ -26,7 +26,7 @@ from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate, frontier
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import input_widths, measure_inputs
-from recipes.quantize.budget import Budget
+from recipes.quantize.budget import Budget, Spending
 from recipes.quantize.plan import (
     WIDTHS,
     Keep,
@@ -99,10 +99,7 @@ def plan_mixed(
     """
     layers = layers_to_quantize(module)
     widths = _widths(budget, target, settings, act_bits)
-    narrowest = [
-        LayerPlan(layer, widths[0], act)
-        for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
-    ]
+    narrowest = _alike(layers, widths[0], act_bits, settings)
     groups = _groups(narrowest, budget, act_bits, settings)
     cost = _cost(module, layers, budget, target)
     fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
@@ -137,6 +134,33 @@ def plan_mixed(
         for layer in layers
         for bits, act in [found[layer.output]]
     ]
+
+
+def spending(
+    module: TorchClassifier,
+    plans: Sequence[LayerPlan],
+    budget: Budget,
+    act_bits: int | None,
+    target: Target,
+    settings: QuantizeSettings,
+    file_size: Callable[[Sequence[LayerPlan]], int],
+) -> Spending:
+    """What `plans` cost of the budget."""
+    layers = [plan.layer for plan in plans]
+    most = _widths(budget, target, settings, act_bits)[-1]
+    groups = _groups(_alike(layers, most, act_bits, settings), budget, act_bits, settings)
+    acts = {group.value: group.acts[-1] for group in groups}
+    binds = any(plan.bits < most or plan.act_bits != acts[plan.layer.input] for plan in plans)
+    if budget.kind == "size":
+        return Spending(budget, file_size(plans), binds)
+    cost = _cost(module, layers, budget, target)
+    return Spending(budget, sum(cost(plan.layer, plan.bits, plan.act_bits) for plan in plans), binds)
+
+
+def _alike(layers: Sequence[Layer], bits: int, act_bits: int | None, settings: QuantizeSettings) -> list[LayerPlan]:
+    """All weights with `bits` bits, and inputs with what was asked for."""
+    acts = activation_bits(layers, act_bits, settings)
+    return [LayerPlan(layer, bits, act) for layer, act in zip(layers, acts, strict=True)]
 
 
 def _groups(

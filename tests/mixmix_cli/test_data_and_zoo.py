@@ -51,7 +51,8 @@ def test_data_compare_tells_real_images_from_made_ones(capsys: pytest.CaptureFix
         (("data", "export", "{test}", "--model", "no.onnx", "-o", "c.npz"), "no.onnx does not exist"),
         (("zoo", "show", "mixmix-residul"), "'mixmix-residual'"),
         (("zoo", "show", "mixmix", "no.onnx"), "not both"),
-        (("zoo", "export", "embedded", "-o", "models"), "in files already"),
+        (("zoo", "show", "mixmix", "embedded"), "name it alone"),
+        (("zoo", "export", "embedded", "-o", "models", "--untrained"), "comes with its weights"),
         (("synth", "{model}", "-o", "data", "--set", "models=[]"), "models cannot be"),
         (("zoo", "show", "no.onnx"), "no.onnx does not exist"),
         (("zoo", "export", "resnet", "-o", "models"), "there is no zoo 'resnet'"),
@@ -105,3 +106,18 @@ def test_zoo_export_reports_what_failed(
     assert status == 2
     assert sorted(json.loads(out)["failed"]) == ["mnasnet1_0.onnx", "mobilenet_v2.onnx", "mobilenet_v3_large.onnx"]
     assert "pip install torchvision" in err
+
+
+def test_zoo_export_copies_the_embedded_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    status, out, _ = run(capsys, "zoo", "export", "embedded", "-o", models, "--json")
+    assert status == 0
+    assert sorted(json.loads(out)["written"]) == sorted(str(models / f"{name}.onnx") for name in zoo.FAMILIES)
+    assert (models / "plain.onnx").read_bytes() == zoo.model_path("plain").read_bytes()
+    (models / "plain.onnx").write_bytes(b"of the user")
+    status, out, err = run(capsys, "zoo", "export", "embedded", "-o", models, "--json")
+    assert (status, len(json.loads(out)["kept"]), list(json.loads(out)["failed"])) == (2, 5, ["plain.onnx"])
+    assert "pass --force to replace it" in err
+    assert (models / "plain.onnx").read_bytes() == b"of the user"
+    assert run(capsys, "zoo", "export", "embedded", "-o", models, "--force")[0] == 0
+    assert (models / "plain.onnx").read_bytes() == zoo.model_path("plain").read_bytes()

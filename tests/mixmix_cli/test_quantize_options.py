@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -65,6 +66,9 @@ def test_a_budget(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     assert document["output"] == str(model.with_name("model.mixed.onnx"))
     assert document["bits"] is None
     assert document["size_bytes"]["after"] <= 100_000
+    spent = document["size_bytes"]["after"]
+    assert document["budget"] == {"kind": "size", "allowed": 100_000, "spent": spent, "binds": True}
+    assert sum(layer["weights"] for layer in document["layers"]) == 93_744
     assert len({layer["bits"] for layer in document["layers"]}) > 1
     assert json.loads(metadata(Path(document["output"]))["mixmix.quantize"])["bits"] == "size=100000B"
 
@@ -75,7 +79,17 @@ def metadata(path: Path) -> dict[str, str]:
 
 def test_a_budget_on_the_screen(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     _, out, _ = run(capsys, "--mixed", "bits=3", model)
-    assert "layers at 3 bits" in " ".join(out.split())
+    words = " ".join(out.split())
+    assert re.search(r" (2\.9|3\.0)\d of 3 bits a weight on average: .*layers? at 3 bits", words)
+
+
+def test_a_budget_that_does_not_bind_is_said(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    _, out, _ = run(capsys, "--mixed", "bits=8", model)
+    words = " ".join(out.split())
+    all_of_it = (
+        r"8\.00 of 8 bits a weight on average, as every layer has the most bits that it may have: \d+ layers at 8 bits"
+    )
+    assert re.search(all_of_it, words)
 
 
 def test_two_bits_in_two_bits(capsys: pytest.CaptureFixture[str], model: Path) -> None:

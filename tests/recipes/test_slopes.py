@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from converters.torch_module import TorchClassifier, to_torch
 from recipes import zoo
 from recipes.images import ImageSet
 from recipes.objective import BlockError, Objective, moved
+from recipes.progress import Silent, Task
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE as PRUNE
@@ -219,3 +221,27 @@ def test_quantization_comes_nearer_to_the_logits_with_it(
         return snr(classifier, tmp_path / f"{share}.onnx")
 
     assert quantized(0.25) > quantized(0.0) + 0.5
+
+
+class Heard(Silent):
+    """What was said of progress: names of tasks, and how far each came."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, float, float]] = []
+
+    @contextmanager
+    def task(self, name: str, total: float) -> Iterator[Task]:
+        self.done.append((name, total, 0))
+        yield self
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        name, total, done = self.done[-1]
+        self.done[-1] = (name, total, done + steps)
+
+
+def test_a_pass_says_how_far_it_is(module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet) -> None:
+    module, heard = module_of("plain"), Heard()
+    slopes = Slopes(module, SETTINGS, heard)
+    for stretch in stretches(module, calibration_images):
+        slopes.of(stretch)
+    assert heard.done == [("what logits feel of blocks", COUNT, COUNT)]
