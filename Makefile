@@ -17,6 +17,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	cd benchmarks && MYPYPATH=.. ../$(BIN)/mypy --config-file ../pyproject.toml .
 
 unit: $(READY)
 	$(BIN)/python -m pytest

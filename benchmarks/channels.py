@@ -40,6 +40,7 @@ from synthesis_quality import ALL, TARGET, Source, classifier, digest, image_set
 from torch import nn
 from train_zoo import describe
 
+from converters.classifier import Classifier
 from converters.export import export_kept
 from converters.load import load_classifier
 from recipes import zoo
@@ -207,12 +208,19 @@ def native(target: str) -> nn.Module:
     return module
 
 
+def macs_of(model: Classifier) -> int:
+    """Multiplications for one image."""
+    macs = inspect_model(model).macs
+    assert macs is not None
+    return macs
+
+
 def run_peer(target: str, share: float, how: dict[str, int], output: Path) -> None:
     """Torch-Pruning's documented recipe, at the smallest ratio that leaves at most `share` of the multiplications."""
     import torch_pruning
 
     module, example = native(target), torch.zeros(2, 1, 28, 28)
-    budget = share * inspect_model(classifier(target)).macs
+    budget = share * macs_of(classifier(target))
 
     def narrow(ratio: float, path: Path) -> bool:
         smaller = copy.deepcopy(module)
@@ -228,7 +236,7 @@ def run_peer(target: str, share: float, how: dict[str, int], output: Path) -> No
         ).step()
         export_kept(smaller.eval(), example, path)
         onnx.save(describe(onnx.load(path), target, 0.0), path)
-        return inspect_model(load_classifier(path)).macs <= budget
+        return macs_of(load_classifier(path)) <= budget
 
     with tempfile.TemporaryDirectory() as folder:
         tried = Path(folder) / "tried.onnx"

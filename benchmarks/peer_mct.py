@@ -7,9 +7,10 @@
 
 `make` runs its data generation with its own defaults but for the number of iterations and writes the images as .npz.
 Its pixels are three channels, normalised as torchvision does; a layer in front brings them to what the net takes.
-`judge` makes ours, with the recipe as it is and with `--steps`, and quantizes the net on each set by recipe qdrop, 100
-steps a block: the embedded nets at W2 and W2A4 (Fashion-MNIST's test images 5,000 to 9,999), EfficientNet-Lite0 at W4
-(agreement with float on 288 crops of photographs).
+`judge` makes ours, by the recipe that fits the net as it is and with `--steps`, and by `single`, the ZeroQ-like loop.
+The net is quantized on each set by recipe qdrop, 100 steps a block: the embedded nets at W2 and W2A4, and pruned to
+70 % zeros by recipe obs (Fashion-MNIST's test images 5,000 to 9,999); EfficientNet-Lite0 at W4 (agreement with float on
+288 crops of photographs).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ IMAGES = {LITE0: 64} | dict.fromkeys(EMBEDDED, 128)
 
 class Adapted(nn.Module):
     """Takes three channels in torchvision's normalisation."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, net: nn.Module, *, gray: bool) -> None:
         super().__init__()
@@ -109,15 +113,16 @@ def judge(name: str, images: int, steps: list[int], output: Path) -> None:
         title = f"MCT {facts['version']}, {facts['iterations']} iterations, {facts.get('threads', '?')} threads"
         rows.setdefault(title, []).append((facts["seconds"], judge_set(name, path, facts["seed"])))
     seeds = sorted({json.loads(path.read_text())["seed"] for path in output.glob(f"{name}-*.json")}) or [0]
-    for count in [0, *steps]:
-        title = f"MixMix, {count} steps" if count else "MixMix, recipe default"
+    ours: list[tuple[str, str | None, int | None]] = [("MixMix, as it is", None, None)]
+    ours += [(f"MixMix, {count} steps", None, count) for count in steps]
+    for title, recipe, count in [*ours, ("MixMix, recipe single", "single", None)]:
         for seed in seeds:
-            path, seconds = synthesized(name, count or None, seed, images, output)
+            path, seconds = synthesized(name, recipe, count, seed, images, output)
             rows.setdefault(title, []).append((seconds, judge_set(name, path, seed)))
     cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}, {images} images\n")
     for title, found in rows.items():
-        seconds = np.mean([row[0] for row in found])
+        seconds = float(np.mean([row[0] for row in found]))
         figures = np.array([row[1] for row in found])
         each = "; ".join(", ".join(f"{value:.2f}" for value in row) for row in figures)
         means = ", ".join(f"{value:.2f}" for value in figures.mean(0))

@@ -26,7 +26,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def run_onnxruntime(model: Path, images: Path, output: Path, row: Row) -> None:
         return
     name = onnx.load(model).graph.input[0].name
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def __init__(self) -> None:
             self.images: Iterator[dict[str, Array]] = iter([{name: image[None]} for image in inputs_of(images)])
 
@@ -270,7 +270,8 @@ def quantized(row: Row, model: str, folder: Path) -> tuple[Path, dict[str, Any]]
         except RuntimeError as error:
             return output, {"error": str(error)}
         act = [] if row.act_bits is None else ["--act-bits", str(row.act_bits)]
-        command = [python, "-P", __file__, "run-peer", row.tool, zoo.model_path(model), folder / "images.npz", output]
+        files = (zoo.model_path(model), folder / "images.npz", output)
+        command = [python, "-P", __file__, "run-peer", row.tool, *map(str, files)]
         command += ["--bits", str(row.bits), *act, "--how", row.how]
         done = subprocess.run(command, capture_output=True, text=True)
         output.with_suffix(".log").write_text(done.stdout + done.stderr)
@@ -285,6 +286,7 @@ def judging_inputs(model: str) -> tuple[Array, Array]:
     from synthesis_quality import classifier, judging
 
     images = judging()
+    assert images.labels is not None
     return np.ascontiguousarray(classifier(model).spec.to_input(images.pixels).numpy()), images.labels.numpy()
 
 
@@ -387,7 +389,7 @@ def print_table(iterations: list[int], folder: Path, log: Callable[[str], None])
     lines = []
     for model in MODELS:
         path = zoo.model_path(model)
-        facts = kept(folder / f"{model}-float.judged.json", lambda path=path, model=model: judged(path, model))
+        facts = kept(folder / f"{model}-float.judged.json", partial(judged, path, model))
         lines.append((model, "float", "", *cells(facts, {})))
         for row in rows(iterations):
             log(f"{model}, {row.width}, {row.title}")
@@ -398,7 +400,7 @@ def print_table(iterations: list[int], folder: Path, log: Callable[[str], None])
                 facts = {}
             else:
                 at = output.with_suffix(".judged.json")
-                facts = kept(at, lambda output=output, model=model: judged(output, model))
+                facts = kept(at, partial(judged, output, model))
             lines.append((model, row.width, row.title, *cells(facts, took)))
     import onnxruntime
 
@@ -412,9 +414,9 @@ def print_table(iterations: list[int], folder: Path, log: Callable[[str], None])
         + ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()))
         + "\n"
     )
-    heads = ("model", "width", "tool", "top-1 %", "SNR dB", "4-bit weights %", "kB", "ms / ms of float")
-    heads += ("s (CPU s)", "peak MB", "loads")
-    print(f"| {' | '.join(heads)} |\n{'| --- ' * len(heads)}|")
+    quality, costs = "top-1 % | SNR dB | 4-bit weights %", "kB | ms / ms of float | s (CPU s) | peak MB | loads"
+    heads = f"model | width | tool | {quality} | {costs}"
+    print(f"| {heads} |\n{'| --- ' * len(heads.split('|'))}|")
     for line in lines:
         print(f"| {' | '.join(line)} |")
 

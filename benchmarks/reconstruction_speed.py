@@ -4,7 +4,8 @@
 
 The plain loop is written here on native torch modules, independently of the product: AdaRound's rectified sigmoid on
 two convolutions, learned activation steps, Adam, images as torch lays them out. Both train the same block with random
-weights on the same random input, in turn; what is compared are steps, as both do the same work in each.
+weights on the same random input, in turn; what is compared are steps. Both do the same work in each, and the default
+also what its loss asks of the logits, whose slopes are taken before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,12 @@ from converters.targets import PORTABLE
 from converters.torch_module import to_torch
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import find_blocks
+from recipes.memory import keep_freed_memory
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
-from recipes.reconstruct import Loop, reconstruct
+from recipes.reconstruct import Loop, Stretch, block_error, reconstruct
 from recipes.settings import load_recipe
-from recipes.workpiece import keep_freed_memory
+from recipes.slopes import Slopes
 
 IMAGES, BATCH, STEPS, ROUNDS = 64, 32, 12, 5
 STAGES = {"layer1": (64, 56), "layer2": (128, 28), "layer3": (256, 14)}
@@ -88,10 +91,11 @@ class PlainBlock(nn.Module):
 
 def plain_loop(channels: int, x: Tensor, y: Tensor) -> Callable[[], None]:
     block = PlainBlock(channels)
-    rounding = [block.first.alpha, block.second.alpha]
-    optimizer = torch.optim.Adam(
-        [{"params": rounding, "lr": 1e-3}, {"params": [block.before.step, block.between.step]}]
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [block.first.alpha, block.second.alpha], "lr": 1e-3},
+        {"params": [block.before.step, block.between.step]},
+    ]
+    optimizer = torch.optim.Adam(groups)
 
     def steps() -> None:
         for step in range(STEPS):
@@ -114,16 +118,21 @@ def product_loop(path: Path, channels: int, x: Tensor, settings: QuantizeSetting
     segment = module.segment([block.input], [block.output])
     x = x.contiguous(memory_format=torch.channels_last)
     y = segment({block.input: x})[block.output].detach()
-    weights, values = {}, {}
+    objective = Slopes(module, settings).objective(Stretch(block, segment, x, x, y), STEPS)
+    weights: dict[str, QuantizedWeight] = {}
+    values: dict[str, QuantizedActivation] = {}
     for layer in block.layers:
         weights[layer.weight] = QuantizedWeight(module.constant(layer.weight), layer.axis, 4, settings)
         values[layer.input] = QuantizedActivation(x.flatten()[:10000].abs(), 4, settings)
+
+    plain = block_error(segment, x, objective, weights, values, settings.batch)
 
     def steps() -> None:
         for weight in weights.values():
             weight.learn()
         generator = torch.Generator().manual_seed(0)
-        reconstruct(segment, x, x, y, weights, values, Loop(STEPS, BATCH, settings.input_drop), 1.0, generator)
+        loop = Loop(STEPS, BATCH, settings.input_drop)
+        reconstruct(segment, x, x, objective, weights, values, loop, plain, generator)
 
     return steps
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import scipy.stats
@@ -125,9 +125,9 @@ def steps(half: int, full: int) -> list[dict[str, float]]:
 
 
 ALL = zoo.FAMILIES
-EQUAL = {"stages": steps(60, 60), "rate": 0.2, "shift": 0.0, "variation": 0.01}
+EQUAL: dict[str, Any] = {"stages": steps(60, 60), "rate": 0.2, "shift": 0.0, "variation": 0.01}
 """What all cells of the ablation have: 120 steps, of which each uses one model."""
-LABELS = {"label": 0.1, "weight_rate": 0.0}
+LABELS: dict[str, Any] = {"label": 0.1, "weight_rate": 0.0}
 FIXED = {"Gaussian noise": Source("noise"), "dead leaves": Source("leaves")}
 REAL = {"real training images": Source("real")}
 LOW: Sequence[Cell] = (
@@ -153,7 +153,7 @@ TABLES = {
     "ablation": Table(
         {"dead leaves, where all begin": Source("leaves")}
         | {
-            f"{who}: {what}": made(*models, models_per_step=1, **EQUAL, **how)  # type: ignore[arg-type]  # EQUAL and how hold values of many types
+            f"{who}: {what}": made(*models, models_per_step=1, **EQUAL, **how)
             for who, models in (("the target", (TARGET,)), ("six models", ALL))
             for what, how in (
                 ("statistics", {}),

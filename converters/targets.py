@@ -79,7 +79,7 @@ class Target:
     """Everything between the layers is quantized that keeps integer kernels from following one another, and biases are
     integers."""
     saturates: bool = False
-    """Weights of 8 bits may saturate with 8-bit activations on some processors."""
+    """Products of full-range INT8 weights and UINT8 activations may saturate where the file runs."""
 
     def weight_container(self, bits: int) -> Container:
         """The narrowest that holds weights of `bits` bits. Raises ValueError for a width that none holds."""
@@ -112,8 +112,8 @@ class Target:
         return max(container.opset for container in used), max(container.ir_version for container in used)
 
 
-PORTABLE = Target("portable", WEIGHT_CONTAINERS["int4"], (UINT8, UINT16))
-"""The smallest file that onnxruntime 1.19 and later read, on any processor."""
+PORTABLE = Target("portable", WEIGHT_CONTAINERS["int4"], (UINT8, UINT16), saturates=True)
+"""The smallest file that onnxruntime 1.19 and later read, with the same answers on any processor."""
 TARGETS = {
     target.name: target
     for target in (

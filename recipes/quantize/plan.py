@@ -77,8 +77,12 @@ def activation_bits(layers: Sequence[Layer], act_bits: int | None, settings: Qua
 
 
 def widest(target: Target, settings: QuantizeSettings, act_bits: int | None) -> int:
-    """The most bits that a weight may have: 7 where products with the quantized input could saturate."""
-    return SAFE_BITS if target.saturates and settings.reduce_range and act_bits is not None else MAX_BITS
+    """The most bits that a weight may have: 7 where products with the quantized input could saturate.
+
+    An input of fewer bits than 8 may yet get 8; one of 16 is multiplied in float.
+    """
+    in_integers = act_bits is not None and act_bits <= MAX_BITS
+    return SAFE_BITS if target.saturates and settings.reduce_range and in_integers else MAX_BITS
 
 
 def measure_noise(
@@ -123,8 +127,8 @@ def plan_bits(
     acts = activation_bits(layers, act_bits, settings)
     most = widest(target, settings, act_bits)
     widths = _widths(min(bits, most), most, target)
-    extra = settings.extra_share * (most - widths[0])
-    if not extra:
+    extra = settings.extra_share * (MAX_BITS - widths[0])
+    if not extra or widths == [most]:
         return [
             LayerPlan(layer, widths[0], act, _why(bits, widths[0], act, act_bits))
             for layer, act in zip(layers, acts, strict=True)

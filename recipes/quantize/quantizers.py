@@ -12,7 +12,7 @@ from torch import Tensor
 from converters.torch_module import Layer
 from recipes.least_squares import Moments, from_rows, to_rows
 from recipes.quantize import primitives as q
-from recipes.quantize.compensate import compensate
+from recipes.quantize.gptq import gptq
 from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import DropMasks, Group
 
@@ -164,7 +164,7 @@ class QuantizedWeight:
     def compensate(self, layer: Layer, found: Moments) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
         scale, zero = (value.reshape(layer.groups, -1) for value in (self.scale, self.zero))
-        chosen, shift = compensate(to_rows(self.weight, layer), found, scale, zero, self.low, self.high)
+        chosen, shift = gptq(to_rows(self.weight, layer), found, scale, zero, self.low, self.high)
         self.weight = from_rows(chosen, layer)
         return shift.flatten()
 

@@ -107,7 +107,8 @@ def test_bits_of_weights_and_inputs_are_chosen_together(module_of: Modules, cali
 
         return measured
 
-    ask = (module, x, Budget("bops", amount), 3, PORTABLE, NEAREST, lambda plans: 0)
+    full = NEAREST.model_copy(update={"reduce_range": False})  # so that WIDTHS are what there is
+    ask = (module, x, Budget("bops", amount), 3, PORTABLE, full, lambda plans: 0)
     plans = plan_mixed(*ask, keep("weights"), keep("inputs"))
     readers: dict[str, set[int | None]] = {}
     for plan in plans:

@@ -106,10 +106,11 @@ def test_a_wider_container_is_used_in_full(
     assert max(plan.bits for plan in found) == 8
 
 
-def test_bits_that_would_saturate_are_not_given(module_of: Modules, calibration_images: ImageSet) -> None:
+@pytest.mark.parametrize("name", ["ort-cpu", "portable"])
+def test_bits_that_would_saturate_are_not_given(name: str, module_of: Modules, calibration_images: ImageSet) -> None:
     module = module_of("plain")
     x = module.spec.to_input(calibration_images.pixels[:8])
-    target = choose_target("ort-cpu", None, 8)
+    target = choose_target(name, None, 8)
     eight = plan_bits(module, x, 8, 8, target, NEAREST)
     assert {plan.bits for plan in eight} == {7}
     assert all(plan.reason is not None and plan.reason.startswith("8 bits saturate") for plan in eight)
@@ -117,6 +118,8 @@ def test_bits_that_would_saturate_are_not_given(module_of: Modules, calibration_
     assert {plan.bits for plan in four} == {7}
     full = plan_bits(module, x, 8, 8, target, NEAREST.model_copy(update={"reduce_range": False}))
     assert {(plan.bits, plan.reason) for plan in full} == {(8, None)}
+    in_float = [plan_bits(module, x, 8, act_bits, PORTABLE, NEAREST) for act_bits in (None, 16)]
+    assert {plan.bits for found in in_float for plan in found} == {8}
 
 
 def test_inputs_of_the_ends_have_their_own_bits(module_of: Modules, calibration_images: ImageSet) -> None:
@@ -127,7 +130,7 @@ def test_inputs_of_the_ends_have_their_own_bits(module_of: Modules, calibration_
     assert [plan.layer for plan in found] == module.layers()
     low = plans(module, calibration_images, 2, 2, extra_share=0.0, end_bits=6)
     assert [plan.act_bits for plan in low] == [6, 2, 2, 2, 2, 2, 6]
-    assert {(p.bits, p.reason) for p in plans(module, calibration_images, 8, 8)} == {(8, None)}
+    assert {(p.bits, p.reason) for p in plans(module, calibration_images, 8, None)} == {(8, None)}
 
 
 @pytest.mark.parametrize("act_bits", [None, 8])

@@ -90,6 +90,20 @@ def test_integers_are_what_the_runtime_wants(target: str, made_for: Quantizer) -
         assert not any(written.arrays[node.input[2]].any() for node in written.quantized)
 
 
+@pytest.mark.parametrize(("target", "bits", "act_bits"), [("portable", 8, 8), ("portable", 4, 4), ("ort-cpu", 8, 8)])
+def test_sums_of_two_products_stay_within_sixteen_bits(
+    target: str, bits: int, act_bits: int, made_for: Quantizer
+) -> None:
+    """Where there is no VNNI, onnxruntime's kernels add two products of UINT8 and INT8 in 16 bits (vpmaddubsw), and
+    what is more saturates: so INT8 weights behind a quantized input have to stay small enough."""
+    written = Written(made_for("inverted", target, bits, act_bits).output)
+    names = [node.input[0] for node in written.dequantized]
+    weights = [written.arrays[name] for name in names if written.kinds.get(name) == TensorProto.INT8]
+    assert weights
+    for integers in weights:
+        assert 2 * 255 * np.abs(integers.astype(np.int64)).max() < 2**15
+
+
 def test_full_range_where_it_is_asked_for(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> None:

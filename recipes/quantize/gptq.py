@@ -18,8 +18,8 @@ from recipes.least_squares import Moments
 from recipes.quantize import primitives as q
 
 
-def compensate(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Compensated weights and bias change.
+def gptq(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Rounded weights that make up for one another, and the bias change.
 
     `rows` [G, R, K] are the weights by group, `scale` and `zero` [G, R]. Returns weights [G, R, K] that nearest
     rounding takes to the chosen integers, and what to add to the bias [G, R].

@@ -11,7 +11,7 @@ from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.least_squares import DAMPING, moments
 from recipes.quantize import primitives as q
-from recipes.quantize.compensate import compensate
+from recipes.quantize.gptq import gptq
 
 
 def problem(groups: int, rows: int, size: int, count: int = 400) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +28,7 @@ def test_without_rounding_it_is_least_squares() -> None:
     clean, noisy, rows = problem(2, 3, 5)
     found = moments([(clean, noisy)])
     scale, zero = torch.full((2, 3), 1e-6, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    chosen, _ = compensate(rows, found, scale, zero, -(2**29), 2**29 - 1)
+    chosen, _ = gptq(rows, found, scale, zero, -(2**29), 2**29 - 1)
     damping = (
         (DAMPING + 5 / 400)
         * found.own.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
@@ -43,7 +43,7 @@ def test_it_answers_better_than_nearest_rounding(bits: int) -> None:
     clean, noisy, rows = problem(3, 8, 12)
     low, high = q.signed_range(bits)
     scale, zero = (value.view(3, 8) for value in q.search_range(rows.reshape(24, 12), low, high))
-    chosen, shift = compensate(rows, moments([(clean, noisy)]), scale, zero, low, high)
+    chosen, shift = gptq(rows, moments([(clean, noisy)]), scale, zero, low, high)
     target = clean @ rows.mT
 
     def error(weights: Tensor, bias: Tensor | float = 0.0) -> float:
