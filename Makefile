@@ -20,7 +20,8 @@ types: $(READY)
 	cd benchmarks && MYPYPATH=.. ../$(BIN)/mypy --config-file ../pyproject.toml .
 
 unit: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not timing"
+	$(BIN)/python -m pytest -m timing
 
 # Installed once; again only when the dependencies change.
 $(READY): pyproject.toml

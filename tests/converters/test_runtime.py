@@ -88,6 +88,7 @@ def test_optimisation_can_be_turned_off() -> None:
     assert np.array_equal(plain, again)
 
 
+@pytest.mark.timing
 def test_latency_is_in_milliseconds() -> None:
     """Against a stopwatch; the factor of 5 is for a busy machine."""
     session, x = Session(MODEL, threads=1), models.images(2000)
@@ -100,6 +101,7 @@ def test_latency_is_in_milliseconds() -> None:
     assert 0.2 < latency / float(np.median(times)) < 5
 
 
+@pytest.mark.timing
 def test_latency_grows_with_the_work() -> None:
     session = Session(MODEL, threads=1)
     small, large = (session.latency(models.images(batch), seconds=0.02) for batch in (1, 2000))

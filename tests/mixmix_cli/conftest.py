@@ -17,6 +17,13 @@ from recipes.validate import Reference, Validation
 from tests.mixmix_cli.command import TINY
 from tests.mixmix_cli.report_page import NAMES, Page
 
+
+@pytest.fixture(autouse=True)
+def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output is as wide as where nobody has said how wide."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 SHORT = ("--set", 'stages=[{"scale":0.5,"steps":2},{"scale":1.0,"steps":2}]')
 
 

@@ -17,6 +17,7 @@ from recipes import zoo
 from tests.mixmix_cli.command import TINY, run
 
 
+@pytest.mark.timing
 def test_help_and_version_answer_at_once() -> None:
     """Half a second each on two busy cores, and neither torch nor onnx is loaded."""
     for arguments in (

@@ -62,8 +62,10 @@ class Stopping(Silent):
 
     @contextmanager
     def task(self, name: str, total: float) -> Iterator[Stopping]:
+        around = self.now, self.done
         self.now, self.done = name, 0.0
         yield self
+        self.now, self.done = around
 
     def advance(self, steps: float = 1, note: str | None = None) -> None:
         self.done += steps

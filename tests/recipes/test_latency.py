@@ -85,6 +85,7 @@ def test_removals_leave_less_and_less(wide: TorchClassifier) -> None:
         assert share_left(channels, after.numbers) == pytest.approx(after.left)
 
 
+@pytest.mark.timing
 def test_a_file_takes_the_time_that_was_asked_for(wide: TorchClassifier) -> None:
     """Convolutions of some milliseconds, timed beside the whole model, by the clock that chose them."""
     channels = find_channels(wide)
@@ -115,6 +116,15 @@ def test_a_batch_that_the_file_is_fixed_to(load: Load) -> None:
     assert clock(module, find_channels(module))(Removed(np.array([], np.int64), 1.0)) > 0
 
 
+def test_a_file_that_gets_no_faster_is_refused(wide: TorchClassifier) -> None:
+    channels = find_channels(wide)
+    with pytest.raises(
+        MixMixError, match=r"gets no faster here.*takes 120\.0% of its time\): give --macs or --sparsity"
+    ):
+        choose_by_latency(wide, channels, no_harm(channels), 0.5, Limits(0.5, 4), Silent(), lambda removed: 1.2)
+
+
+@pytest.mark.timing
 def test_a_time_that_cannot_be_had(wide: TorchClassifier) -> None:
     channels = find_channels(wide)
     with pytest.raises(MixMixError, match=r"at the least, as 90% of each layer is kept.*: give --latency [01]"):
