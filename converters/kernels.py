@@ -67,22 +67,50 @@ def clipped_to(module: TorchClassifier) -> dict[str, tuple[float, float]]:
     return found
 
 
-def layers_in_integers(module: TorchClassifier, quantized: Mapping[str, int], stored: Mapping[str, int]) -> list[Layer]:
-    """The layers that integer kernels will take.
+@dataclass(frozen=True)
+class Forecast:
+    """How many of `layers` layers integer kernels will take, and how many they will not, by reason."""
+
+    layers: int
+    kept_out: Mapping[str, int]
+
+    @property
+    def count(self) -> int:
+        return self.layers - sum(self.kept_out.values())
+
+    def __str__(self) -> str:
+        text = f"forecast: {self.count} of {self.layers} layers will run in integers in onnxruntime"
+        reasons = ", ".join(f"{count} as {reason}" for reason, count in self.kept_out.items())
+        return f"{text}; {reasons}" if reasons else text
+
+
+def forecast(
+    module: TorchClassifier, quantized: Mapping[str, int], stored: Mapping[str, int], *, biases: bool
+) -> Forecast:
+    """What onnxruntime's CPU provider will make of a file.
 
     `quantized` are the bits of each quantized value by name, `stored` those of the type that each layer's weight is
-    stored in, by layer output.
+    stored in, by layer output, and `biases` is whether biases are integers.
     """
-    readers = _Readers(module)
-    byte = {name for name, bits in quantized.items() if bits == 8}
-    return [
-        layer
-        for layer in module.layers()
-        if layer.input in byte
-        and stored[layer.output] == 8
-        and layer.operand == 1
-        and (layer.op in WRITES_FLOAT or readers.settled(layer.output) in byte)
-    ]
+    readers, layers = _Readers(module), module.layers()
+    reasons = [_kept_out(layer, readers, quantized, stored[layer.output], biases) for layer in layers]
+    return Forecast(len(layers), dict(Counter(reason for reason in reasons if reason is not None).most_common()))
+
+
+def _kept_out(layer: Layer, readers: _Readers, quantized: Mapping[str, int], stored: int, biases: bool) -> str | None:
+    """Why no integer kernel takes a layer; None where one does."""
+    if stored != 8:
+        return f"weights are stored in {stored} bits"
+    if layer.operand != 1:
+        return "the weight is the first operand"
+    bits = quantized.get(layer.input)
+    if bits != 8:
+        return "inputs are in float" if bits is None else f"inputs have {bits} bits"
+    if layer.op == "Gemm" and layer.bias is not None and not biases:
+        return "biases are in float"
+    if layer.op in WRITES_FLOAT or quantized.get(readers.settled(layer.output)) == 8:
+        return None
+    return "outputs are not quantized to 8 bits"
 
 
 @dataclass(frozen=True)
@@ -95,8 +123,8 @@ class Fusion:
     operators: Mapping[str, int]
 
 
-def count_fusion(path: Path, layers: int, forecast: int) -> Fusion:
+def count_fusion(path: Path, expected: Forecast) -> Fusion:
     """Counted in the graph that onnxruntime runs after all its optimisations. Raises ModelError if it cannot load."""
     operators = Counter(optimised_operators(path))
     counted = sum(operators[name] for name in INTEGER_KERNELS)
-    return Fusion(layers, forecast, counted, dict(operators.most_common()))
+    return Fusion(expected.layers, expected.count, counted, dict(operators.most_common()))

@@ -81,6 +81,11 @@ class Target:
     saturates: bool = False
     """Products of full-range INT8 weights and UINT8 activations may saturate where the file runs."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the file is for another device than this machine's processor."""
+        return self.name in ("ort-cuda", "tensorrt")
+
     def weight_container(self, bits: int) -> Container:
         """The narrowest that holds weights of `bits` bits. Raises ValueError for a width that none holds."""
         if not MIN_BITS <= bits <= MAX_BITS:

@@ -98,14 +98,14 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
     `remedy` is what can be done about a file that answers otherwise than its reference.
     """
     if terminal.as_json:
-        terminal.document(compression_json(result, validation))
+        terminal.document(compression_json(result, validation) | {"slower_because": slower_because(result, validation)})
     else:
         terminal.show(
             f"{result.output}: {size(result.size_before)} -> {size(result.size_after)}"
             f" (1/{result.size_before / result.size_after:.1f}) in {result.seconds:.0f} s"
         )
         terminal.show(account)
-        if result.fusion is not None:
+        if result.fusion is not None and (result.fusion.counted or result.fusion.forecast):
             terminal.show(fusion_line(result.fusion))
         terminal.show(validation_table(validation))
         terminal.show(
@@ -129,7 +129,14 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
             )
     if result.runs_elsewhere:
         terminal.say(f"latency is that of onnxruntime on this machine's processor, and not of {result.target}")
-    latency = candidate.latency_ms / validation.reference.latency_ms
-    if latency > SLOWER and result.slow_because is not None:
-        terminal.say(f"the file is {latency:.1f} times as slow as the float one here: {result.slow_because}")
+    reason = slower_because(result, validation)
+    if reason is not None:
+        latency = candidate.latency_ms / validation.reference.latency_ms
+        terminal.say(f"the file is {latency:.1f} times as slow as the float one here: {reason}")
     return 0 if validation.passed else 1
+
+
+def slower_because(result: Compression, validation: Validation) -> str | None:
+    """Why the file is slower than the float model; None where it is not, or nothing is known of it."""
+    (candidate,) = validation.candidates
+    return result.slow_because if candidate.latency_ms > SLOWER * validation.reference.latency_ms else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from converters.input_spec import InputSpec
 from converters.kernels import Fusion
+from converters.targets import TARGETS
 from recipes.quantize.budget import Spending
 from recipes.reconstruct import Reconstruction
 
@@ -80,7 +81,7 @@ class Compression:
     macs_left: float = 1.0
     """Share of the multiplications that the file still makes: less than 1 where whole channels are gone."""
     fusion: Fusion | None = None
-    """What runs in integers, where that was asked for."""
+    """What runs in integers, where activations are quantized and the file is for this machine."""
     target: str | None = None
     """The runtime that a quantized file is for."""
     spending: Spending | None = None
@@ -89,19 +90,20 @@ class Compression:
     @property
     def runs_elsewhere(self) -> bool:
         """Whether the file is for another device than the processor that it is timed on."""
-        return self.target in ("ort-cuda", "tensorrt")
+        return self.target is not None and TARGETS[self.target].elsewhere
 
     @property
     def slow_because(self) -> str | None:
         """Why the file may be slower than the float one; None where nothing is known that would make it so."""
         if all(layer.bits is None for layer in self.layers) or self.runs_elsewhere:
             return None
-        if self.fusion is None:
-            way = "--act-bits 8" + " --target ort-cpu" * (self.target != "ort-cpu")
+        way = "--act-bits 8" + " --target ort-cpu" * (self.target != "ort-cpu")
+        if self.fusion is None or not self.fusion.counted:
             return f"integers are turned back into float on every run; with {way} onnxruntime runs in integers"
         if self.fusion.counted < self.fusion.layers:
             missing = self.fusion.layers - self.fusion.counted
-            return f"{missing} of {self.fusion.layers} layers do not run in integers"
+            text = f"{missing} of {self.fusion.layers} layers do not run in integers"
+            return text if self.target == "ort-cpu" else f"{text}; more do with {way}"
         return "integer kernels of this machine do not make up for quantizing what lies between them"
 
     @property

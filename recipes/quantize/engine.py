@@ -22,7 +22,7 @@ from torch import Tensor
 import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
-from converters.kernels import Fusion, clipped_to, count_fusion, layers_in_integers
+from converters.kernels import Forecast, Fusion, clipped_to, count_fusion, forecast
 from converters.targets import MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
@@ -185,6 +185,8 @@ class _Run:
         self.bounds = clipped_to(module) if target.integer_kernels else {}
         self.widths: dict[str, int] = {}
         """Bits of every value that is quantized, in order."""
+        self.forecast: Forecast | None = None
+        """Of what onnxruntime will run in integers, where activations are quantized for this machine."""
         self.spending: Spending | None = None
         """Of the budget, where there is one."""
         self.walk = Walk(checkpoint, self.quantizers.tables, self.generator, self._complete)
@@ -206,6 +208,10 @@ class _Run:
         self.ranks.spread([weight.zero for weight in self.quantizers.weights.values()])  # no part of a weight's state
         counts = Counter(plan.bits for plan in self.quantizers.plans)
         self.progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
+        if self.act_bits is not None and not self.target.elsewhere:
+            stored = {plan.layer.output: self.target.weight_container(plan.bits).bits for plan in self.quantizers.plans}
+            self.forecast = forecast(self.module, self.widths, stored, biases=self.target.integer_kernels)
+            self.progress.say(str(self.forecast))
 
     def _plan(self) -> list[LayerPlan]:
         def keep(name: str, count: int, measure: Callable[[Advance], Noise]) -> Noise:
@@ -404,12 +410,8 @@ class _Run:
         )
 
     def fusion(self, path: Path) -> Fusion | None:
-        """What the written file runs in integers, where its target is onnxruntime's integer kernels."""
-        if not self.target.integer_kernels:
-            return None
-        stored = {plan.layer.output: self.target.weight_container(plan.bits).bits for plan in self.quantizers.plans}
-        forecast = layers_in_integers(self.module, self.widths, stored)
-        return count_fusion(path, len(self.quantizers.plans), len(forecast))
+        """What the written file runs in integers, where that was forecast."""
+        return None if self.forecast is None else count_fusion(path, self.forecast)
 
 
 def _spread(part: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from converters.errors import MixMixError
-from converters.kernels import layers_in_integers, values_between
+from converters.kernels import forecast, values_between
 from converters.targets import INT2, INT4, INT8, TARGETS, UINT8, UINT16, choose_target
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import prepare_for_quantization
@@ -21,8 +21,7 @@ def test_all_layers_run_in_integers_when_all_that_is_asked_for_has_eight_bits(na
     inputs = [layer.input for layer in module.layers()]
     quantized = dict.fromkeys([*values_between(module), *inputs], 8)
     stored = {layer.output: 8 for layer in module.layers()}
-    taken = layers_in_integers(module, quantized, stored)
-    assert [layer.output for layer in taken] == [layer.output for layer in module.layers()]
+    assert forecast(module, quantized, stored, biases=True).count == len(module.layers())
 
 
 def test_what_is_between_convolutions_is_found_in_the_graph(module_of: Modules) -> None:
@@ -53,7 +52,8 @@ def test_other_widths_than_eight_bits_do_not_run_in_integers(bits: int, module_o
     module = module_of("plain")
     inputs = {layer.input: bits for layer in module.layers()}
     stored = {layer.output: 8 for layer in module.layers()}
-    assert layers_in_integers(module, dict.fromkeys(values_between(module), 8) | inputs, stored) == []
+    found = forecast(module, dict.fromkeys(values_between(module), 8) | inputs, stored, biases=True)
+    assert (found.count, found.kept_out) == (0, {f"inputs have {bits} bits": found.layers})
 
 
 def test_weights_stored_in_four_bits_do_not_run_in_integers(module_of: Modules) -> None:
@@ -61,7 +61,25 @@ def test_weights_stored_in_four_bits_do_not_run_in_integers(module_of: Modules) 
     quantized = dict.fromkeys([*values_between(module), *(layer.input for layer in module.layers())], 8)
     layers = module.layers()
     stored = {layer.output: 4 for layer in layers} | {layers[2].output: 8}
-    assert layers_in_integers(module, quantized, stored) == [layers[2]]
+    found = forecast(module, quantized, stored, biases=True)
+    assert found.kept_out == {"weights are stored in 4 bits": len(layers) - 1}
+    assert str(found) == (
+        f"forecast: 1 of {len(layers)} layers will run in integers in onnxruntime; {len(layers) - 1} as weights are"
+        " stored in 4 bits"
+    )
+
+
+def test_a_convolution_whose_output_stays_in_float_does_not_run_in_integers(module_of: Modules) -> None:
+    module = module_of("residual")
+    layers = module.layers()
+    found = forecast(
+        module, dict.fromkeys([layer.input for layer in layers], 8), {layer.output: 8 for layer in layers}, biases=True
+    )
+    assert 0 < found.count < len(layers)
+    assert list(found.kept_out) == ["outputs are not quantized to 8 bits"]
+    assert forecast(module, {}, {layer.output: 8 for layer in layers}, biases=True).kept_out == {
+        "inputs are in float": len(layers)
+    }
 
 
 def test_containers_by_target() -> None:

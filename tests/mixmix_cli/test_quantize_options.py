@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from converters.targets import TARGETS, WEIGHT_CONTAINERS, WIDE
-from mixmix_cli import options
+from mixmix_cli import options, requests
 from mixmix_cli.__main__ import main
 from mixmix_cli.commands import quantize
 from recipes import zoo
@@ -51,6 +51,31 @@ def test_what_runs_in_integers_is_said(capsys: pytest.CaptureFixture[str], model
     assert "layers run in integers in onnxruntime on this machine" in words
     assert "7 bits (8 bits saturate on processors without VNNI)" in words
     assert words.count("7 bits") == 1  # one reason, once
+
+
+def test_what_will_run_in_integers_is_said_before(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    """And what keeps layers out of it; afterwards it is counted."""
+    _, out, err = run(capsys, "--bits", 4, "--act-bits", 8, model)
+    said, counted = " ".join(err.split()), " ".join(out.split())
+    assert re.search(
+        r"forecast: \d+ of \d+ layers will run in integers in onnxruntime; \d+ as weights are stored in 4", said
+    )
+    assert re.search(r"\d+ of \d+ layers run in integers in onnxruntime on this machine", counted)
+
+
+def test_why_a_file_is_slower_is_said(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clock says here: 4-bit weights are unpacked at every run."""
+    monkeypatch.setattr(requests, "SLOWER", 0.0)
+    _, out, err = run(capsys, "--bits", 4, model, "--json")
+    reason = json.loads(out)["slower_because"]
+    assert reason.startswith("integers are turned back into float on every run; with --act-bits 8 --target ort-cpu")
+    assert f"times as slow as the float one here: {reason}" in " ".join(err.split())
+    monkeypatch.setattr(requests, "SLOWER", 1e9)
+    _, out, err = run(capsys, "--bits", 4, model, "--json", "--force")
+    assert json.loads(out)["slower_because"] is None
+    assert "as slow as" not in err
 
 
 def test_without_a_target_nothing_is_said_of_integers(capsys: pytest.CaptureFixture[str], model: Path) -> None:

@@ -62,6 +62,14 @@ def test_every_layer_runs_in_integers_as_forecast(
     assert float(np.square(fused.astype(np.float64) - plain).sum()) < 0.1 * compression
 
 
+@pytest.mark.parametrize(("bits", "act_bits"), [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("model", MODELS)
+def test_portable_files_run_in_integers_as_forecast(model: str, bits: int, act_bits: int, made_for: Quantizer) -> None:
+    fusion = made_for(model, "portable", bits, act_bits).fusion
+    assert fusion is not None
+    assert fusion.counted == fusion.forecast, fusion.operators
+
+
 @pytest.mark.parametrize("model", ["residual", "inverted"])
 def test_learned_ranges_still_fuse(model: str, made_for: Quantizer) -> None:
     """Training moves the steps, behind a Clip too."""
