@@ -21,7 +21,7 @@ from converters.classifier import Classifier
 from converters.runtime import Array, Session
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+STEPS = QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CLIPPING = ("Relu", "Clip")
 MOVING = ("Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators that convert or move numbers and compute none."""
@@ -29,6 +29,7 @@ FOLLOWING = ("BatchNormalization", QUANTIZE, DEQUANTIZE, *CLIPPING, *MOVING)
 """Operators that a layer's output is followed through to a value that the reference has."""
 
 Values = Mapping[str, ir.Value]
+Scales = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class LayerValue:
     """A node with a constant weight in a candidate.
 
     `name` is what users know it by (`graphs.node_names`), `value` its output. `bits` is the least width for the
-    integers that occur in the weight, `act_bits` that of the activation it reads; None where they are float.
+    integers that occur in the weight, `act_bits` that of the activation it reads; `scale` and `act_scale` are the
+    smallest and the largest of their scales. None where they are float, scales also where the file computes them.
     `measured` and `reference` name the candidate's and the reference's value to compare, None where there is none.
     `reads` names the value that the layer's input is made of and the reference's for it, None where it is the image or
     has no counterpart.
@@ -49,6 +51,8 @@ class LayerValue:
     container: str
     """Type that the weight is stored in."""
     act_bits: int | None
+    scale: Scales | None
+    act_scale: Scales | None
     sparsity: float
     """Share of the weights that are zero."""
     measured: str | None
@@ -72,6 +76,8 @@ def read_layers(candidate: Classifier, reference: Classifier) -> list[LayerValue
                 bits=bits,
                 container=container,
                 act_bits=_activation_bits(data),
+                scale=_scales(next((between for between in weight[0] if between.op_type in STEPS), None)),
+                act_scale=_scales(_quantizer(data)),
                 sparsity=sparsity,
                 measured=pair and pair[0],
                 reference=pair and pair[1],
@@ -202,6 +208,15 @@ def _stored(between: Sequence[ir.Node], constant: ir.Value) -> tuple[int | None,
     integers = array.astype(np.int64)
     span = int(np.ptp(integers)) if integers.size else 0
     return max(1, span.bit_length()), container, _share(integers == _zero_points(dequantizer, integers))
+
+
+def _scales(node: ir.Node | None) -> Scales | None:
+    """The smallest and the largest scale of a QuantizeLinear or DequantizeLinear."""
+    constant = graphs.constant_behind(node.inputs[1]) if node is not None and len(node.inputs) > 1 else None
+    if constant is None:
+        return None
+    scale = graphs.to_numpy(constant)
+    return (float(scale.min()), float(scale.max())) if scale.size else None
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

@@ -9,18 +9,20 @@ import click
 
 from mixmix_cli import __version__, options
 from mixmix_cli.console import Terminal, percent, size
-from mixmix_cli.results import compression_json, fusion_line, validation_table
+from mixmix_cli.results import compression_json, fusion_line, layers_note, layers_table, validation_table
 
 if TYPE_CHECKING:
     from converters.targets import Target
     from recipes.account import Compression
     from recipes.pipeline import Request
     from recipes.ranks import Ranks
-    from recipes.validate import Validation
+    from recipes.validate import Candidate, Validation
 
 
 SLOWER = 1.05
 """Times the float model's latency from which it is said; below is noise."""
+WORST = 8
+"""Layers that are shown of those that hurt most; all of them with -v."""
 LOW = 0.5
 """Agreement, or top-1 as a share of the reference's, below which something is said of it."""
 
@@ -107,6 +109,7 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
         terminal.show(account)
         if result.fusion is not None and (result.fusion.counted or result.fusion.forecast):
             terminal.show(fusion_line(result.fusion))
+        _show_layers(terminal, validation.candidates[0])
         terminal.show(validation_table(validation))
         terminal.show(
             f"on the {validation.images} images that it was fitted to, which flatters it: hold it against others with"
@@ -134,6 +137,16 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
         latency = candidate.latency_ms / validation.reference.latency_ms
         terminal.say(f"the file is {latency:.1f} times as slow as the float one here: {reason}")
     return 0 if validation.passed else 1
+
+
+def _show_layers(terminal: Terminal, candidate: Candidate) -> None:
+    """Those that hurt most, and what their figures mean."""
+    if not candidate.layers:
+        return
+    shown = candidate.layers if terminal.verbose else candidate.layers[:WORST]
+    terminal.show(layers_table(candidate, shown))
+    left = len(candidate.layers) - len(shown)
+    terminal.show(layers_note(candidate.layers) + f"; {left} more with -v" * bool(left))
 
 
 def slower_because(result: Compression, validation: Validation) -> str | None:

@@ -236,6 +236,8 @@ def _layer_json(layer: LayerNoise) -> dict[str, Any]:
         "own_snr_db": layer.own_snr,
         "bits": layer.bits,
         "act_bits": layer.act_bits,
+        "scale": layer.scale,
+        "act_scale": layer.act_scale,
         "sparsity": layer.sparsity,
         "container": layer.container,
         "compared_with": layer.compared,
@@ -243,7 +245,7 @@ def _layer_json(layer: LayerNoise) -> dict[str, Any]:
     }
 
 
-def layers_table(candidate: Candidate, layers: list[LayerNoise]) -> Table:
+def layers_table(candidate: Candidate, layers: Sequence[LayerNoise]) -> Table:
     """One row a layer, those that hurt most first."""
     rows = [
         [
@@ -253,14 +255,23 @@ def layers_table(candidate: Candidate, layers: list[LayerNoise]) -> Table:
             _decibels(layer.snr),
             "float" if layer.bits is None else str(layer.bits),
             layer.container,
+            _scale(layer.scale),
             "float" if layer.act_bits is None else str(layer.act_bits),
+            _scale(layer.act_scale),
             percent(layer.sparsity),
         ]
         for layer in layers
     ]
-    columns = ["layer", "op", "own SNR", "SNR", "bits", "stored as", "input bits", "zeros"]
+    columns = ["layer", "op", "own SNR", "SNR", "bits", "stored as", "scale", "input bits", "input scale", "zeros"]
     title = f"layers of {escape(str(candidate.path))}, those that hurt most first"
     return table(columns, rows, title, ["op", "stored as"])
+
+
+def _scale(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return "-"
+    low, high = (f"{scale:.2g}" for scale in found)
+    return low if low == high else f"{low} to {high}"
 
 
 def layers_note(layers: list[LayerNoise]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.classifier import Classifier
-from converters.layer_values import LayerValue, Tap, layers_on_their_own, read_layers
+from converters.layer_values import LayerValue, Scales, Tap, layers_on_their_own, read_layers
 from converters.units import Units
 
 IMAGES = 64
@@ -34,7 +34,8 @@ Inputs = Callable[[Classifier, int, int], NDArray[np.float32]]
 class LayerNoise:
     """One layer of a candidate; SNRs in dB, infinite where nothing differs and -infinite where it is not finite.
 
-    `name` is what users know the layer by, `value` its output in the candidate, `compared` the reference's value that
+    `name` is what users know the layer by, `value` its output in the candidate, `scale` and `act_scale` the smallest
+    and the largest scale of its weight and of its input where they are integers, `compared` the reference's value that
     it is held against. `snr` is None where there is none to compare, `own_snr` (the layer on the reference's input)
     also where that input is not known.
     """
@@ -46,6 +47,8 @@ class LayerNoise:
     own_snr: float | None
     bits: int | None
     act_bits: int | None
+    scale: Scales | None
+    act_scale: Scales | None
     sparsity: float
     container: str
     compared: str | None
@@ -128,6 +131,8 @@ def _account(layer: LayerValue, running: Sums, alone: Sums) -> LayerNoise:
         own_snr=alone.snr(layer),
         bits=layer.bits,
         act_bits=layer.act_bits,
+        scale=layer.scale,
+        act_scale=layer.act_scale,
         sparsity=layer.sparsity,
         container=layer.container,
         compared=layer.reference,

@@ -176,7 +176,13 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
     try:
         return result, request.ranks.lead(
             lambda: validate(
-                classifier, [load_classifier(request.output)], images, gates, beside=before, progress=progress
+                classifier,
+                [load_classifier(request.output)],
+                images,
+                gates,
+                beside=before,
+                layers=request.student is None,  # a student's layers answer to none of its teacher's
+                progress=progress,
             )
         )
     except KeyboardInterrupt:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import numpy_helper
 
+from converters.load import load_classifier
 from converters.targets import TARGETS, WEIGHT_CONTAINERS, WIDE
+from converters.torch_module import to_torch
 from mixmix_cli import options, requests
 from mixmix_cli.__main__ import main
 from mixmix_cli.commands import quantize
@@ -76,6 +79,35 @@ def test_why_a_file_is_slower_is_said(
     _, out, err = run(capsys, "--bits", 4, model, "--json", "--force")
     assert json.loads(out)["slower_because"] is None
     assert "as slow as" not in err
+
+
+def test_the_account_of_layers_in_json(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    """What each costs, as the written file has it, those that hurt most first."""
+    _, out, _ = run(capsys, "--bits", 4, "--act-bits", 8, model, "--json")
+    document = json.loads(out)
+    layers = document["validation"]["candidates"][0]["layers"]
+    planned = {layer["name"]: layer for layer in document["layers"]}
+    assert {layer["name"] for layer in layers} == planned.keys()
+    assert [layer["own_snr_db"] for layer in layers] == sorted(layer["own_snr_db"] for layer in layers)
+    initializers = {tensor.name: tensor for tensor in onnx.load(document["output"]).graph.initializer}
+    scales = [numpy_helper.to_array(t) for name, t in initializers.items() if name.endswith("scale")]
+    for layer in layers:
+        assert layer["bits"] <= planned[layer["name"]]["bits"] <= {"int4": 4, "int8": 8}[layer["container"]]
+        low, high = layer["scale"]
+        assert any(low == scale.min() and high == scale.max() for scale in scales)
+        assert layer["act_scale"][0] == layer["act_scale"][1] > 0
+        assert layer["snr_db"] > 0
+
+
+def test_the_account_of_layers_on_the_screen(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    """The worst of them; -v shows all."""
+    _, out, _ = run(capsys, "--bits", 4, model)
+    count = len(to_torch(load_classifier(model)).layers())
+    assert out.count(" Conv ") + out.count(" Gemm ") == requests.WORST < count
+    assert f"{count - requests.WORST} more with -v" in out
+    _, out, _ = run(capsys, "--bits", 4, model, "-v", "--force")
+    assert out.count(" Conv ") + out.count(" Gemm ") == count
+    assert "with -v" not in out
 
 
 def test_without_a_target_nothing_is_said_of_integers(capsys: pytest.CaptureFixture[str], model: Path) -> None:
