@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import onnxscript.version_converter
@@ -169,6 +170,12 @@ def tidy(model: ir.Model) -> bool:
     model.graph.metadata_props.clear()
     common.RemoveUnusedNodesPass()(model)
     return changed
+
+
+def least_ir(model: ir.Model) -> int:
+    """The IR version that the model's operator sets came with."""
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    return onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
 
 
 def raise_opset(model: ir.Model, least: int, path: str) -> bool:

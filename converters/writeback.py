@@ -138,7 +138,7 @@ def _float_copy(classifier: Classifier) -> ir.Model:
 def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     model = _float_copy(classifier)
     passes.raise_opset(model, opset, str(classifier.path))
-    model.ir_version = max(model.ir_version or 0, ir_version)
+    model.ir_version = max(passes.least_ir(model), ir_version)  # older runtimes refuse what new exporters write
     passes.fold_batchnorm(model)
     passes.tidy(model)
     return build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
