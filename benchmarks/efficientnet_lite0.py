@@ -4,13 +4,14 @@
     python benchmarks/efficientnet_lite0.py -o .work/lite0          # everything; about half an hour on two cores
     python benchmarks/efficientnet_lite0.py -o .work/few --set extra_share=0.005      # fewer bits than the default adds
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 256 --tables pruned     # half an hour on one core
+    python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 256 --tables widths     # an hour on one core
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --export-only
 
 Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it; makes images from (a); quantizes (a)
 and (b) to W4 on them, and (a) on Gaussian noise and on crops of every second photograph at equal settings; prunes (a)
-on the made images. Agreement is the share of crops with the float model's top-1; `sure` counts only crops where the
-float model's confidence is above 0.3; SNR is that of the logits. The row on photographs is judged on the photographs
-it did not see.
+on the made images, and quantizes it on them to other widths, by other methods and within a budget. Agreement is the
+share of crops with the float model's top-1; `sure` counts only crops where the float model's confidence is above 0.3;
+SNR is that of the logits. The row on photographs is judged on the photographs it did not see.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal, output_path
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
+from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
@@ -53,7 +55,18 @@ from recipes.validate import decibels, softmax
 
 SPEC = {"scale": 255.0, "mean": (127.0,) * 3, "std": (128.0,) * 3}  # of the pretrained weights
 SURE = 0.3
-TABLES = ("quantized", "pruned")
+TABLES = ("quantized", "pruned", "widths")
+WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
+    "--bits 4": (4, None, "qdrop", ()),
+    "--bits 4 --set logit_share=0": (4, None, "qdrop", ("logit_share=0",)),
+    "--bits 4 --act-bits 8": (4, 8, "qdrop", ()),
+    "--bits 4 --act-bits 4": (4, 4, "qdrop", ()),
+    "--bits 3": (3, None, "qdrop", ()),
+    "--mixed size=2.8MB": (Budget("size", 2.8e6), None, "qdrop", ()),
+    "--bits 4 --method brecq": (4, None, "brecq", ()),
+    "--bits 4 --method qat --set train_steps=300": (4, None, "qat", ("train_steps=300",)),
+}
+"""Bits, activation bits, method and overrides by what a user types."""
 METHODS = ("one-shot", "two-stage", "obs")
 
 
@@ -125,6 +138,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="of pruning")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the quantization")
+    parser.add_argument("--only", default="", help="of the widths, those that have this in what is typed")
     parser.add_argument("--export-only", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -144,6 +158,8 @@ def main() -> None:
     print(f"{folded.size_bytes / 1e6:.2f} MB (folded); n = {len(judge.crops)} crops, {int(judge.sure.sum())} sure")
     if "quantized" in options.tables:
         show(terminal, quantized(kept, folded, synthesized, judge, options, terminal), options.output)
+    if "widths" in options.tables:
+        show(terminal, widths(kept, synthesized, judge, options, terminal), options.output)
     if "pruned" in options.tables:
         show(terminal, pruned(kept, synthesized, judge, options, terminal), options.output)
 
@@ -172,6 +188,17 @@ def quantized(
         )
         title = f"{method}, {len(images)} {name}" if method != "nearest" else method
         yield judge.row(classifier, title, result, unseen=images is seen)
+
+
+def widths(
+    kept: Classifier, synthesized: ImageSet, judge: Judge, options: argparse.Namespace, terminal: Terminal
+) -> Iterator[Row]:
+    for number, (title, (bits, act_bits, method, overrides)) in enumerate(WIDTHS.items()):
+        if options.only in title:
+            recipe = load_recipe(QuantizeSettings, PACKAGE, method, overrides=[*overrides, *options.overrides])
+            output = options.output / f"{kept.name}.{number}.onnx"
+            how = {"seed": options.seed, "overwrite": True, "progress": terminal}
+            yield judge.row(kept, title, quantize(kept, synthesized, output, recipe, bits, act_bits, **how))
 
 
 def pruned(

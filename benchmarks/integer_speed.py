@@ -23,7 +23,6 @@ import torch
 import torchvision
 from exporting import export_folded
 
-from converters.kernels import count_fusion
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.targets import choose_target
@@ -83,8 +82,7 @@ def main() -> None:
             made = gaussian_noise(4, 3, (224, 224), 0)
             result = quantize(source, made, path, settings, bits, act_bits, chosen, overwrite=True)
             paths.append(path)
-            fusion = count_fusion(path, len(result.layers), 0)
-            counted.append(f"{fusion.counted}/{fusion.layers}")
+            counted.append(f"{0 if result.fusion is None else result.fusion.counted}/{len(result.layers)}")
         plain, *others = in_turn(paths, source.spec.to_input(gaussian_noise(1, 3, (224, 224), 1).pixels).numpy())
         sizes = [path.stat().st_size / 1e6 for path in paths]
         cells = [
