@@ -343,7 +343,7 @@ class Batch:
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
                     _, logits = self._look(teacher, mixed, scale, closely=False)
-                terms[f"label/{teacher.name}"] = self._label_loss(logits.float(), mix)
+                terms[f"label/{teacher.name}"] = self._label_loss(logits.float(), teacher.classes(self.labels), mix)
         return len(drawn), terms, self._prior(images)
 
     def _look(
@@ -366,5 +366,5 @@ class Batch:
         chosen = torch.randperm(len(self.teachers), generator=self.generator)[:count]
         return [self.teachers[index] for index in sorted(chosen.tolist())]
 
-    def _label_loss(self, logits: Tensor, mix: Mix | None) -> Tensor:
-        return F.cross_entropy(logits, self.labels) if mix is None else mixed_cross_entropy(logits, self.labels, mix)
+    def _label_loss(self, logits: Tensor, classes: Tensor, mix: Mix | None) -> Tensor:
+        return F.cross_entropy(logits, classes) if mix is None else mixed_cross_entropy(logits, classes, mix)

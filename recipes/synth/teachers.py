@@ -32,6 +32,10 @@ class Teacher:
     segment: Segment
     runs_smaller: bool
 
+    def classes(self, labels: Tensor) -> Tensor:
+        """The model's own classes for labels."""
+        return labels + self.module.spec.offset
+
     def input_size(self, scale: float) -> tuple[int, int]:
         """The height and width to run at when images have `scale` times their full size."""
         height, width = self.module.spec.size
@@ -49,15 +53,16 @@ class Teacher:
 
 
 def label_space(module: TorchClassifier, classes: int) -> str:
-    """What two models must share for one's labels to mean something to the other."""
+    """What two models must share for one's labels to mean something to the other; `classes` without the background."""
     return module.spec.labels or f"{classes} classes"
 
 
 @torch.no_grad()
 def _classes(module: TorchClassifier) -> int:
+    """Those that labels name: class 0 is left out where it is background."""
     height, width = module.spec.size
     pixels = torch.zeros(1, module.spec.channel_count, height, width, device=module.device)
-    return module(module.spec.to_input(pixels)).shape[1]
+    return module(module.spec.to_input(pixels)).shape[1] - module.spec.offset
 
 
 @torch.no_grad()
@@ -141,5 +146,5 @@ def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[s
         if teacher.norms:
             losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(statistics, teacher.norms))
         if teacher.labels:
-            losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, labels.to(logits.device)))
+            losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, teacher.classes(labels.to(logits.device))))
     return losses

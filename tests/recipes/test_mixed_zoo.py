@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from converters.errors import SpecError
 from converters.export import write_kept
@@ -20,6 +22,7 @@ from recipes.synth.engine import Batch, synthesize
 from recipes.synth.objectives import batchnorm_loss
 from recipes.synth.settings import Stage, SynthSettings
 from recipes.synth.teachers import make_teachers
+from recipes.validate import check_labels, count_classes
 
 HOW = SynthSettings(
     images=6, batch=6, stages=(Stage(scale=0.5, steps=2), Stage(scale=1.0, steps=4)), label=0.5, mixing="label",
@@ -101,3 +104,23 @@ def test_channels_that_cannot_be_adapted_are_named(
     with pytest.raises(SpecError, match=r"bands.*4 channels"):
         synthesize([*unlike, module(tmp_path, "bands", four, 10)], tmp_path / "set", HOW)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("order", [("plain", "background"), ("background", "plain")])
+def test_a_background_class_is_no_label(order: tuple[str, str], tmp_path: Path) -> None:
+    """A model whose class 0 is background shares the labels of one without it, a class further up."""
+    spec = InputSpec(size=(28, 28), channels="gray", mean=(0.3,), std=(0.35,))
+    zoo = {
+        "plain": module(tmp_path, "plain", spec, 10),
+        "background": module(tmp_path, "background", spec.model_copy(update={"offset": 1}), 11),
+    }
+    made = synthesize([zoo[name] for name in order], tmp_path / "set", HOW)
+    images = load_images(tmp_path / "set")
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    for name, offset in (("plain", 0), ("background", 1)):
+        logits = zoo[name](zoo[name].spec.to_input(images.pixels))
+        expected = float(cross_entropy(logits, images.labels + offset))
+        assert made.losses[f"label/{name}"] == pytest.approx(expected, rel=1e-4)
+        count = count_classes(zoo[name].classifier, images)
+        check_labels(replace(images, label_kind="real"), count, zoo[name].classifier)

@@ -18,7 +18,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
-from converters.targets import PORTABLE
+from converters.targets import PORTABLE, choose_target
 from converters.torch_module import to_torch
 from recipes.account import Compression
 from recipes.images import ImageSet
@@ -26,7 +26,7 @@ from recipes.quantize import primitives as q
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe
-from recipes.validate import FUSION_SHARE
+from recipes.validate import FUSION_SHARE, decibels
 from tests import hard_cases, models
 
 METHODS = ["nearest", "adaround", "brecq", "qdrop"]
@@ -316,6 +316,38 @@ def test_hard_cases_are_quantized(
     result = quantize(classifier, noise(), classifier.path.with_name("q.onnx"), recipe("qdrop"), 4, act_bits)
     assert len(result.layers) >= 2
     load_classifier(result.output)
+
+
+def of_old_operators(opset: int) -> onnx.ModelProto:
+    """Operators whose attributes have become operands since: Clip, Pad, Squeeze; BatchNormalization to be folded."""
+    nodes = [
+        models.node("Pad", "image", "padded", pads=[0, 0, 1, 1, 0, 0, 1, 1], mode="constant", value=0.0),
+        models.node("Conv", "padded conv.weight", "features"),
+        models.batchnorm_node("features", "normed"),
+        models.node("Clip", "normed", "active", min=0.0, max=6.0),
+        models.node("GlobalAveragePool", "active", "pooled"),
+        models.node("Squeeze", "pooled", "flat", axes=[2, 3]),
+        models.node("Gemm", "flat head.weight head.bias", "logits", transB=1),
+    ]
+    tensors = {"conv.weight": models.weights(4, models.CHANNELS, 3, 3)} | models.statistics(4) | models.head_tensors(4)
+    return models.assemble(nodes, tensors, opset=opset)
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 10])
+@pytest.mark.parametrize(("target", "bits", "act_bits"), [("portable", 4, None), ("ort-cpu", 8, 8)])
+def test_files_of_old_opsets_are_raised_and_quantized(
+    opset: int, target: str, bits: int, act_bits: int | None, write: Callable[[onnx.ModelProto], Path]
+) -> None:
+    classifier, images = load_classifier(write(of_old_operators(opset))), noise()
+    chosen = choose_target(target, None, act_bits)
+    result = quantize(
+        classifier, images, classifier.path.with_name("q.onnx"), recipe("nearest"), bits, act_bits, chosen
+    )
+    written = onnx.load(result.output)
+    assert [entry.version for entry in written.opset_import] == [chosen.needs(bits, act_bits)[0]]
+    assert not [node for node in written.graph.node if node.op_type == "BatchNormalization"]
+    reference = run(classifier.path, classifier, images.pixels)
+    assert decibels(reference.astype(np.float64), run(result.output, classifier, images.pixels)) > 20
 
 
 def test_float_tensors_keep_their_names(write: Callable[[onnx.ModelProto], Path]) -> None:
