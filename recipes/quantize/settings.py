@@ -63,5 +63,5 @@ class QuantizeSettings(LoopSettings):
     train_shift: float = Field(default=0.1, ge=0, le=0.5)
     train_flip: bool = True
     reduce_range: bool = True
-    """At most 7 bits for INT8 weights beside activations of up to 8 bits, where onnxruntime's CPU kernels may take them:
-    full 8 bits saturate there on processors without VNNI."""
+    """At most 7 bits for INT8 weights beside activations of up to 8 bits, where onnxruntime's CPU kernels may take
+    them: full 8 bits saturate there on processors without VNNI."""

@@ -62,8 +62,10 @@ class Observer:
         self.transforms: dict[str, Callable[[Tensor], Tensor]] = {name: self._watch(name) for name in names}
 
     def _watch(self, name: str) -> Callable[[Tensor], Tensor]:
+        statistics = self.statistics  # and not self: a cycle would keep a step's tensors until the collector comes by
+
         def see(x: Tensor) -> Tensor:
-            y, self.statistics[name] = observe(x)
+            y, statistics[name] = observe(x)
             return y
 
         return see
