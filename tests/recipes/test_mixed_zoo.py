@@ -108,7 +108,6 @@ def test_channels_that_cannot_be_adapted_are_named(
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("order", [("plain", "background"), ("background", "plain")])
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     """600 KB an image in memory: 8 batches of 16 take what 2 take."""
     large = InputSpec(size=(224, 224), mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -134,6 +133,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     assert peak(128) - peak(32) < 25_000  # of 58,000 that 96 more images would take
 
 
+@pytest.mark.parametrize("order", [("plain", "background"), ("background", "plain")])
 def test_a_background_class_is_no_label(order: tuple[str, str], tmp_path: Path) -> None:
     """A model whose class 0 is background shares the labels of one without it, a class further up."""
     spec = InputSpec(size=(28, 28), channels="gray", mean=(0.3,), std=(0.35,))
