@@ -77,7 +77,7 @@ ROWS = {
 STATISTICS_GONE = {
     "obs (default), real images": Row("obs", REAL),
     "obs, Gaussian noise": Row("obs", Source("noise")),
-    "obs, images from the target (recipe labels)": Row("obs", made(TARGET, recipe="labels")),
+    "obs, images from the target (recipe small-labels)": Row("obs", made(TARGET, recipe="small-labels")),
     "obs, images from one other model": Row("obs", made("residual", recipe="small")),
     "obs, images from five other models": Row(
         "obs", made(*(name for name in ALL if name != "inverted"), recipe="small")

@@ -191,6 +191,7 @@ TABLES = {
         FIXED
         | {
             "recipe labels, the target": made(TARGET, recipe="labels"),
+            "recipe small-labels (chosen by itself), the target": made(TARGET, recipe="small-labels"),
             "recipe small, six models": made(*ALL, recipe="small"),
         }
         | REAL,

@@ -45,7 +45,7 @@ from recipes.validate import (
 )
 
 SMALL = 64
-"""Pixels a side up to which the recipe `small` is taken: measured at 28, and the default at 224."""
+"""Pixels a side up to which the recipes for small images are taken: measured at 28, and the others at 224."""
 
 
 def convert_all(classifiers: Sequence[Classifier], device: torch.device, progress: Progress) -> list[TorchClassifier]:
@@ -69,18 +69,20 @@ def load_suitable_recipe(
 ) -> tuple[str, SynthSettings]:
     """The recipe of that name, or the one that fits the models.
 
-    That is `labels` where none has statistics, `small` for images of up to SMALL pixels a side, and else `default`.
+    That is `small` for images of up to SMALL pixels a side, and else `default`; `small-labels` and `labels` where no
+    model has statistics.
     """
     if name is None:
-        if not any(model.has_statistics for model in models):
-            name = "labels"
+        small = max(max(model.spec.size) for model in models) <= SMALL
+        if any(model.has_statistics for model in models):
+            name = "small" if small else "default"
+        else:
+            name = "small-labels" if small else "labels"
             progress.say(
-                "no model has BatchNorm statistics: images are shaped by labels alone (recipe labels), and what fits"
+                f"no model has BatchNorm statistics: images are shaped by labels alone (recipe {name}), and what fits"
                 " them may fit real ones far less; add models that have statistics (--zoo; in synth, by name), if you"
                 " can"
             )
-        else:
-            name = "small" if max(max(model.spec.size) for model in models) <= SMALL else "default"
     return name, load_synth_recipe(name, effort, overrides, steps, changes)
 
 

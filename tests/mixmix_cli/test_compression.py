@@ -72,10 +72,10 @@ def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path
     model.write_bytes(zoo.model_path("inverted_folded").read_bytes())
     status, _, err = run(capsys, "quantize", "--bits", 4, model, "-n", 8, "--effort", "fast", *FEW)
     assert status == 0
-    assert "recipe labels" in err
+    assert "recipe small-labels" in err
     assert model.with_name("folded.w4.onnx").is_file()
     identity = json.loads((tmp_path / "folded.images8" / "manifest.json").read_text())["identity"]
-    assert identity["recipe"] == "labels"
+    assert identity["recipe"] == "small-labels"
     status, out, _ = run(capsys, "synth", model, "-o", tmp_path / "d", "-n", 4, "--steps", 8, "--json")
     assert status == 0
     assert list(json.loads(out)["final"]) == ["label/folded"]

@@ -44,7 +44,8 @@ DISTILL = DistillSettings(steps=1)
         (["inverted"], (28, 28), "small"),
         (["inverted"], (64, 64), "small"),
         (["inverted"], (64, 65), "default"),
-        (["attention"], (28, 28), "labels"),
+        (["attention"], (28, 28), "small-labels"),
+        (["attention"], (64, 65), "labels"),
         (["attention", "inverted"], (28, 28), "small"),
     ],
 )
