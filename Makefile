@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTHON ?= python3
+JOBS ?= 2
 
 .PHONY: demo test lint types unit clean
 
@@ -17,10 +18,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
-	cd benchmarks && MYPYPATH=.. ../$(BIN)/mypy --config-file ../pyproject.toml .
+	cd benchmarks && MYPYPATH=.. $(abspath $(BIN))/mypy --config-file ../pyproject.toml .
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not timing"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not timing"
 	$(BIN)/python -m pytest -m timing
 
 # Installed once; again only when the dependencies change.

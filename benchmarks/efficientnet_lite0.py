@@ -40,12 +40,12 @@ from converters.runtime import Session
 from converters.torch_module import to_torch
 from mixmix_cli.console import Terminal, table
 from recipes.account import Compression
+from recipes.budget import Budget
 from recipes.images import ImageSet, gaussian_noise, load_images
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal, output_path
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
-from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe

@@ -26,8 +26,8 @@ from synthesis_quality import Results, classifier, digest, float_accuracy, judge
 
 from converters.targets import choose_target
 from recipes.account import Compression
+from recipes.budget import Budget
 from recipes.inspect import layer_macs
-from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.settings import load_recipe

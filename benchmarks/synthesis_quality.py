@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -336,22 +337,23 @@ def spread(values: Sequence[float]) -> str:
 
 def rank(results: Results) -> None:
     """Spearman's rank correlation over all sets measured, of the two distances with what the sets gave."""
-    alike = {key[1:5]: value for key, value in results.found.items() if key[0] == "alike"}
+    rows: dict[tuple[str, str], list[list[float]]] = {}
+    for name, table in TABLES.items():
+        for (title, source), (target, how), seed in itertools.product(
+            table.rows.items(), table.cells, range(table.seeds)
+        ):
+            known = results.found.get(("alike", name, title, target, seed, fingerprint(source)))
+            value = results.found.get((name, title, target, str(how), seed, fingerprint(source, how)))
+            if known is not None and value is not None:
+                rows.setdefault((target, str(how)), []).append([*known, *value])
     print("| target | sets | MMD^2 and top-1 | MMD^2 and SNR | statistics and top-1 | statistics and SNR |")
     print("| --- " * 6 + "|")
-    cells = sorted({key[2:4] for key in results.found if key[0] in TABLES}, key=str)
-    for target, how in cells:
-        rows = []
-        for key, value in results.found.items():
-            if key[0] in TABLES and key[2:4] == (target, how):
-                known = alike.get((key[0], key[1], target, key[4]))
-                if known is not None:
-                    rows.append((*known, *value))
-        if len(rows) > 5:
-            mmd2, distance, top1, snr = zip(*rows, strict=True)
+    for (target, shown), found in sorted(rows.items()):
+        if len(found) > 5:
+            mmd2, distance, top1, snr = zip(*found, strict=True)
             pairs = ((mmd2, top1), (mmd2, snr), (distance, top1), (distance, snr))
-            found = " | ".join(f"{scipy.stats.spearmanr(a, b).statistic:.2f}" for a, b in pairs)
-            print(f"| {target} {how} | {len(rows)} | {found} |")
+            ranks = " | ".join(f"{scipy.stats.spearmanr(a, b).statistic:.2f}" for a, b in pairs)
+            print(f"| {target} {shown} | {len(found)} | {ranks} |")
 
 
 def main() -> None:

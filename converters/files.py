@@ -22,6 +22,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from converters.errors import ModelError
+from converters.outputs import ensure_model
 
 LARGE = 1 << 16
 """Bytes from which a tensor's values are left in the file."""
@@ -56,10 +57,7 @@ class ModelFile:
 def read_model(path: Path) -> ModelFile:
     """Read the file at `path`. Raises ModelError when it is missing, unreadable, damaged or not ONNX."""
     try:
-        if path.is_dir():
-            raise ModelError(f"{path} is a folder: name the .onnx file in it")
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist: check the path")
+        ensure_model(path)
         size = path.stat().st_size
         file = path.open("rb")
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -55,7 +55,7 @@ class InputSpec(BaseModel):
     mean: tuple[FiniteFloat, ...]
     std: tuple[FiniteFloat, ...]
     labels: str | None = None
-    offset: int = 0
+    offset: int = Field(default=0, ge=0)
     source: Source = "assumed"
 
     @field_validator("size")

@@ -45,7 +45,7 @@ class _Readers:
 def values_between(module: TorchClassifier) -> list[str]:
     """Values to quantize, besides the inputs of the layers, so that integer kernels follow one another; in order."""
     readers = _Readers(module)
-    convolutions = {layer.output for layer in module.layers() if layer.op not in WRITES_FLOAT}
+    convolutions = {layer.output for layer in module.layers() if layer.op == "Conv"}
     integer: dict[str, None] = {}
     wanted: dict[str, None] = {}
     for step in module.whole.steps:
@@ -79,9 +79,9 @@ class Forecast:
         return self.layers - sum(self.kept_out.values())
 
     def __str__(self) -> str:
-        text = f"forecast: {self.count} of {self.layers} layers will run in integers in onnxruntime"
-        reasons = ", ".join(f"{count} as {reason}" for reason, count in self.kept_out.items())
-        return f"{text}; {reasons}" if reasons else text
+        text = f"forecast: {self.count} of {self.layers} layers will run in integers in onnxruntime on this machine"
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.kept_out.items())
+        return f"{text}; {self.layers - self.count} will not: {reasons}" if reasons else text
 
 
 def forecast(
@@ -106,11 +106,11 @@ def _kept_out(layer: Layer, readers: _Readers, quantized: Mapping[str, int], sto
     bits = quantized.get(layer.input)
     if bits != 8:
         return "inputs are in float" if bits is None else f"inputs have {bits} bits"
-    if layer.op == "Gemm" and layer.bias is not None and not biases:
-        return "biases are in float"
-    if layer.op in WRITES_FLOAT or quantized.get(readers.settled(layer.output)) == 8:
+    if quantized.get(readers.settled(layer.output)) == 8:
         return None
-    return "outputs are not quantized to 8 bits"
+    if layer.op not in WRITES_FLOAT:
+        return "outputs are not quantized to 8 bits"
+    return "biases are in float" if layer.op == "Gemm" and layer.bias is not None and not biases else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, and whether they can be. Imports nothing heavy: the face asks first."""
+"""Files that are there, or are written whole or not at all, and whether they can be.
+
+Imports nothing heavy: the face asks first.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,18 @@ import os
 import tempfile
 from pathlib import Path
 
-from converters.errors import OutputError
+from converters.errors import ModelError, OutputError
 
 TEMPORARY = ".mixmix-"
 """How names of files begin that are being written; one that is left over is from a process that was killed."""
+
+
+def ensure_model(path: Path) -> None:
+    """Raise ModelError where no file is."""
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: name the .onnx file in it")
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist: check the path")
 
 
 def ensure_writable(path: Path, *, overwrite: bool) -> None:

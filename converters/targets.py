@@ -118,7 +118,7 @@ class Target:
 
 
 PORTABLE = Target("portable", WEIGHT_CONTAINERS["int4"], (UINT8, UINT16), saturates=True)
-"""The smallest file that onnxruntime 1.19 and later read, with the same answers on any processor."""
+"""The smallest file that onnxruntime 1.19 and later read, whose products in integers saturate on no processor."""
 TARGETS = {
     target.name: target
     for target in (

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from mixmix_cli.pipes import hush, while_read
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 FILE_WIDTH = 200
 """Columns of what goes to a file or a pipe, where nothing has to be broken."""
+
+
+WIDE = 100
+"""Columns of a terminal that has room for a bar beside everything else."""
 
 
 class _Printer(Console):
@@ -73,13 +77,14 @@ class Terminal:
                 self._bars.remove_task(part)
             return
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=_whole()),
+            BarColumn(bar_width=24 if self.errors.width >= WIDE else 8, table_column=_whole()),
+            MofNCompleteColumn(table_column=_whole()),
+            TimeElapsedColumn(table_column=_whole()),
+            TimeRemainingColumn(elapsed_when_finished=False, table_column=_whole()),
+            TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self.errors,
+            expand=True,
             transient=not self.verbose,
             disable=self.quiet or not self.errors.is_terminal,
         )
@@ -124,6 +129,11 @@ class Terminal:
     def show(self, content: Table | str) -> None:
         """A result for people, on stdout."""
         self.results.print(content, markup=False) if isinstance(content, str) else self.results.print(content)
+
+
+def _whole() -> Column:
+    """What is shown whole where there is no room for everything: the note gives way."""
+    return Column(no_wrap=True)
 
 
 class _Bar:

@@ -9,20 +9,17 @@ import click
 
 from mixmix_cli import __version__, options
 from mixmix_cli.console import Terminal, percent, size
-from mixmix_cli.results import compression_json, fusion_line, layers_note, layers_table, validation_table
+from mixmix_cli.layers import show_worst_layers
+from mixmix_cli.results import compression_json, fusion_line, slower_because, validation_table
 
 if TYPE_CHECKING:
     from converters.targets import Target
     from recipes.account import Compression
     from recipes.pipeline import Request
     from recipes.ranks import Ranks
-    from recipes.validate import Candidate, Validation
+    from recipes.validate import Validation
 
 
-SLOWER = 1.05
-"""Times the float model's latency from which it is said; below is noise."""
-WORST = 8
-"""Layers that are shown of those that hurt most; all of them with -v."""
 LOW = 0.5
 """Agreement, or top-1 as a share of the reference's, below which something is said of it."""
 
@@ -85,12 +82,14 @@ def request_from(
     )
 
 
-def tell_storage(terminal: Terminal, target: Target, bits: int) -> None:
-    """Say where weights take the room of 8 bits with half of them or fewer."""
+def tell_storage(terminal: Terminal, target: Target, bits: int, act_bits: int | None) -> None:
+    """Say where weights take the room of many more bits than they have."""
     stored = target.weight_container(bits).bits
-    if stored == 8 and bits <= 4:
+    if bits <= 4 and bits < stored:
+        narrower = ", which --weight-container int2 stores in 2" * (bits == 2 and stored == 4 and act_bits is None)
         terminal.say(
-            f"{bits}-bit weights are stored in 8 bits for {target.name}: the file is as large as with --bits 8"
+            f"{bits}-bit weights{narrower} are stored in {stored} bits for {target.name}: the file is as large as with"
+            f" --bits {stored}"
         )
 
 
@@ -100,7 +99,7 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
     `remedy` is what can be done about a file that answers otherwise than its reference.
     """
     if terminal.as_json:
-        terminal.document(compression_json(result, validation) | {"slower_because": slower_because(result, validation)})
+        terminal.document(compression_json(result, validation))
     else:
         terminal.show(
             f"{result.output}: {size(result.size_before)} -> {size(result.size_after)}"
@@ -109,7 +108,7 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
         terminal.show(account)
         if result.fusion is not None and (result.fusion.counted or result.fusion.forecast):
             terminal.show(fusion_line(result.fusion))
-        _show_layers(terminal, validation.candidates[0])
+        show_worst_layers(terminal, validation.candidates[0])
         terminal.show(validation_table(validation))
         terminal.show(
             f"on the {validation.images} images that it was fitted to, which flatters it: hold it against others with"
@@ -137,19 +136,3 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
         latency = candidate.latency_ms / validation.reference.latency_ms
         terminal.say(f"the file is {latency:.1f} times as slow as the float one here: {reason}")
     return 0 if validation.passed else 1
-
-
-def _show_layers(terminal: Terminal, candidate: Candidate) -> None:
-    """Those that hurt most, and what their figures mean."""
-    if not candidate.layers:
-        return
-    shown = candidate.layers if terminal.verbose else candidate.layers[:WORST]
-    terminal.show(layers_table(candidate, shown))
-    left = len(candidate.layers) - len(shown)
-    terminal.show(layers_note(candidate.layers) + f"; {left} more with -v" * bool(left))
-
-
-def slower_because(result: Compression, validation: Validation) -> str | None:
-    """Why the file is slower than the float model; None where it is not, or nothing is known of it."""
-    (candidate,) = validation.candidates
-    return result.slow_because if candidate.latency_ms > SLOWER * validation.reference.latency_ms else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mixmix_cli.console import percent, pixels, size, table
+from mixmix_cli.layers import layer_json
 
 if TYPE_CHECKING:
     from converters.input_spec import Detection, InputSpec
     from converters.kernels import Fusion
     from recipes.account import Compression
+    from recipes.budget import Spending
     from recipes.compare import Comparison
     from recipes.inspect import Inspection
-    from recipes.layer_noise import LayerNoise
-    from recipes.quantize.budget import Spending
     from recipes.synth.engine import Synthesis
     from recipes.validate import Candidate, Validation
     from recipes.zoo import Zoo, ZooFacts
@@ -66,6 +65,7 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
         "seconds": result.seconds,
         "written_difference": result.written_difference,
         "fusion": None if result.fusion is None else fusion_json(result.fusion),
+        "slower_because": slower_because(result, validation),
         "validation": validation_json(validation),
     }
 
@@ -73,6 +73,17 @@ def compression_json(result: Compression, validation: Validation) -> dict[str, A
 def spending_json(spending: Spending) -> dict[str, Any]:
     budget = spending.budget
     return {"kind": budget.kind, "allowed": budget.amount, "spent": spending.spent, "binds": spending.binds}
+
+
+SLOWER = 1.05
+"""Times the float model's latency from which it is said; below is noise."""
+
+
+def slower_because(result: Compression, validation: Validation) -> str | None:
+    """Why the file is slower than the float model; None where it is not, or nothing is known of it."""
+    (candidate,) = validation.candidates
+    slower = candidate.latency_ms > SLOWER * validation.reference.latency_ms
+    return result.likely_slow_because if slower else None
 
 
 NAMED = 4
@@ -99,9 +110,9 @@ def _weights_line(result: Compression) -> str:
         reasons.setdefault(layer.reason, {}).setdefault(layer.bits, []).append(layer.name)
     parts = []
     for reason, widths in reasons.items():
-        groups = [f"{_named(names)} {bits} bits" for bits, names in widths.items()]
+        groups = [f"{bits} bits for {_named(names)}" for bits, names in widths.items()]
         parts.append(f"{'; '.join(groups)} ({reason})")
-    return f"{len(result.kept)} of {_layers(len(result.layers))} are not at {result.bits} bits: {'; '.join(parts)}"
+    return f"{len(result.kept)} of {_layers(len(result.layers))} have other bits than {result.bits}: {'; '.join(parts)}"
 
 
 def _inputs_line(result: Compression) -> str:
@@ -109,9 +120,9 @@ def _inputs_line(result: Compression) -> str:
     for layer in result.layers:
         if layer.act_bits is not None and layer.act_bits != result.act_bits:
             others.setdefault(layer.act_bits, []).append(layer.name)
-    groups = [f"of {_named(names)} {bits} bits" for bits, names in sorted(others.items())]
+    groups = [f"{bits} bits for {_named(names)}" for bits, names in sorted(others.items())]
     count = sum(len(names) for names in others.values())
-    return f"inputs of {_layers(count)} are not at {result.act_bits} bits: {'; '.join(groups)}" if others else ""
+    return f"inputs of {_layers(count)} have other bits than {result.act_bits}: {'; '.join(groups)}" if others else ""
 
 
 def _layers(count: int) -> str:
@@ -190,7 +201,7 @@ def _verdict_json(candidate: Candidate) -> dict[str, Any]:
             {"gate": gate.gate, "passed": gate.passed, "reason": gate.reason, "seconds": gate.seconds}
             for gate in candidate.verdicts
         ],
-        "layers": None if candidate.layers is None else [_layer_json(layer) for layer in candidate.layers],
+        "layers": None if candidate.layers is None else [layer_json(layer) for layer in candidate.layers],
     }
 
 
@@ -225,77 +236,6 @@ def validation_table(result: Validation) -> Table:
     ]
     columns = ["model", "top-1", "top-5", "agreement", "KL", "SNR", "size", "latency", "gates"]
     return table(columns, rows, texts=["gates"])
-
-
-def _layer_json(layer: LayerNoise) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "value": layer.value,
-        "op": layer.op,
-        "snr_db": layer.snr,
-        "own_snr_db": layer.own_snr,
-        "bits": layer.bits,
-        "act_bits": layer.act_bits,
-        "scale": layer.scale,
-        "act_scale": layer.act_scale,
-        "sparsity": layer.sparsity,
-        "container": layer.container,
-        "compared_with": layer.compared,
-        "reason": layer.reason,
-    }
-
-
-def layers_table(candidate: Candidate, layers: Sequence[LayerNoise]) -> Table:
-    """One row a layer, those that hurt most first."""
-    rows = [
-        [
-            escape(layer.name if layer.compared in (layer.value, None) else f"{layer.name} (as {layer.compared})"),
-            layer.op,
-            _decibels(layer.own_snr),
-            _decibels(layer.snr),
-            "float" if layer.bits is None else str(layer.bits),
-            layer.container,
-            _scale(layer.scale),
-            "float" if layer.act_bits is None else str(layer.act_bits),
-            _scale(layer.act_scale),
-            percent(layer.sparsity),
-        ]
-        for layer in layers
-    ]
-    columns = ["layer", "op", "own SNR", "SNR", "bits", "stored as", "scale", "input bits", "input scale", "zeros"]
-    title = f"layers of {escape(str(candidate.path))}, those that hurt most first"
-    return table(columns, rows, title, ["op", "stored as"])
-
-
-def _scale(found: tuple[float, float] | None) -> str:
-    if found is None:
-        return "-"
-    low, high = (f"{scale:.2g}" for scale in found)
-    return low if low == high else f"{low} to {high}"
-
-
-def layers_note(layers: list[LayerNoise]) -> str:
-    """What the figures mean, and which layers have none."""
-    from recipes.layer_noise import IMAGES
-
-    if not layers:
-        return "no Conv, ConvTranspose, Gemm or MatMul with a constant weight: no layers to compare"
-    note = (
-        f"SNR of each layer's output as the file runs; own SNR: on the reference's input, its own noise alone; on the"
-        f" first {IMAGES} images at most"
-    )
-    missing = [layer for layer in layers if layer.snr is None]
-    if missing:
-        note += f"\n{len(missing)} of {len(layers)} layers cannot be compared:"
-        for reason in dict.fromkeys(layer.reason for layer in missing):
-            note += f"\n  {reason}: {', '.join(layer.name for layer in missing if layer.reason == reason)}"
-    return note
-
-
-def _decibels(snr: float | None) -> str:
-    if snr is None:
-        return "-"
-    return f"{snr:.1f} dB" if math.isfinite(snr) else "equal" if snr > 0 else "not finite"
 
 
 def _gates(candidate: Candidate) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from converters.input_spec import InputSpec
 from converters.kernels import Fusion
-from converters.targets import TARGETS
-from recipes.quantize.budget import Spending
+from converters.targets import MAX_BITS, TARGETS
+from recipes.budget import Spending
 from recipes.reconstruct import Reconstruction
 
 LEAST_POWER = 1e-12  # a layer of zeros has no relative error
@@ -93,17 +93,21 @@ class Compression:
         return self.target is not None and TARGETS[self.target].elsewhere
 
     @property
-    def slow_because(self) -> str | None:
+    def likely_slow_because(self) -> str | None:
         """Why the file may be slower than the float one; None where nothing is known that would make it so."""
         if all(layer.bits is None for layer in self.layers) or self.runs_elsewhere:
             return None
         way = "--act-bits 8" + " --target ort-cpu" * (self.target != "ort-cpu")
-        if self.fusion is None or not self.fusion.counted:
-            return f"integers are turned back into float on every run; with {way} onnxruntime runs in integers"
-        if self.fusion.counted < self.fusion.layers:
+        asked = self.target == "ort-cpu" and self.act_bits == MAX_BITS
+        if not asked and (self.fusion is None or not self.fusion.counted):
+            return (
+                f"integers are turned back into float on every run; with {way} onnxruntime runs in integers, from a"
+                " file of 8-bit weights"
+            )
+        if self.fusion is not None and self.fusion.counted < self.fusion.layers:
             missing = self.fusion.layers - self.fusion.counted
             text = f"{missing} of {self.fusion.layers} layers do not run in integers"
-            return text if self.target == "ort-cpu" else f"{text}; more do with {way}"
+            return text if asked else f"{text}; more do with {way}"
         return "integer kernels of this machine do not make up for quantizing what lies between them"
 
     @property

@@ -17,6 +17,7 @@ from converters.targets import PORTABLE, Target
 from converters.torch_module import TorchClassifier, to_torch
 from converters.writeback import prepare_for_quantization
 from recipes.account import Compression, LayerAccount
+from recipes.budget import Budget
 from recipes.checkpoint import left_beside
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
@@ -26,7 +27,6 @@ from recipes.progress import Progress
 from recipes.prune.engine import check_goal, prune, prune_in_memory
 from recipes.prune.goal import PROVENANCE, Goal
 from recipes.prune.settings import PruneSettings
-from recipes.quantize.budget import Budget
 from recipes.quantize.engine import check_bits, least_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.ranks import ALONE, Ranks
@@ -39,11 +39,14 @@ from recipes.validate import (
     LabelError,
     Validation,
     check_labels,
+    compare_layers,
     count_classes,
     require_labels,
     validate,
 )
 
+MOST_AT_ONCE = 8
+"""Images whose values in all layers, of two files, are in memory together without having been asked for."""
 SMALL = 64
 """Pixels a side up to which the recipes for small images are taken: measured at 28, and the others at 224."""
 
@@ -80,8 +83,8 @@ def load_suitable_recipe(
             name = "small-labels" if small else "labels"
             progress.say(
                 f"no model has BatchNorm statistics: images are shaped by labels alone (recipe {name}), and what fits"
-                " them may fit real ones far less; add models that have statistics (--zoo; in synth, by name), if you"
-                " can"
+                " them may fit real ones far less; name models that have statistics too, if you can (quantize --zoo"
+                " MODELS; synth MODELS)"
             )
     return name, load_synth_recipe(name, effort, overrides, steps, changes)
 
@@ -174,24 +177,36 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
         if left_beside(request.output):
             progress.say("the same command goes on from what is done")
         raise
-    before = [] if request.student is None else [request.student]
     try:
-        return result, request.ranks.lead(
-            lambda: validate(
-                classifier,
-                [load_classifier(request.output)],
-                images,
-                gates,
-                beside=before,
-                layers=request.student is None,  # a student's layers answer to none of its teacher's
-                progress=progress,
-            )
-        )
+        return result, request.ranks.lead(lambda: _validate(request, images, progress))
     except KeyboardInterrupt:
         progress.say(
             f"{request.output} is whole, and only its comparison with {classifier.path} is missing: mixmix validate"
         )
         raise
+
+
+def _validate(request: Request, images: ImageSet, progress: Progress) -> Validation:
+    """The written file beside the model, and layer by layer where that can be had."""
+    classifier, written = request.classifier, load_classifier(request.output)
+    before = [] if request.student is None else [request.student]
+    found = validate(classifier, [written], images, request.gates, beside=before, progress=progress)
+    if request.student is not None:  # its layers answer to none of its teacher's
+        return found
+    if max(classifier.fixed_batch or 0, written.fixed_batch or 0) > MOST_AT_ONCE:
+        progress.say(
+            f"layers are not compared, as {request.output} takes {written.fixed_batch} images at once, and all values"
+            " of so many may not fit into memory: mixmix validate --layers"
+        )
+        return found
+    try:
+        with progress.task("comparing layers", 1):
+            layers = compare_layers(written, classifier, images)
+    except MixMixError as error:  # the file is whole, and this is no proof of it
+        progress.say(f"layers are not compared: {error}")
+        return found
+    (candidate,) = found.candidates
+    return replace(found, candidates=[replace(candidate, layers=layers)])
 
 
 def _make(request: Request, write: Write, progress: Progress) -> tuple[ImageSet, Compression]:

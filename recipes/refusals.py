@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from converters.errors import MixMixError, OutputError
-from converters.outputs import ensure_makeable, ensure_writable
+from converters.outputs import ensure_makeable, ensure_model, ensure_writable
 
 
 class DataError(MixMixError):
@@ -28,9 +28,12 @@ def check_source(path: Path) -> None:
 def check_compression(
     models: Iterable[Path], output: Path | None, data: Path | None, max_drop: float | None, *, overwrite: bool
 ) -> None:
-    """Raise MixMixError where no smaller model can be written to `output`, or the gate cannot be decided."""
+    """Raise MixMixError where a model is missing, none can be written to `output`, or the gate cannot be decided."""
+    given = list(models)
+    for path in given:
+        ensure_model(path)
     if output is not None:
-        if output.resolve() in {path.resolve() for path in models}:
+        if output.resolve() in {path.resolve() for path in given}:
             raise OutputError(f"{output} is the model itself, which is never replaced: choose another name with -o")
         ensure_writable(output, overwrite=overwrite)
     if data is None and max_drop is not None:

@@ -50,7 +50,7 @@ class Slopes:
         names, count = self._fitting(first, x)
         segment = self.module.segment([first], [*names, self.module.logits_name])
         found: dict[str, Tensor] = {}
-        with self.progress.task("what logits feel of blocks", len(x)) as task:
+        with self.progress.task("measuring what blocks do to logits", len(x)) as task:
             for rows in torch.arange(len(x)).split(self.settings.least_batch):
                 slopes = self._of_batch(segment, x[rows].to(self.module.device), names, count)
                 for name, values in slopes.items():

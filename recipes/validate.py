@@ -207,7 +207,7 @@ def validate(
             judged.append(_judge(candidate, held, logits, fused, plain, labels, latency, gates))
             task.advance()
             if layers and len(judged) <= len(candidates):
-                judged[-1] = replace(judged[-1], layers=_layers(candidate, reference, images, threads))
+                judged[-1] = replace(judged[-1], layers=compare_layers(candidate, reference, images, threads=threads))
                 task.advance()
     shown = [replace(figures, verdicts=[]) for figures in judged[len(candidates) :]]
     seconds = time.perf_counter() - started
@@ -288,7 +288,11 @@ def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: i
     return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
 
 
-def _layers(candidate: Classifier, reference: Classifier, images: ImageSet, threads: int) -> list[LayerNoise]:
+def compare_layers(
+    candidate: Classifier, reference: Classifier, images: ImageSet, *, threads: int = 0
+) -> list[LayerNoise]:
+    """Every layer of the candidate beside the reference's, those that hurt most first."""
+
     def inputs(model: Classifier, start: int, stop: int) -> NDArray[np.float32]:
         return _inputs(model, reference, images, start, stop)
 

@@ -107,7 +107,8 @@ def find_zoo(name: str) -> Zoo:
     if name == "embedded":
         raise MixMixError("the zoo embedded is made of files and shown in another way: name it alone")
     if name not in zoos:
-        raise MixMixError(f"there is no zoo {name!r}{nearest(name, zoos)}: choose one of {', '.join(zoos)}")
+        known = (*zoos, "embedded")
+        raise MixMixError(f"there is no zoo {name!r}{nearest(name, known)}: choose one of {', '.join(known)}")
     return zoos[name]
 
 

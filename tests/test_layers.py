@@ -50,6 +50,21 @@ def test_recipes_do_not_import_one_another(package: str) -> None:
         assert not [name for name in imported(file) if name.startswith(tuple(others))], file
 
 
+@pytest.mark.parametrize("package", SIBLINGS)
+def test_what_recipes_share_depends_on_none_of_them(package: str) -> None:
+    """A module that one of them imports from the middle, and what that imports, is of none of the others."""
+    waiting = [name for file in (ROOT / "recipes" / package).rglob("*.py") for name in imported(file)]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        file = ROOT / f"{name.replace('.', '/')}.py"
+        if name in seen or not name.startswith("recipes.") or not file.is_file():
+            continue
+        seen.add(name)
+        assert name.split(".")[1] not in set(SIBLINGS) - {package}, f"{package} depends on {name}"
+        waiting.extend(imported(file))
+
+
 def test_face_starts_light() -> None:
     """What --help loads must not pull in torch or onnx: heavy imports live inside commands."""
     for file in (ROOT / "mixmix_cli").rglob("*.py"):

@@ -11,7 +11,7 @@ from mixmix_cli import options
 
 if TYPE_CHECKING:
     from converters.targets import Target
-    from recipes.quantize.budget import Budget
+    from recipes.budget import Budget
     from recipes.ranks import Ranks
 
 METHODS = ("nearest", "adaround", "brecq", "qdrop", "qat")
@@ -58,7 +58,7 @@ def command(**given: Any) -> int:
     if (given["bits"] is None) == (given["mixed"] is None):
         raise click.UsageError("give either --bits or --mixed: how many bits the weights get")
     from mixmix_cli.requests import refuse_early
-    from recipes.quantize.budget import Budget
+    from recipes.budget import Budget
 
     act_bits = given["act_bits"]
     bits = given["bits"] if given["mixed"] is None else Budget.parse(given["mixed"])
@@ -85,7 +85,7 @@ def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: T
     act_bits = given["act_bits"]
     terminal = terminal_for(given, ranks)
     if given["bits"] is not None and given["weight_container"] is None:
-        tell_storage(terminal, target, given["bits"])
+        tell_storage(terminal, target, given["bits"], act_bits)
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
     if ranks.count > 1 and not settings.train_steps:

@@ -39,7 +39,8 @@ def command(**given: Any) -> int:
         ensure_writable(given["junit"], overwrite=given["force"])
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
-    from mixmix_cli.results import layers_note, layers_table, validation_json, validation_table
+    from mixmix_cli.layers import layers_note, layers_table
+    from mixmix_cli.results import validation_json, validation_table
     from recipes.images import load_images
     from recipes.validate import Gates, validate
 

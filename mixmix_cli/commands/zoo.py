@@ -112,7 +112,8 @@ def export(**given: Any) -> int:
     if terminal.as_json:
         terminal.document({"dir": output, "written": done.written, "kept": done.kept, "failed": done.failed})
     else:
-        kept = f", {len(done.kept)} were there already (--force replaces them)" if done.kept else ""
+        hint = "" if overwrite else " (--force replaces them)"
+        kept = f", {len(done.kept)} were there already{hint}" if done.kept else ""
         terminal.show(f"{len(done.written)} models written to {output}{kept}")
     for name, reason in done.failed.items():
         terminal.annotate(f"Error: {name}: {reason}")

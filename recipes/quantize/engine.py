@@ -27,15 +27,15 @@ from converters.targets import MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
 from recipes.account import Compression
+from recipes.budget import Budget, Spending
 from recipes.checkpoint import Checkpoint, State
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
 from recipes.objective import Objective
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
-from recipes.quantize.budget import Budget, Spending
 from recipes.quantize.equalise import FEW_BITS, equalise
-from recipes.quantize.mixed import plan_mixed, spending
+from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -227,8 +227,8 @@ class _Run:
             plans = plan_bits(self.module, self.inputs, self.bits, *common, of_layers)
         else:
             size = partial(file_size, self.module, act_bits=self.act_bits, target=self.target, metadata=self.metadata)
-            plans = plan_mixed(self.module, self.inputs, self.bits, *common, size, of_layers, of_inputs)
-            self.spending = spending(self.module, plans, self.bits, *common, size)
+            ask = (self.module, self.inputs, self.bits, *common, size, of_layers, of_inputs)
+            plans, self.spending = plan_mixed(*ask)
             if self.bits.kind == "bops":  # which counts the bits of inputs, and has chosen them
                 return plans
         return place_activations(self.module, self.inputs, plans, *common, of_inputs)

@@ -24,9 +24,9 @@ from converters.errors import MixMixError
 from converters.targets import MAX_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate, frontier
+from recipes.budget import Budget, Spending
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import input_widths, measure_inputs
-from recipes.quantize.budget import Budget, Spending
 from recipes.quantize.plan import (
     WIDTHS,
     Keep,
@@ -91,8 +91,8 @@ def plan_mixed(
     file_size: Callable[[Sequence[LayerPlan]], int],
     keep: Keep = at_once,
     keep_inputs: Keep = at_once,
-) -> list[LayerPlan]:
-    """The placement with the least noise within `budget`. `inputs` [N, ...] are model inputs to measure on.
+) -> tuple[list[LayerPlan], Spending]:
+    """The placement with the least noise within `budget`, and its cost; `inputs` [N, ...] are what is measured on.
 
     `file_size` gives the bytes of the file that a placement is written as. Raises MixMixError where the model has no
     layer, or where even the fewest bits cost more than the budget.
@@ -110,7 +110,7 @@ def plan_mixed(
     if fixed + fewest > budget.amount * (1 + ROUNDING):
         raise MixMixError(
             f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
-            f" {replace(budget, amount=least)}: allow more"
+            f" {replace(budget, amount=least)}: allow more{_way_to_less(budget, act_bits, target)}"
         )
     noise = keep(
         len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
@@ -129,32 +129,23 @@ def plan_mixed(
     for group, row, index in zip(groups, options, chosen, strict=True):
         for layer, width in zip(group.layers, row[index].widths, strict=True):
             found[layer.output] = (width, row[index].act)
-    return [
+    plans = [
         LayerPlan(layer, bits, act, f"least noise within {budget}", decibels(noise[layer.output][widths.index(bits)]))
         for layer in layers
         for bits, act in [found[layer.output]]
     ]
+    spent = sum(row[index].choice.cost for row, index in zip(options, chosen, strict=True)) + fixed
+    binds = any(index + 1 < len(row) for row, index in zip(options, chosen, strict=True))
+    return plans, Spending(budget, spent, binds)
 
 
-def spending(
-    module: TorchClassifier,
-    plans: Sequence[LayerPlan],
-    budget: Budget,
-    act_bits: int | None,
-    target: Target,
-    settings: QuantizeSettings,
-    file_size: Callable[[Sequence[LayerPlan]], int],
-) -> Spending:
-    """What `plans` cost of the budget."""
-    layers = [plan.layer for plan in plans]
-    most = _widths(budget, target, settings, act_bits)[-1]
-    groups = _groups(_alike(layers, most, act_bits, settings), budget, act_bits, settings)
-    acts = {group.value: group.acts[-1] for group in groups}
-    binds = any(plan.bits < most or plan.act_bits != acts[plan.layer.input] for plan in plans)
-    if budget.kind == "size":
-        return Spending(budget, file_size(plans), binds)
-    cost = _cost(module, layers, budget, target)
-    return Spending(budget, sum(cost(plan.layer, plan.bits, plan.act_bits) for plan in plans), binds)
+def _way_to_less(budget: Budget, act_bits: int | None, target: Target) -> str:
+    """What else brings the cost down, in words."""
+    if budget.kind == "bops" and act_bits is None:
+        return ", or quantize the inputs too (--act-bits)"
+    if budget.kind == "size" and target.weights[0].bits > 2 and act_bits is None:
+        return ", or store weights of 2 bits in 2 (--weight-container int2)"
+    return ""
 
 
 def _alike(layers: Sequence[Layer], bits: int, act_bits: int | None, settings: QuantizeSettings) -> list[LayerPlan]:

@@ -62,7 +62,12 @@ def _classes(module: TorchClassifier) -> int:
     """Those that labels name: class 0 is left out where it is background."""
     height, width = module.spec.size
     pixels = torch.zeros(1, module.spec.channel_count, height, width, device=module.device)
-    return module(module.spec.to_input(pixels)).shape[1] - module.spec.offset
+    count = module(module.spec.to_input(pixels)).shape[1] - module.spec.offset
+    if count < 1:
+        raise SpecError(
+            f"{module.classifier.path} has no class left behind an offset of {module.spec.offset}: correct the offset"
+        )
+    return count
 
 
 @torch.no_grad()

@@ -64,8 +64,8 @@ def test_weights_stored_in_four_bits_do_not_run_in_integers(module_of: Modules) 
     found = forecast(module, quantized, stored, biases=True)
     assert found.kept_out == {"weights are stored in 4 bits": len(layers) - 1}
     assert str(found) == (
-        f"forecast: 1 of {len(layers)} layers will run in integers in onnxruntime; {len(layers) - 1} as weights are"
-        " stored in 4 bits"
+        f"forecast: 1 of {len(layers)} layers will run in integers in onnxruntime on this machine;"
+        f" {len(layers) - 1} will not: weights are stored in 4 bits ({len(layers) - 1})"
     )
 
 
@@ -80,6 +80,16 @@ def test_a_convolution_whose_output_stays_in_float_does_not_run_in_integers(modu
     assert forecast(module, {}, {layer.output: 8 for layer in layers}, biases=True).kept_out == {
         "inputs are in float": len(layers)
     }
+
+
+def test_a_gemm_with_a_float_bias_needs_a_quantized_output(module_of: Modules) -> None:
+    module = module_of("plain")
+    last = module.layers()[-1]
+    quantized = dict.fromkeys([*values_between(module), *(layer.input for layer in module.layers())], 8)
+    stored = {layer.output: 8 for layer in module.layers()}
+    assert last.op == "Gemm"
+    assert forecast(module, quantized, stored, biases=False).kept_out == {"biases are in float": 1}
+    assert forecast(module, quantized | {last.output: 8}, stored, biases=False).kept_out == {}
 
 
 def test_containers_by_target() -> None:

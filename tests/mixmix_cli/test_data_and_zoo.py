@@ -56,6 +56,7 @@ def test_data_compare_tells_real_images_from_made_ones(capsys: pytest.CaptureFix
         (("synth", "{model}", "-o", "data", "--set", "models=[]"), "models cannot be"),
         (("zoo", "show", "no.onnx"), "no.onnx does not exist"),
         (("zoo", "export", "resnet", "-o", "models"), "there is no zoo 'resnet'"),
+        (("zoo", "export", "embeded", "-o", "models"), "(the nearest is 'embedded')"),
     ],
 )
 def test_bad_input_of_data_and_zoo(

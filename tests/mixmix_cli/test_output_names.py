@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mixmix_cli.commands import distill, quantize
-from recipes.quantize.budget import Budget
+from recipes.budget import Budget
 
 
 def test_quantized_models_are_named_after_the_bits() -> None:

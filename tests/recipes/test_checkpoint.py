@@ -20,6 +20,7 @@ from converters.targets import choose_target
 from converters.torch_module import TorchClassifier
 from recipes import checkpoint, memory
 from recipes.account import Compression
+from recipes.budget import Budget
 from recipes.checkpoint import Checkpoint, State
 from recipes.distill.engine import distill
 from recipes.distill.settings import DistillSettings
@@ -30,7 +31,6 @@ from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
 from recipes.prune.settings import PruneSettings
 from recipes.quantize import activations, mixed, plan
-from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.validate import Gates

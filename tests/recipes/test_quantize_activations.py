@@ -11,10 +11,10 @@ import torch
 from converters.classifier import Classifier
 from converters.targets import PORTABLE
 from converters.torch_module import TorchClassifier
+from recipes.budget import Budget
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import place_activations
-from recipes.quantize.budget import Budget
 from recipes.quantize.engine import quantize
 from recipes.quantize.plan import LayerPlan, plan_bits
 from recipes.quantize.quantizers import QuantizedActivation

@@ -244,4 +244,4 @@ def test_a_pass_says_how_far_it_is(module_of: Callable[[str], TorchClassifier], 
     slopes = Slopes(module, SETTINGS, heard)
     for stretch in stretches(module, calibration_images):
         slopes.of(stretch)
-    assert heard.done == [("what logits feel of blocks", COUNT, COUNT)]
+    assert heard.done == [("measuring what blocks do to logits", COUNT, COUNT)]

@@ -17,7 +17,7 @@ UNITS: Mapping[Kind, Mapping[str, float]] = {
     "bops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
     "bits": {"": 1},
 }
-THOUSANDS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+THOUSANDS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Spending:
     budget: Budget
     spent: float
     binds: bool
-    """Whether a larger budget could buy more bits."""
+    """Whether a larger budget would take more noise out."""
 
     def __str__(self) -> str:
         text = self.budget.tell(self.spent)
-        return text if self.binds else f"{text}, as every layer has the most bits that it may have"
+        return text if self.binds else f"{text} (more would change nothing)"
