@@ -109,7 +109,7 @@ class _Moved(torch.autograd.Function):
 
 
 def _few(slopes: Tensor, rows: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The slopes [m, K, e] of a few of `rows` at a time, in the type and on the device of `like`, and which they are."""
+    """The slopes [m, K, e] of a few of `rows` at a time, as type and device of `like` are, and which they are."""
     step = max(1, AT_ONCE // slopes[0].numel())
     for start in range(0, len(rows), step):
         at = slice(start, min(start + step, len(rows)))
