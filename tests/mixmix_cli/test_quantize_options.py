@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from converters.errors import ModelError
 from converters.load import load_classifier
 from converters.targets import TARGETS, WEIGHT_CONTAINERS, WIDE
 from converters.torch_module import to_torch
 from mixmix_cli import layers, options, results
 from mixmix_cli.__main__ import main
 from mixmix_cli.commands import quantize
-from recipes import zoo
+from recipes import pipeline, zoo
 from recipes.quantize.settings import PACKAGE
 from recipes.settings import recipe_names
 
@@ -110,6 +111,37 @@ def test_the_account_of_layers_on_the_screen(capsys: pytest.CaptureFixture[str],
     _, out, _ = run(capsys, "--bits", 4, model, "-v", "--force")
     assert out.count(" Conv ") + out.count(" Gemm ") == count
     assert "with -v" not in out
+
+
+def test_layers_are_not_compared_where_a_file_takes_many_images_at_once(
+    capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    """All values of all layers of a batch would be in memory together."""
+    proto = onnx.load(model)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 16
+    onnx.save(proto, model)
+    status, out, err = run(capsys, "--bits", 8, model, "--json")
+    assert status == 0
+    assert json.loads(out)["validation"]["candidates"][0]["layers"] is None
+    assert "takes 16 images at once" in " ".join(err.split())
+    assert "mixmix validate --layers" in " ".join(err.split())
+
+
+def test_layers_that_cannot_be_compared_cost_nothing(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is there and proved."""
+
+    def fails(*_: object) -> None:
+        raise ModelError("no such value")
+
+    monkeypatch.setattr(pipeline, "compare_layers", fails)
+    status, out, err = run(capsys, "--bits", 8, model)
+    assert status == 0
+    assert "layers are not compared: no such value" in err
+    assert "model.w8.onnx" in out
+    assert model.with_name("model.w8.onnx").is_file()
 
 
 def test_without_a_target_nothing_is_said_of_integers(capsys: pytest.CaptureFixture[str], model: Path) -> None:
