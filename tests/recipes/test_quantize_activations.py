@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from converters.classifier import Classifier
-from converters.targets import PORTABLE
+from converters.targets import PORTABLE, SAFE_BITS
 from converters.torch_module import TorchClassifier
 from recipes.budget import Budget
 from recipes.images import ImageSet
@@ -31,7 +31,7 @@ def placed(
 ) -> tuple[list[LayerPlan], list[LayerPlan]]:
     """The plans with bits of weights alone, and with those of inputs."""
     inputs, changed = module.spec.to_input(images.pixels[:8]), NEAREST.model_copy(update=settings)
-    plans = plan_bits(module, inputs, 8, act_bits, PORTABLE, changed)
+    plans = plan_bits(module, inputs, SAFE_BITS, act_bits, PORTABLE, changed)
     return plans, place_activations(module, inputs, plans, act_bits, PORTABLE, changed)
 
 
