@@ -114,5 +114,5 @@ def show_worst_layers(terminal: Terminal, candidate: Candidate) -> None:
         return
     terminal.show(layers_table(candidate, layers[:WORST], scales=False))
     missing = sum(layer.snr is None for layer in layers)
-    note = f"{meaning()}; all {len(layers)} layers and their scales with -v" * (len(layers) > WORST)
-    terminal.show((note or meaning()) + f"; {missing} cannot be compared" * bool(missing))
+    more = f"; all {len(layers)} layers and their scales with -v" * (len(layers) > WORST)
+    terminal.show(meaning() + more + f"; {missing} cannot be compared" * bool(missing))

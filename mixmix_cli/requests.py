@@ -82,13 +82,13 @@ def request_from(
     )
 
 
-def tell_storage(terminal: Terminal, target: Target, bits: int, act_bits: int | None) -> None:
-    """Say where weights take the room of many more bits than they have."""
+def tell_storage(terminal: Terminal, target: Target, bits: int, *, int2: bool = False) -> None:
+    """Say where weights take the room of more bits than they have; `int2` is whether the user could have 2 bits in 2."""
     stored = target.weight_container(bits).bits
     if bits <= 4 and bits < stored:
-        narrower = ", which --weight-container int2 stores in 2" * (bits == 2 and stored == 4 and act_bits is None)
+        narrower = " (in 2 with --weight-container int2)" * (int2 and bits == 2)
         terminal.say(
-            f"{bits}-bit weights{narrower} are stored in {stored} bits for {target.name}: the file is as large as with"
+            f"{bits}-bit weights are stored in {stored} bits for {target.name}{narrower}: the file is as large as with"
             f" --bits {stored}"
         )
 

@@ -200,8 +200,9 @@ def _validate(request: Request, images: ImageSet, progress: Progress) -> Validat
         )
         return found
     try:
-        with progress.task("comparing layers", 1):
+        with progress.task("comparing layers", 1) as task:
             layers = compare_layers(written, classifier, images)
+            task.advance()
     except MixMixError as error:  # the file is whole, and this is no proof of it
         progress.say(f"layers are not compared: {error}")
         return found

@@ -79,7 +79,7 @@ def command(**given: Any) -> int:
     settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
     write = pruning(settings, goal)
     if bits is not None:
-        tell_storage(terminal, target, bits, act_bits)
+        tell_storage(terminal, target, bits)
         quantization = load_recipe(QuantizeSettings, QUANTIZE, "qdrop", given["effort"])
         write = pruning_then_quantizing(settings, goal, quantization, bits, act_bits, target)
     request = request_from(given, output, recipe, terminal)
@@ -88,10 +88,10 @@ def command(**given: Any) -> int:
     if bits is not None:
         remedy = "take less out of it, or give it more bits"
     account = _account(result)
-    if bits is None and given["pattern"] != "channel":
-        account += "\nzeros make the file neither smaller nor faster in onnxruntime; --pattern channel does"
     if bits is not None:
         account += f"\n{placement_line(result)}"
+    elif given["pattern"] != "channel":
+        account += "\nzeros make the file neither smaller nor faster in onnxruntime; --pattern channel does"
     return show_result(terminal, result, validation, account, remedy)
 
 

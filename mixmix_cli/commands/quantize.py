@@ -85,7 +85,7 @@ def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: T
     act_bits = given["act_bits"]
     terminal = terminal_for(given, ranks)
     if given["bits"] is not None and given["weight_container"] is None:
-        tell_storage(terminal, target, given["bits"], act_bits)
+        tell_storage(terminal, target, given["bits"], int2=act_bits is None)
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
     if ranks.count > 1 and not settings.train_steps:

@@ -99,7 +99,10 @@ def plan_mixed(
     """
     layers = layers_to_quantize(module)
     widths = _widths(budget, target, settings, act_bits)
-    narrowest = _alike(layers, widths[0], act_bits, settings)
+    narrowest = [
+        LayerPlan(layer, widths[0], act)
+        for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
+    ]
     groups = _groups(narrowest, budget, act_bits, settings)
     cost = _cost(module, layers, budget, target)
     fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
@@ -146,12 +149,6 @@ def _way_to_less(budget: Budget, act_bits: int | None, target: Target) -> str:
     if budget.kind == "size" and target.weights[0].bits > 2 and act_bits is None:
         return ", or store weights of 2 bits in 2 (--weight-container int2)"
     return ""
-
-
-def _alike(layers: Sequence[Layer], bits: int, act_bits: int | None, settings: QuantizeSettings) -> list[LayerPlan]:
-    """All weights with `bits` bits, and inputs with what was asked for."""
-    acts = activation_bits(layers, act_bits, settings)
-    return [LayerPlan(layer, bits, act) for layer, act in zip(layers, acts, strict=True)]
 
 
 def _groups(
