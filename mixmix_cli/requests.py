@@ -83,7 +83,7 @@ def request_from(
 
 
 def tell_storage(terminal: Terminal, target: Target, bits: int, *, int2: bool = False) -> None:
-    """Say where weights take the room of more bits than they have; `int2` is whether the user could have 2 bits in 2."""
+    """Say where weights take the room of more bits than they have; `int2`: whether 2 bits can be had in 2."""
     stored = target.weight_container(bits).bits
     if bits <= 4 and bits < stored:
         narrower = " (in 2 with --weight-container int2)" * (int2 and bits == 2)
