@@ -1,7 +1,8 @@
 """The one loop that trains a whole network on another's answers: distillation, and quantization-aware training.
 
 Both networks see the same image, moved and, for a share of the images, blended with another (Beyer et al. 2022), so
-that a fixed set of images is never seen twice. Adam, with a linear rise of the rate and then a half cosine to 0.
+that a fixed set of images is never seen twice. Adam, with a linear rise of the rate and then a half cosine to 0, or
+a tenth of it from each of given steps on.
 
 Several processes (`ranks`) share out every batch once it is drawn, moved and mixed, and come to what one comes to, but
 for rounding: losses and statistics are those of the whole batch.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from converters.errors import MixMixError
+from recipes.augment import Augmentation
 from recipes.checkpoint import Checkpoint, State
 from recipes.images import ImageSet
 from recipes.progress import Task
@@ -39,11 +41,20 @@ class Training:
     """Share of the steps over which the rates rise."""
     mixing: float
     """Share of the images that are blended with another of the batch."""
-    shift: float
-    """Largest shift of an image, as a share of its side."""
-    flip: bool
     rate_key: str
     """The setting to lower where training diverges."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    milestones: tuple[int, ...] = ()
+    """Steps from each of which on rates are a tenth of what they were before; none for a half cosine to 0."""
+
+    def factor(self, step: int) -> float:
+        """What the rates are multiplied by at a step: a linear rise to 1 over `warmup`, then down; never exactly 0."""
+        progress = step / self.steps
+        if progress < self.warmup:
+            return (progress + 1e-3) / (self.warmup + 1e-3)
+        if self.milestones:
+            return 0.1 ** sum(step >= milestone for milestone in self.milestones)
+        return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -86,11 +97,11 @@ def train(
     ranks.spread(tensors)
     for step in range(begun, how.steps):
         for entry, group in zip(optimizer.param_groups, groups, strict=True):
-            entry["lr"] = group.rate * schedule(step / how.steps, how.warmup)
+            entry["lr"] = group.rate * how.factor(step)
         if len(order) < 2:
             order = torch.randperm(len(images), generator=generator)
         chosen, order = order[: how.batch], order[how.batch :]
-        pixels = move_images(images.pixels[chosen], how.shift, how.flip, generator)
+        pixels = how.augmentation(images.pixels[chosen], generator)
         part = Part.of(ranks, len(pixels))
         loss = loss_of(part.take(mix_images(pixels, how.mixing, generator)), part)
         optimizer.zero_grad(set_to_none=True)
@@ -113,13 +124,6 @@ def train(
 
 def _diverged(how: Training) -> MixMixError:
     return MixMixError(f"training diverged: lower its rate with --set {how.rate_key}=...")
-
-
-def schedule(progress: float, warmup: float) -> float:
-    """A linear rise to 1 over `warmup`, then a half cosine to 0; never exactly 0."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def _moments(tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
@@ -166,22 +170,3 @@ def mix_images(pixels: Tensor, share: float, generator: torch.Generator) -> Tens
     weight = weight.to(pixels).view(-1, 1, 1, 1)
     partner = torch.randperm(count, generator=generator).to(pixels.device)
     return weight * pixels + (1 - weight) * pixels[partner]
-
-
-def move_images(pixels: Tensor, shift: float, flip: bool, generator: torch.Generator) -> Tensor:
-    """Pixels [N, C, H, W], half of them flipped, all shifted by up to `shift` of a side; edges are repeated."""
-    if flip:
-        flipped = (torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5).to(pixels.device)
-        pixels = torch.where(flipped, pixels.flip(3), pixels)
-    height, width = pixels.shape[2:]
-    limits = [int(shift * side) for side in (height, width)]
-    if not any(limits):
-        return pixels
-    padded = F.pad(pixels, (limits[1], limits[1], limits[0], limits[0]), mode="replicate")
-    rows, columns = (
-        torch.randint(0, 2 * limit + 1, (len(pixels), 1), generator=generator) + torch.arange(side)
-        for limit, side in zip(limits, (height, width), strict=True)
-    )
-    index = torch.arange(len(pixels))[:, None, None, None]
-    channel = torch.arange(pixels.shape[1])[None, :, None, None]
-    return padded[index, channel, rows[:, None, :, None], columns[:, None, None, :]]

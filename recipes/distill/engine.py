@@ -24,6 +24,7 @@ from converters.errors import MixMixError
 from converters.ops.registry import Body
 from converters.torch_module import Step, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer
+from recipes.augment import Augmentation
 from recipes.checkpoint import Checkpoint
 from recipes.distill.losses import likeness_loss
 from recipes.distill.settings import DistillSettings
@@ -206,9 +207,8 @@ class _Run:
     def train(self, progress: Progress, checkpoint: Checkpoint | None = None) -> None:
         """All steps, and the statistics of BatchNorm after them."""
         settings = self.settings
-        how = Training(
-            settings.steps, settings.batch, settings.warmup, settings.mixing, settings.shift, settings.flip, "rate"
-        )
+        augmentation = Augmentation(flip=settings.flip, shift=settings.shift)
+        how = Training(settings.steps, settings.batch, settings.warmup, settings.mixing, "rate", augmentation)
         groups = [Group(list(self.values.values()), settings.rate)]
         found = None if checkpoint is None else self.ranks.lead(checkpoint.find)
         if found is not None:

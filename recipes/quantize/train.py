@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from converters.torch_module import TorchClassifier
+from recipes.augment import Augmentation
 from recipes.blocks import find_blocks
 from recipes.checkpoint import Checkpoint, State
 from recipes.images import ImageSet
@@ -76,9 +77,15 @@ def train_quantized(
         batch=settings.train_batch,
         warmup=settings.train_warmup,
         mixing=settings.train_mixing,
-        shift=settings.train_shift,
-        flip=settings.train_flip,
         rate_key="train_rate",
+        augmentation=Augmentation(
+            flip=settings.train_flip,
+            shift=settings.train_shift,
+            jitter=settings.train_jitter,
+            grayscale=settings.train_grayscale,
+            blur=settings.train_blur,
+        ),
+        milestones=settings.train_milestones,
     )
     train(images, groups, loss_of, how, generator, task, checkpoint, found, before, ranks)
     for weight in weights.values():

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from converters.errors import MixMixError, OutputError
 from converters.torch_module import TorchClassifier
+from recipes.augment import Augmentation
 from recipes.image_store import PREVIEW_IMAGES, ImageStore
 from recipes.images import from_bytes, load_images, to_bytes
 from recipes.memory import keep_freed_memory
 from recipes.progress import Progress, Silent, Task
 from recipes.ranks import Ranks
 from recipes.synth import objectives
-from recipes.synth.augment import augment
 from recipes.synth.mixing import Mix, draw_mix, mixed_cross_entropy
 from recipes.synth.procedural import dead_leaves
 from recipes.synth.settings import Stage, SynthSettings
@@ -249,6 +249,7 @@ class Batch:
         self.mean, self.std = mean, std
         self.low, self.high = -mean / std, (1 - mean) / std
         self.channels = spec.channel_count
+        self.augmentation = Augmentation(flip=settings.flip, roll=settings.shift, jitter=settings.jitter)
         self.weights = objectives.LearnedWeights()
         self.done = 0
 
@@ -327,7 +328,7 @@ class Batch:
     def _terms(self, images: Tensor, scale: float) -> tuple[int, dict[str, Tensor], Tensor]:
         """For one step: how many models were drawn, their loss terms by name, and the image prior."""
         settings = self.settings
-        pixels = augment(images * self.std + self.mean, settings, self.generator)
+        pixels = self.augmentation(images * self.std + self.mean, self.generator)
         size = (pixels.shape[2], pixels.shape[3])
         mix = draw_mix(len(pixels), size, settings.box, self.generator) if settings.mixing != "none" else None
         mixed = mix.apply(pixels) if mix is not None else pixels

@@ -27,7 +27,7 @@ from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.settings import load_recipe
-from recipes.training import divergence, mix_images, move_images
+from recipes.training import divergence, mix_images
 from recipes.validate import validate
 from tests import models
 
@@ -294,17 +294,6 @@ class TestLosses:
         assert float(mixed.max()) <= 5
         assert torch.equal(mixed, mixed[:, :, :1, :1].expand_as(mixed))
         assert not torch.equal(mixed, pixels)
-
-    def test_moving_takes_every_shift_and_repeats_edges(self) -> None:
-        ramp = torch.arange(10.0).view(1, 1, 1, 10).expand(200, 1, 10, 10)
-        moved = move_images(ramp, 0.2, False, torch.Generator().manual_seed(0))
-        shifts = {float(row[0, 5, 5]) - 5 for row in moved}
-        assert shifts == {-2, -1, 0, 1, 2}
-        assert float(moved.min()) == 0
-        assert float(moved.max()) == 9
-        flipped = move_images(ramp, 0.0, True, torch.Generator().manual_seed(0))
-        assert {float(row[0, 0, 0]) for row in flipped} == {0.0, 9.0}
-        assert torch.equal(move_images(ramp, 0.0, False, torch.Generator()), ramp)
 
 
 def test_batch_statistics_normalise_by_the_batch_and_gather_without_gradients() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError
+from recipes.augment import Augmentation
 from recipes.images import ImageSet
 from recipes.progress import Silent
 from recipes.quantize.engine import quantize
@@ -18,12 +19,12 @@ from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.ranks import Part
 from recipes.reconstruct import Group
 from recipes.settings import load_recipe, recipe_names
-from recipes.training import Training, schedule, train
+from recipes.training import Training, train
 from recipes.validate import decibels
 from tests.recipes.test_quantize import assert_the_file_is_the_simulation, run
 
 Classifiers = Callable[[str], Classifier]
-PLAIN = Training(steps=200, batch=8, warmup=0.1, mixing=0.0, shift=0.0, flip=False, rate_key="rate")
+PLAIN = Training(steps=200, batch=8, warmup=0.1, mixing=0.0, rate_key="rate")
 
 
 def test_the_loop_finds_a_minimum(generator: torch.Generator) -> None:
@@ -45,19 +46,48 @@ def test_every_image_is_seen_once_a_round(generator: torch.Generator) -> None:
         return value.sum()
 
     with Silent().task("", 1) as task:
-        how = Training(steps=5, batch=8, warmup=0.0, mixing=0.0, shift=0.0, flip=False, rate_key="rate")
+        how = Training(steps=5, batch=8, warmup=0.0, mixing=0.0, rate_key="rate")
         train(images, [Group([value], 0.1)], loss_of, how, generator, task)
     assert sorted(seen[:20]) == list(range(20))
     assert len(seen) == 8 + 8 + 4 + 8 + 8
 
 
 def test_rates_rise_and_fall_to_almost_nothing() -> None:
-    rates = [schedule(step / 100, 0.1) for step in range(100)]
+    how = Training(steps=100, batch=8, warmup=0.1, mixing=0.0, rate_key="rate")
+    rates = [how.factor(step) for step in range(100)]
     assert rates.index(max(rates)) == 10
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert min(rates) > 0
     assert rates[-1] < 0.001
+
+
+def test_rates_are_a_tenth_from_each_milestone_on() -> None:
+    how = Training(steps=100, batch=8, warmup=0.0, mixing=0.0, rate_key="rate", milestones=(20, 50))
+    assert [how.factor(step) for step in (0, 19, 20, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_the_papers_training_is_its_appendix() -> None:
+    """Seed, B.3."""
+    paper = load_recipe(QuantizeSettings, PACKAGE, "qat", "paper")
+    assert paper.train_features == 300
+    assert paper.train_jitter == (0.2, 0.2, 0.2, 0.1)
+    assert (paper.train_grayscale, paper.train_blur, paper.train_flip) == (0.2, 0.5, True)
+    assert paper.train_milestones == (4000, 10000, 20000)
+    assert paper.train_steps > paper.train_milestones[-1]
+    assert (paper.train_shift, paper.train_mixing) == (0, 0)
+
+
+def test_what_is_trained_on_is_augmented(generator: torch.Generator) -> None:
+    images, value = ImageSet(torch.rand(6, 3, 8, 8, generator=generator)), torch.zeros(1)
+    how = Training(steps=1, batch=6, warmup=0.0, mixing=0.0, rate_key="rate", augmentation=Augmentation(grayscale=1.0))
+
+    def loss_of(pixels: torch.Tensor, _: Part) -> torch.Tensor:
+        torch.testing.assert_close(pixels, pixels[:, :1].expand_as(pixels))
+        return value.sum()
+
+    with Silent().task("", 1) as task:
+        train(images, [Group([value], 0.1)], loss_of, how, generator, task)
 
 
 def test_divergence_is_said(generator: torch.Generator) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.augment import Augmentation
 from recipes.distill.engine import batch_norm_over
 from recipes.distill.losses import likeness_loss
 from recipes.images import ImageSet
@@ -14,7 +15,8 @@ from recipes.ranks import ALONE, Part, Ranks, join_ranks
 from recipes.reconstruct import Group
 from recipes.training import Training, divergence, train
 
-HOW = Training(steps=6, batch=5, warmup=0.0, mixing=0.7, shift=0.25, flip=True, rate_key="rate")
+MOVES = Augmentation(flip=True, shift=0.25, jitter=(0.2, 0.2, 0.2, 0.1), grayscale=0.2, blur=0.5)
+HOW = Training(steps=6, batch=5, warmup=0.0, mixing=0.7, rate_key="rate", augmentation=MOVES)
 """Of 7 images, so that every other batch is of 2, and one of three processes is left without an image."""
 
 
