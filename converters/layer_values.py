@@ -21,6 +21,8 @@ from converters.classifier import Classifier
 from converters.runtime import Array, Session
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MOST_PRODUCTS = 2**15 - 1
+"""What two products may add up to where they are added in 16 bits (vpmaddubsw), before they saturate."""
 STEPS = QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CLIPPING = ("Relu", "Clip")
 MOVING = ("Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -178,6 +180,24 @@ def _layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, tuple[list[ir.Node]
         weight = behind[operand]
         if weight is not None and behind[1 - operand] is None and graphs.to_numpy(weight[1]).ndim > 1:
             yield node, operand, weight
+
+
+def saturating_layers(graph: ir.Graph) -> list[str]:
+    """Layers, by the value they write, whose integer kernel may saturate on x86 processors without VNNI.
+
+    Those have quantized 8-bit inputs and INT8 weights of which two products with them may exceed `MOST_PRODUCTS`;
+    kernels add 128 to signed inputs.
+    """
+    found = []
+    for node, operand, (_, constant) in _layers(graph):
+        integers, value = graphs.to_numpy(constant), node.inputs[1 - operand]
+        quantizer = _quantizer(value)
+        signed = quantizer is not None and _quantized_type(quantizer) == ir.DataType.INT8
+        if integers.dtype == np.int8 and (signed or _activation_bits(value) == 8):
+            largest = int(np.abs(integers.astype(np.int64)).max(initial=0))
+            if 2 * 255 * largest > MOST_PRODUCTS:
+                found.append(str(node.outputs[0].name))
+    return found
 
 
 def _constant(value: ir.Value | None) -> tuple[list[ir.Node], ir.Value] | None:

@@ -10,7 +10,7 @@ import click
 from mixmix_cli import __version__, options
 from mixmix_cli.console import Terminal, percent, size
 from mixmix_cli.layers import show_worst_layers
-from mixmix_cli.results import compression_json, fusion_line, slower_because, validation_table
+from mixmix_cli.results import compression_json, fusion_line, show_failures, slower_because, validation_table
 
 if TYPE_CHECKING:
     from converters.targets import Target
@@ -114,6 +114,7 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
             f"on the {validation.images} images that it was fitted to, which flatters it: hold it against others with"
             " mixmix validate"
         )
+        show_failures(terminal, validation.candidates[0])
     (candidate,) = validation.candidates
     kept = candidate.agreement
     if candidate.top1 is not None and validation.reference.top1:

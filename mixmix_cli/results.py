@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from mixmix_cli.console import percent, pixels, size, table
+from mixmix_cli.console import Terminal, percent, pixels, size, table
 from mixmix_cli.layers import layer_json
 
 if TYPE_CHECKING:
@@ -243,6 +243,13 @@ def _gates(candidate: Candidate) -> str:
     passed = [verdict.gate for verdict in candidate.verdicts if verdict.passed]
     groups = {"failed": candidate.failed, "passed": passed}
     return "; ".join(f"{word}: {', '.join(gates)}" for word, gates in groups.items() if gates)
+
+
+def show_failures(terminal: Terminal, candidate: Candidate) -> None:
+    """Every gate that a candidate fails, and why."""
+    for verdict in candidate.verdicts:
+        if not verdict.passed:
+            terminal.show(f"{candidate.path} fails {verdict.gate}: {verdict.reason}")
 
 
 def inspection_json(result: Inspection) -> dict[str, Any]:

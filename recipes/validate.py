@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError
+from converters.layer_values import saturating_layers
 from converters.runtime import Session, fill
 from recipes.images import ImageSet, LabelKind
 from recipes.layer_noise import LayerNoise, measure_layers, ratio
@@ -232,7 +233,7 @@ def _judge(
     word = "finite" if finite else "infinite or no numbers"
     verdicts = [*_asked(gates, drop, top1, agreement), Verdict("finite", finite, f"logits are {word}")]
     verdicts = [replace(verdict, seconds=fused.seconds) for verdict in verdicts]
-    verdicts.append(_optimisations(expected, fused, plain))
+    verdicts.append(_explained(_optimisations(expected, fused, plain), candidate))
     return Candidate(
         path=candidate.path,
         top1=top1,
@@ -258,6 +259,18 @@ def _optimisations(expected: Logits, fused: Run, plain: Run) -> Verdict:
         f"graph optimisations change the logits by {change:.2g}, and add {added:.2g} to {noise:.2g} of noise (squared)"
     )
     return Verdict("optimisations", passed, reason, plain.seconds)
+
+
+def _explained(verdict: Verdict, candidate: Classifier) -> Verdict:
+    """A failure of optimisations with the one cause that is known, where the file may have it."""
+    layers = [] if verdict.passed else saturating_layers(candidate.original.graph)
+    if not layers:
+        return verdict
+    reason = (
+        f"{verdict.reason}: 8-bit weights beside 8-bit inputs, which {len(layers)} of its layers have, saturate in"
+        " integer kernels on processors without VNNI; mixmix quantize --target ort-cpu keeps to 7 bits"
+    )
+    return replace(verdict, reason=reason)
 
 
 def _asked(gates: Gates, drop: float | None, top1: float | None, agreement: float) -> list[Verdict]:

@@ -40,7 +40,7 @@ def command(**given: Any) -> int:
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.layers import layers_note, layers_table
-    from mixmix_cli.results import validation_json, validation_table
+    from mixmix_cli.results import show_failures, validation_json, validation_table
     from recipes.images import load_images
     from recipes.validate import Gates, validate
 
@@ -64,9 +64,7 @@ def command(**given: Any) -> int:
         }
         terminal.show(f"{result.images} images of {images.source}; {meaning[result.labels]}")
         for candidate in result.candidates:
-            for verdict in candidate.verdicts:
-                if not verdict.passed:
-                    terminal.show(f"{candidate.path} fails {verdict.gate}: {verdict.reason}")
+            show_failures(terminal, candidate)
             if candidate.layers is not None:
                 terminal.show(layers_table(candidate, candidate.layers))
                 terminal.show(layers_note(candidate.layers))

@@ -97,11 +97,12 @@ def test_zoo_takes_what_a_glob_gives(capsys: pytest.CaptureFixture[str], model: 
 
 
 def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    status, _, _ = run(
+    status, out, _ = run(
         capsys, "quantize", "--bits", 2, model, "--data", zoo.calibration_images_path(), "-n", 64,
         "--method", "nearest", "--max-drop", 0.01,
     )  # fmt: skip
     assert status == 1
+    assert f"{model.with_name('model.w2.onnx')} fails max-drop: drop 0." in out
     assert model.with_name("model.w2.onnx").is_file()
 
 

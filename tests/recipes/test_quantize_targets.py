@@ -13,12 +13,14 @@ import torch
 from onnx import TensorProto
 
 from converters.classifier import Classifier
+from converters.layer_values import saturating_layers
+from converters.load import load_classifier
 from converters.targets import choose_target
 from recipes.account import Compression
 from recipes.images import ImageSet
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
-from recipes.validate import decibels
+from recipes.validate import Verdict, _explained, decibels
 from tests.recipes.test_quantize import Written, recipe, run, top1
 
 Classifiers = Callable[[str], Classifier]
@@ -110,6 +112,34 @@ def test_sums_of_two_products_stay_within_sixteen_bits(
     assert weights
     for integers in weights:
         assert 2 * 255 * np.abs(integers.astype(np.int64)).max() < 2**15
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "act_bits", "some"),
+    [
+        ("portable", 8, 8, False),
+        ("portable", 8, None, False),
+        ("portable", 8, 16, False),
+        ("portable", 8, 4, False),
+        ("ort-cpu", 8, 8, False),
+        ("ort-cpu", 4, 8, False),
+        ("tensorrt", 8, 8, True),
+        ("ort-cuda", 8, 8, True),
+    ],
+)
+def test_files_that_saturate_without_vnni_are_told_from_others(
+    target: str, bits: int, act_bits: int | None, some: bool, made_for: Quantizer
+) -> None:
+    result = made_for("inverted", target, bits, act_bits)
+    written = load_classifier(result.output)
+    found = saturating_layers(written.original.graph)
+    assert len(found) == (len(result.layers) if some else 0)
+    failed, passed = (Verdict("optimisations", passed, "it changes", 0.0) for passed in (False, True))
+    assert _explained(passed, written) == passed
+    explained = _explained(failed, written)
+    assert explained.reason.startswith("it changes")
+    assert (f"which {len(found)} of its layers have, saturate" in explained.reason) == some
+    assert not explained.passed
 
 
 def test_full_range_where_it_is_asked_for(
