@@ -13,6 +13,8 @@ import click
 from mixmix_cli.cli import cli
 from mixmix_cli.pipes import while_read
 
+FEWER_AT_ONCE = {"synth": "--batch 8"} | dict.fromkeys(("quantize", "prune", "distill"), "--set batch=8")
+"""Commands whose memory is that of a batch, and how to make it smaller."""
 DONE, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say_once(lambda: click.echo(message, err=True))
         return INTERRUPTED
     except Exception as error:  # the last line of defence: a sentence, never a traceback
-        sentence = (traceback.format_exc() if "--traceback" in arguments else "") + _sentence(error)
+        sentence = (traceback.format_exc() if "--traceback" in arguments else "") + _sentence(error, arguments)
         _say_once(lambda: click.echo(sentence, err=True))
         return BAD_INPUT
 
@@ -52,12 +54,25 @@ def _say_once(say: Callable[[], None]) -> None:
     say_once(say)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, arguments: list[str]) -> str:
     from converters.errors import MixMixError
 
     if isinstance(error, MixMixError):
         return f"Error: {error}"
+    memory = _exhausted(error)
+    if memory is not None:
+        fewer = next((how for command, how in FEWER_AT_ONCE.items() if command in arguments), None)
+        remedy = f"take fewer images at once ({fewer})" if fewer else "free some"
+        return f"Error: the {memory} has too little memory left: {remedy}, or use another machine or --device"
     return f"Error: unexpected {type(error).__name__}: {error} (--traceback shows where; please report it)"
+
+
+def _exhausted(error: Exception) -> str | None:
+    """Whose memory an error says is used up; None for other errors. torch has a type of its own for GPUs alone."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "OutOfMemoryError" in kinds:
+        return "GPU"
+    return "machine" if "MemoryError" in kinds or "can't allocate memory" in str(error) else None
 
 
 def run() -> None:

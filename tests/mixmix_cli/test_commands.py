@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from mixmix_cli.cli import COMMANDS, cli
@@ -71,6 +74,46 @@ def test_traceback_keeps_the_exit_status(capsys: pytest.CaptureFixture[str], tmp
     assert status == 2
     assert "Traceback" in err
     assert "does not exist" in err
+
+
+def exhaust_torch() -> None:
+    torch.empty(2**50)
+
+
+def exhaust_numpy() -> None:
+    np.empty(2**50)
+
+
+def exhaust_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")  # as torch does where there is one
+
+
+@pytest.mark.parametrize(
+    ("exhaust", "whose"), [(exhaust_torch, "machine"), (exhaust_numpy, "machine"), (exhaust_a_gpu, "GPU")]
+)
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (("synth", "-o", "d"), "take fewer images at once (--batch 8)"),
+        (("quantize", "--bits", "4"), "take fewer images at once (--set batch=8)"),
+        (("inspect",), "free some"),
+    ],
+)
+def test_memory_that_is_used_up_is_no_bug(
+    exhaust: Callable[[], None],
+    whose: str,
+    command: tuple[str, ...],
+    remedy: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setattr("converters.load.load_classifier", lambda *_, **__: exhaust())
+    status, out, err = run(capsys, *command, model)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err == f"Error: the {whose} has too little memory left: {remedy}, or use another machine or --device\n"
 
 
 def test_inspect_checks_a_pattern(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
