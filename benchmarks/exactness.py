@@ -25,7 +25,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from conversion_matrix import LITE0, NOT_EXPORTED, bring_alive, models, write_seeded
-from exporting import export_folded
+from exporting import export_legacy
 from torch import nn
 
 from converters import graphs
@@ -59,7 +59,7 @@ def sources(only: Sequence[str], folder: Path) -> Iterator[tuple[str, Path, int]
             if name != LITE0:
                 side = bring_alive_small(model, native)
             try:
-                export_folded(model.eval(), torch.zeros(1, 3, side, side), path)
+                export_legacy(model.eval(), torch.zeros(1, 3, side, side), path)
             except Exception as error:  # the exporter's own failures are rows too
                 print(f"| {name} | {NOT_EXPORTED}: {type(error).__name__} |", flush=True)
                 continue
