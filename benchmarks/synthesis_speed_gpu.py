@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from converters.input_spec import InputSpec
-from recipes.settings import choose_device
+from recipes.devices import choose_device
 from recipes.synth.settings import Stage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -51,9 +51,9 @@ def request_from(
 ) -> Request:
     """Loads the models and says what had to be judged of them. Takes the input-spec options out of `given`."""
     from converters.load import load_classifier
+    from recipes.devices import choose_device
     from recipes.pipeline import Request
     from recipes.ranks import ALONE
-    from recipes.settings import choose_device
     from recipes.validate import Gates
 
     device = choose_device(given["device"])

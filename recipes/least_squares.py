@@ -22,7 +22,8 @@ from torch import Tensor
 
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
-from recipes.reconstruct import Changed, Changes, LearnedTensor, LoopSettings, Stretch, batches
+from recipes.reconstruct import Changed, Changes, LearnedTensor, Stretch, batches
+from recipes.settings import LoopSettings
 
 DAMPING = 0.01
 """The part of d that is always there, as a share of the mean of the diagonal of X~ X~^T."""

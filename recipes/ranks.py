@@ -154,7 +154,7 @@ class Part:
 def join_ranks(device: str = "cpu") -> Iterator[Ranks]:
     """The team that torchrun started this process in, or a team of one.
 
-    `device` is what the user calls the device of the tensors that travel (`settings.choose_device`).
+    `device` is what the user calls the device of the tensors that travel (`devices.choose_device`).
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield ALONE

@@ -18,46 +18,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from converters.torch_module import Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
 from recipes.memory import rows_like
 from recipes.objective import BlockError, Objective
-from recipes.settings import Settings
-
-
-class LoopSettings(Settings):
-    """What every recipe that reconstructs blocks has."""
-
-    batch: int = Field(default=32, ge=1)
-    """Images a step, fewer where a block's input is large (`elements`)."""
-    elements: int = Field(default=2_000_000, ge=1)
-    """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
-    of places in one image, so a few images a step are enough there."""
-    least_batch: int = Field(default=8, ge=1)
-    max_chain: int = Field(default=3, ge=1)
-    """Single layers in a row that are joined into one block."""
-    cache_limit: float = Field(default=2.0, gt=0)
-    """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
-    logit_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself.
-    Of whole blocks alone: nobody asks what a layer within one does to the logits."""
-    logit_directions: int = Field(default=1280, ge=1)
-    """Largest logits that it is measured in, about so many over all images, one to ten an image."""
-    bias_rate: float = Field(default=0.0, ge=0)
-    """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
-    compensate: bool = False
-    """Begin from weights that make up for one another in closed form: rounded so (GPTQ), or taken out (OBS)."""
-    compensate_places: int = Field(default=256, ge=1)
-    """Output positions an image that the statistics for it are taken from."""
-    compensate_inputs: int = Field(default=8192, ge=1)
-    """Most weights an output channel of a layer that it is done in: the statistics are that number squared."""
-
-    def minibatch(self, x: Tensor) -> int:
-        """Images a step for a block with input `x` [N, ...]."""
-        return min(self.batch, max(self.least_batch, self.elements // max(1, x[0].numel())))
+from recipes.settings import LoopSettings
 
 
 @dataclass(frozen=True)

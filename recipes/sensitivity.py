@@ -10,7 +10,8 @@ from torch import Tensor
 
 from converters.torch_module import Layer, Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
-from recipes.reconstruct import LoopSettings, run_batched
+from recipes.reconstruct import run_batched
+from recipes.settings import LoopSettings
 
 
 def noise_to_signal(reference: Tensor, other: Tensor) -> float:

@@ -12,13 +12,14 @@ import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from converters.errors import MixMixError
-from recipes.ranks import local_rank
+
+if TYPE_CHECKING:  # settings are read before torch is there, which takes seconds to import
+    from torch import Tensor
 
 Effort = Literal["fast", "default", "paper"]
 
@@ -36,6 +37,38 @@ class Settings(BaseModel):
     def nested_keys(cls, _key: str) -> list[str]:
         """Keys of the tables that stand under `_key`, for hints; none where values are plain."""
         return []
+
+
+class LoopSettings(Settings):
+    """What every recipe that reconstructs blocks has."""
+
+    batch: int = Field(default=32, ge=1)
+    """Images a step, fewer where a block's input is large (`elements`)."""
+    elements: int = Field(default=2_000_000, ge=1)
+    """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
+    of places in one image, so a few images a step are enough there."""
+    least_batch: int = Field(default=8, ge=1)
+    max_chain: int = Field(default=3, ge=1)
+    """Single layers in a row that are joined into one block."""
+    cache_limit: float = Field(default=2.0, gt=0)
+    """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
+    logit_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself.
+    Of whole blocks alone: nobody asks what a layer within one does to the logits."""
+    logit_directions: int = Field(default=1280, ge=1)
+    """Largest logits that it is measured in, about so many over all images, one to ten an image."""
+    bias_rate: float = Field(default=0.0, ge=0)
+    """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
+    compensate: bool = False
+    """Begin from weights that make up for one another in closed form: rounded so (GPTQ), or taken out (OBS)."""
+    compensate_places: int = Field(default=256, ge=1)
+    """Output positions an image that the statistics for it are taken from."""
+    compensate_inputs: int = Field(default=8192, ge=1)
+    """Most weights an output channel of a layer that it is done in: the statistics are that number squared."""
+
+    def minibatch(self, x: Tensor) -> int:
+        """Images a step for a block with input `x` [N, ...]."""
+        return min(self.batch, max(self.least_batch, self.elements // max(1, x[0].numel())))
 
 
 S = TypeVar("S", bound=Settings)
@@ -123,22 +156,3 @@ def _parse(value: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises SettingsError when torch does not have it.
-
-    Under torchrun, `auto` is a GPU of its own for each process of a machine, as far as there are GPUs.
-    """
-    if name == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return torch.device("cuda", local_rank() % count) if count else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingsError(f"there is no device {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise SettingsError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(f"device {name!r} is not there (torch sees {torch.cuda.device_count()} GPUs): use cpu")
-    return device

@@ -17,7 +17,8 @@ from recipes.blocks import find_blocks
 from recipes.memory import GIGABYTE, rows_like
 from recipes.objective import Objective
 from recipes.progress import Progress, Silent
-from recipes.reconstruct import LoopSettings, Stretch
+from recipes.reconstruct import Stretch
+from recipes.settings import LoopSettings
 
 PRECISION = torch.bfloat16  # a sum over thousands of elements does not feel three digits each
 MOST = 10

@@ -83,8 +83,8 @@ def compare_sets(**given: Any) -> int:
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import comparison_json, comparison_page
     from recipes.compare import compare
+    from recipes.devices import choose_device
     from recipes.images import load_images
-    from recipes.settings import choose_device
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     device = choose_device(given["device"])

@@ -10,6 +10,7 @@ import click
 from mixmix_cli import options
 
 if TYPE_CHECKING:
+    from recipes.distill.settings import DistillSettings
     from recipes.ranks import Ranks
 
 
@@ -43,23 +44,25 @@ def command(**given: Any) -> int:
     from mixmix_cli.requests import refuse_early
 
     refuse_early(given, given["output"] or output_path(given["student"]))
+    from recipes.distill.settings import PACKAGE, DistillSettings
+    from recipes.settings import load_recipe
+
+    overrides = [*given["overrides"], *([f"steps={given['steps']}"] if given["steps"] else [])]
+    settings = load_recipe(DistillSettings, PACKAGE, given["recipe"], given["effort"], overrides)
+
     from recipes.ranks import join_ranks
 
     with join_ranks(given["device"]) as ranks:
-        return _distill(ranks, given)
+        return _distill(ranks, given, settings)
 
 
-def _distill(ranks: Ranks, given: dict[str, Any]) -> int:
+def _distill(ranks: Ranks, given: dict[str, Any], settings: DistillSettings) -> int:
     """What each process does; the first one alone says anything."""
     from mixmix_cli.console import percent
     from mixmix_cli.requests import request_from, show_result, terminal_for
-    from recipes.distill.settings import PACKAGE, DistillSettings
     from recipes.pipeline import compress, distilling
-    from recipes.settings import load_recipe
 
     terminal = terminal_for(given, ranks)
-    overrides = [*given["overrides"], *([f"steps={given['steps']}"] if given["steps"] else [])]
-    settings = load_recipe(DistillSettings, PACKAGE, given["recipe"], given["effort"], overrides)
     output = output_path(given["student"])
     if given["data"] is None and given["images"] is None:
         given = {**given, "images": settings.images}

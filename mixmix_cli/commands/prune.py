@@ -66,17 +66,19 @@ def command(**given: Any) -> int:
 
     target = choose_target(given["target"], None, act_bits)
 
-    from mixmix_cli.console import Terminal
-    from mixmix_cli.results import placement_line
-    from recipes.pipeline import compress, pruning, pruning_then_quantizing
     from recipes.prune.settings import PACKAGE, PruneSettings
     from recipes.quantize.settings import PACKAGE as QUANTIZE
     from recipes.quantize.settings import QuantizeSettings
     from recipes.settings import load_recipe
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
+
+    from mixmix_cli.console import Terminal
+    from mixmix_cli.results import placement_line
+    from recipes.pipeline import compress, pruning, pruning_then_quantizing
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     write = pruning(settings, goal)
     if bits is not None:
         tell_storage(terminal, target, bits)

@@ -12,6 +12,7 @@ from mixmix_cli import options
 if TYPE_CHECKING:
     from converters.targets import Target
     from recipes.budget import Budget
+    from recipes.quantize.settings import QuantizeSettings
     from recipes.ranks import Ranks
 
 METHODS = ("nearest", "adaround", "brecq", "qdrop", "qat")
@@ -68,26 +69,31 @@ def command(**given: Any) -> int:
 
     target = choose_target(given["target"], given["weight_container"], act_bits)
 
+    from recipes.quantize.settings import PACKAGE, QuantizeSettings
+    from recipes.settings import load_recipe
+
+    given["recipe"] = given["recipe"] or given["method"]
+    settings = load_recipe(QuantizeSettings, PACKAGE, given["recipe"], given["effort"], given["overrides"])
+
     from recipes.ranks import join_ranks
 
     with join_ranks(given["device"]) as ranks:
-        return _quantize(ranks, given, bits, target)
+        return _quantize(ranks, given, bits, target, settings)
 
 
-def _quantize(ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: Target) -> int:
+def _quantize(
+    ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: Target, settings: QuantizeSettings
+) -> int:
     """What each process does; the first one alone says anything."""
     from mixmix_cli.requests import request_from, show_result, tell_storage, terminal_for
     from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, quantizing
-    from recipes.quantize.settings import PACKAGE, QuantizeSettings
-    from recipes.settings import load_recipe
 
     act_bits = given["act_bits"]
     terminal = terminal_for(given, ranks)
     if given["bits"] is not None and given["weight_container"] is None:
         tell_storage(terminal, target, given["bits"], int2=act_bits is None)
-    recipe = given["recipe"] or given["method"]
-    settings = load_recipe(QuantizeSettings, PACKAGE, recipe, given["effort"], given["overrides"])
+    recipe = given["recipe"]
     if ranks.count > 1 and not settings.train_steps:
         raise click.UsageError(
             f"{recipe} is work for one process: start it without torchrun, or take --method qat, whose training is"

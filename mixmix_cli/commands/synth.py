@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ from mixmix_cli import __version__, options
 
 if TYPE_CHECKING:
     from recipes.ranks import Ranks
+    from recipes.settings import Effort
+
+    Asked = tuple[Effort, Iterable[str], int | None, Mapping[str, Any]]
+    """What `load_synth_recipe` takes beside the recipe's name."""
 
 
 @click.command("synth")
@@ -40,30 +45,32 @@ def command(**given: Any) -> int:
     from recipes.refusals import check_set_folder
 
     check_set_folder(given["output"], resume=given["resume"], overwrite=given["force"])
+    from recipes.synth.settings import load_synth_recipe
+
+    changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
+    how = (given["effort"], given["overrides"], given["steps"], changes)
+    load_synth_recipe(given["recipe"] or "default", *how)  # which one fits is known when the models are read
     from recipes.ranks import join_ranks
 
     with join_ranks() as ranks:
-        return _synth(ranks, given)
+        return _synth(ranks, given, how)
 
 
-def _synth(ranks: Ranks, given: dict[str, Any]) -> int:
+def _synth(ranks: Ranks, given: dict[str, Any], how: Asked) -> int:
     """What each process does; the first one alone says anything."""
     from converters.load import load_classifier
     from mixmix_cli.requests import terminal_for
     from mixmix_cli.results import synthesis_json
+    from recipes.devices import choose_device
     from recipes.pipeline import choose_models, convert_all, load_suitable_recipe
-    from recipes.settings import choose_device
     from recipes.synth.engine import synthesize
 
     terminal = terminal_for(given, ranks)
-    changes = {key: given[key] for key in ("images", "batch", "models_per_step")}
     device = choose_device(given["device"])
     classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
     for classifier in classifiers:
         terminal.tell_choices(classifier)
-    recipe, settings = load_suitable_recipe(
-        given["recipe"], classifiers, given["effort"], given["overrides"], given["steps"], changes, terminal
-    )
+    recipe, settings = load_suitable_recipe(given["recipe"], classifiers, *how, terminal)
     modules = convert_all(choose_models(classifiers, settings, recipe), device, terminal)
     try:
         result = synthesize(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from recipes.reconstruct import LoopSettings
+from recipes.settings import LoopSettings
 
 PACKAGE = "recipes.prune"
 

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from recipes.augment import STILL
-from recipes.reconstruct import LoopSettings
+from recipes.settings import LoopSettings
 
 PACKAGE = "recipes.quantize"
 
@@ -65,7 +64,7 @@ class QuantizeSettings(LoopSettings):
     """Share of the images that are blended with another of the batch."""
     train_shift: float = Field(default=0.1, ge=0, le=0.5)
     train_flip: bool = True
-    train_jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = STILL
+    train_jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.0, 0.0, 0.0, 0.0)
     """Brightness, contrast, saturation and hue jitter an image (seed, B.3: 0.2, 0.2, 0.2, 0.1)."""
     train_grayscale: float = Field(default=0.0, ge=0, le=1)
     """Share of the images that lose their colour (B.3: 0.2)."""

@@ -9,10 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from recipes.devices import choose_device
 from recipes.distill import settings as distill
 from recipes.prune import settings as prune
 from recipes.quantize import settings as quantize
-from recipes.settings import Effort, Settings, SettingsError, choose_device, load_recipe, recipe_names
+from recipes.settings import Effort, Settings, SettingsError, load_recipe, recipe_names
 from recipes.synth import settings as synth
 
 KINDS: list[tuple[type[Settings], str]] = [

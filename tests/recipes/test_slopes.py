@@ -25,8 +25,8 @@ from recipes.prune.settings import PACKAGE as PRUNE
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
-from recipes.reconstruct import Changes, LoopSettings, Stretch, walk_blocks
-from recipes.settings import load_recipe
+from recipes.reconstruct import Changes, Stretch, walk_blocks
+from recipes.settings import LoopSettings, load_recipe
 from recipes.slopes import Slopes
 from recipes.validate import decibels
 
