@@ -182,7 +182,8 @@ class _Run:
         self.quantizers = Quantizers(module, target, learned_biases(module, settings.bias_rate))
         self.settled = settled_layers(module, settings) if settings.compensate else set()
         """Outputs of the layers that are rounded with compensation."""
-        self.bounds = clipped_to(module) if target.integer_kernels else {}
+        self.bounds = clipped_to(module)
+        """What clipped values are within: a step that reaches further would represent what never occurs."""
         self.widths: dict[str, int] = {}
         """Bits of every value that is quantized, in order."""
         self.forecast: Forecast | None = None
