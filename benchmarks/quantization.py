@@ -90,11 +90,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="only these (for several processes)")
     parser.add_argument("--only", default="", help="only rows whose title has this in it")
+    parser.add_argument("--widths", nargs="+", help="only these columns, such as W2A4")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "quantization.jsonl")
     print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
-    heads = [f"W{bits}" + ("" if act is None else f"A{act}") for bits, act in WIDTHS]
+    widths = {f"W{bits}" + ("" if act is None else f"A{act}"): (bits, act) for bits, act in WIDTHS}
+    heads = [head for head in widths if head in (options.widths or widths)]
     for target in options.targets:
         print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} | mean | mean SNR |")
         print("| --- " * (3 + len(heads)) + "|")
@@ -102,7 +104,7 @@ def main() -> None:
             if options.only not in title:
                 continue
             cells, means = [], []
-            for width in WIDTHS:
+            for width in map(widths.__getitem__, heads):
                 values = [
                     results.get(
                         (row.method, str(row.images), target, *width, seed, _fingerprint(row)),
