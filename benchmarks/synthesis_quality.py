@@ -2,6 +2,7 @@
 
     python benchmarks/synthesis_quality.py quality -o quality/     # noise, leaves, single, paper, default, real images
     python benchmarks/synthesis_quality.py ablation -o quality/    # statistics, labels, mixing, one model and several
+    python benchmarks/synthesis_quality.py mixing -o quality/      # other forms of labels and data mixing
     python benchmarks/synthesis_quality.py per-step -o quality/    # models a step, at equal model-steps
     python benchmarks/synthesis_quality.py efforts -o quality/     # --effort fast, default and paper
     python benchmarks/synthesis_quality.py without -o quality/     # a folded target, and one with LayerNorm alone
@@ -129,6 +130,7 @@ ALL = zoo.FAMILIES
 EQUAL: dict[str, Any] = {"stages": steps(60, 60), "rate": 0.2, "shift": 0.0, "variation": 0.01}
 """What all cells of the ablation have: 120 steps, of which each uses one model."""
 LABELS: dict[str, Any] = {"label": 0.1, "weight_rate": 0.0}
+FULL: dict[str, Any] = LABELS | {"label": 1.0}
 FIXED = {"Gaussian noise": Source("noise"), "dead leaves": Source("leaves")}
 REAL = {"real training images": Source("real")}
 LOW: Sequence[Cell] = (
@@ -167,6 +169,18 @@ TABLES = {
             "the five other models: statistics": made("OTHERS", models_per_step=1, **EQUAL),
         }
         | REAL,
+        LOW,
+        seeds=5,
+    ),
+    "mixing": Table(
+        {
+            f"six models: statistics + {what}": made(*ALL, models_per_step=1, **EQUAL, **FULL | how)
+            for what, how in (
+                ("labels of weight 1", {}),
+                ("labels of weight 1 + data mixing", {"mixing": "label"}),
+                ("labels of weight 1 + data mixing, statistics of the mixed images", {"mixing": "all"}),
+            )
+        },
         LOW,
         seeds=5,
     ),
