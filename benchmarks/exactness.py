@@ -16,7 +16,7 @@ import argparse
 import os
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import light_models
@@ -54,10 +54,7 @@ def sources(only: Sequence[str], folder: Path) -> Iterator[tuple[str, Path, int]
     for name, build, native in models():
         if any(part in name for part in only):
             path = folder / f"{name.replace(' ', '-')}.onnx"
-            torch.manual_seed(0)
-            model, side = build(), native
-            if name != LITE0:
-                side = bring_alive_small(model, native)
+            model, side = alive(build, native) if name != LITE0 else (build(), native)
             try:
                 export_legacy(model.eval(), torch.zeros(1, 3, side, side), path)
             except Exception as error:  # the exporter's own failures are rows too
@@ -66,15 +63,21 @@ def sources(only: Sequence[str], folder: Path) -> Iterator[tuple[str, Path, int]
             yield name, path, side
 
 
-def bring_alive_small(model: nn.Module, native: int) -> int:
-    """`bring_alive` at the side `SIZE`, or at the native one where the architecture takes no other; which it was."""
+def alive(build: Callable[[], nn.Module], native: int) -> tuple[nn.Module, int]:
+    """The network with the matrix's random weights, and its side: `SIZE`, or the native one where it takes no other."""
     try:
-        bring_alive(model, SIZE)
-        model(torch.zeros(1, 3, SIZE, SIZE))
-        return SIZE
+        return _alive_at(build, SIZE), SIZE
     except (AssertionError, RuntimeError, ValueError):
-        bring_alive(model, native)
-        return native
+        return _alive_at(build, native), native
+
+
+def _alive_at(build: Callable[[], nn.Module], side: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = build()
+    bring_alive(model, side)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, side, side))
+    return model
 
 
 def steps_apart(written: Classifier, x: torch.Tensor) -> tuple[float, float, int]:
@@ -131,7 +134,11 @@ def main() -> None:
     print(f"| model | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
     settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["extra_share=0", "range_steps=20"])
     for name, exported, side in sources(options.only, options.output):
-        source = load_classifier(exported)
+        try:
+            source = load_classifier(exported)
+        except MixMixError as error:
+            print(f"| {name} | **{str(error)[:90]}** |", flush=True)
+            continue
         images = gaussian_noise(IMAGES, 3, (side, side), 0)
         x = source.spec.to_input(gaussian_noise(3, 3, (side, side), 1).pixels)
         cells = []

@@ -10,7 +10,7 @@ three seeds, two targets, test images 5,000 to 9,999. Rows:
   et al. 2023);
 - a generator a batch, trained with its latents instead of the pixels (the same);
 - finished images low-pass filtered (SynQ, Kim et al. 2025);
-- statistics over 32 images, and over the whole set (DGH), instead of 64.
+- statistics over 32 images, and over the whole set (DGH), instead of 64, with as many steps a batch.
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ class Painted(Batch):
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
         for _ in range(count):
             images = self._clip(painter(latents))
-            drawn, terms, prior = self._terms(images, 1.0)
-            loss = sum(terms.values(), prior) / drawn
+            _, terms, prior = self._terms(images, 1.0)
+            for name in terms.keys() - self.weights.first.keys():
+                self.weights.register(name, float(terms[name].detach()), self.device)
+            loss = self.weights.combine(terms, {}) + prior
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -171,10 +173,17 @@ def measure(title: str, cells: list[Cell], seed: int, results: Results) -> list[
             sets[target] = make(option, target, seed)
         return sets[target]
 
-    mark = digest(option.settings().model_dump_json(), torch.__version__)
+    made = option.settings().model_dump_json()
     return [
         results.get(
-            ("option", title, target, str(how), seed, mark),
+            (
+                "option",
+                title,
+                target,
+                str(how),
+                seed,
+                digest(made, how.settings().model_dump_json(), torch.__version__),
+            ),
             lambda target=target, how=how: judge(  # type: ignore[misc]  # defaults bind the loop's values
                 target, lambda output: how.write(classifier(target), images(target), seed, output)
             ),

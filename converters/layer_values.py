@@ -4,6 +4,8 @@ Values are matched by name. Where a layer's own output has a name that the refer
 that both have stands for it, through what only biases, normalises, clips or quantizes. A name alone can mislead: a
 quantizer that lets QuantizeLinear clip at 0 removes the Relu and gives its name to the layer, and some folders of
 BatchNorm keep the name of the layer and some that of the BatchNorm; both are recognised by what writes the value.
+
+Beside that: which layers' integers some processors cannot add up.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from converters.runtime import Array, Session
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOST_PRODUCTS = 2**15 - 1
-"""What two products may add up to where they are added in 16 bits (vpmaddubsw), before they saturate."""
+"""What two products may add up to where they are added in 16 bits (vpmaddubsw), before they saturate: those of 8-bit
+inputs and weights of `targets.SAFE_BITS` do not."""
 STEPS = QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CLIPPING = ("Relu", "Clip")
 MOVING = ("Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -182,14 +185,14 @@ def _layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, tuple[list[ir.Node]
             yield node, operand, weight
 
 
-def saturating_layers(graph: ir.Graph) -> list[str]:
+def saturating_layers(candidate: Classifier) -> list[str]:
     """Layers, by the value they write, whose integer kernel may saturate on x86 processors without VNNI.
 
     Those have quantized 8-bit inputs and INT8 weights of which two products with them may exceed `MOST_PRODUCTS`;
     kernels add 128 to signed inputs.
     """
     found = []
-    for node, operand, (_, constant) in _layers(graph):
+    for node, operand, (_, constant) in _layers(candidate.original.graph):
         integers, value = graphs.to_numpy(constant), node.inputs[1 - operand]
         quantizer = _quantizer(value)
         signed = quantizer is not None and _quantized_type(quantizer) == ir.DataType.INT8

@@ -13,8 +13,11 @@ import click
 from mixmix_cli.cli import cli
 from mixmix_cli.pipes import while_read
 
-FEWER_AT_ONCE = {"synth": "--batch 8"} | dict.fromkeys(("quantize", "prune", "distill"), "--set batch=8")
-"""Commands whose memory is that of a batch, and how to make it smaller."""
+TRAINED = "--set batch=8; --set train_batch=8 for qat; images that it makes itself: mixmix synth --batch 8 before"
+FEWER_AT_ONCE = {"synth": "--batch 8 or fewer"} | dict.fromkeys(("quantize", "prune", "distill"), TRAINED)
+"""How to make the batch smaller, by command; others hold what they were given."""
+EXHAUSTED = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "not enough memory")
+"""What torch's allocators, CUDA and onnxruntime say in errors of no type of their own."""
 DONE, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -57,22 +60,26 @@ def _say_once(say: Callable[[], None]) -> None:
 def _sentence(error: Exception, arguments: list[str]) -> str:
     from converters.errors import MixMixError
 
-    if isinstance(error, MixMixError):
-        return f"Error: {error}"
     memory = _exhausted(error)
     if memory is not None:
-        fewer = next((how for command, how in FEWER_AT_ONCE.items() if command in arguments), None)
-        remedy = f"take fewer images at once ({fewer})" if fewer else "free some"
-        return f"Error: the {memory} has too little memory left: {remedy}, or use another machine or --device"
+        fewer = FEWER_AT_ONCE.get(arguments[0])
+        remedy = f"take fewer images at once ({fewer}), or another --device" if fewer else "free some"
+        return f"Error: the {memory} has too little memory left: {remedy}"
+    if isinstance(error, MixMixError):
+        return f"Error: {error}"
     return f"Error: unexpected {type(error).__name__}: {error} (--traceback shows where; please report it)"
 
 
-def _exhausted(error: Exception) -> str | None:
-    """Whose memory an error says is used up; None for other errors. torch has a type of its own for GPUs alone."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "OutOfMemoryError" in kinds:
-        return "GPU"
-    return "machine" if "MemoryError" in kinds or "can't allocate memory" in str(error) else None
+def _exhausted(error: BaseException | None) -> str | None:
+    """Whose memory is used up, by an error or by what it comes from; None for other errors."""
+    while error is not None:
+        kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+        if "OutOfMemoryError" in kinds or "CUDA error: out of memory" in text:
+            return "GPU"
+        if "MemoryError" in kinds or any(words in text for words in EXHAUSTED):
+            return "machine"
+        error = error.__cause__
+    return None
 
 
 def run() -> None:

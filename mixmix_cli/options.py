@@ -90,7 +90,7 @@ def recipe(default: str | None, what: str) -> Callable[[F], F]:
                 type=click.Choice(["fast", "default", "paper"]),
                 default="default",
                 show_default=True,
-                help="Step budget.",
+                help="Step budget; paper: with the paper's settings where the recipe has them.",
             ),
         ],
     )

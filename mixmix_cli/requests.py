@@ -33,11 +33,14 @@ def terminal_for(given: dict[str, Any], ranks: Ranks | None = None) -> Terminal:
 def refuse_early(given: dict[str, Any], output: Path | None) -> None:
     """Say what cannot work before torch is imported, which takes seconds. `output` is None where it depends on more."""
     from recipes.refusals import check_compression
+    from recipes.synth.settings import load_synth_recipe
 
     if given["zoo"] and given["data"] is not None:
         raise click.UsageError("--zoo makes images, and --data gives them: leave one out")
     models = [given["model"], *given["zoo"], *([given["student"]] if "student" in given else [])]
     check_compression(models, output, given["data"], given["max_drop"], overwrite=given["force"])
+    if given["synth_recipe"] is not None:
+        load_synth_recipe(given["synth_recipe"], given["effort"], (), None, {})
 
 
 def request_from(

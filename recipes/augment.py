@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Jitter = tuple[float, float, float, float]
-"""Largest change of brightness, contrast, saturation (as shares) and hue (of the circle)."""
-STILL: Jitter = (0.0, 0.0, 0.0, 0.0)
+from recipes.settings import Jitter
+
 KERNEL = 3.0
 """Half the width of a blur's kernel, in standard deviations."""
 
@@ -33,7 +32,8 @@ class Augmentation:
     """Largest cyclic shift, as a share of height and width; one for the whole batch."""
     shift: float = 0.0
     """Largest shift of each image by itself, edges repeated, as a share of height and width."""
-    jitter: Jitter = STILL
+    jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
+    """Of brightness, contrast, saturation and hue; what becomes brighter than white or darker than black stays so."""
     grayscale: float = 0.0
     """Share of the images that lose their colour."""
     blur: float = 0.0
@@ -55,11 +55,7 @@ class Augmentation:
             gray = color.rgb_to_grayscale(pixels).expand_as(pixels)
             pixels = _each(_chosen(pixels, self.grayscale, generator), gray, pixels)
         if self.blur:
-            low, high = self.sigma
-            sigma = (low + (high - low) * torch.rand(len(pixels), 1, generator=generator)).to(pixels)
-            side = 2 * math.ceil(KERNEL * high) + 1
-            blurred = filters.gaussian_blur2d(pixels, side, sigma.expand(-1, 2), border_type="replicate")
-            pixels = _each(_chosen(pixels, self.blur, generator), blurred, pixels)
+            pixels = _blur(pixels, self.blur, self.sigma, generator)
         return pixels
 
 
@@ -85,6 +81,18 @@ def _shift(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     index = torch.arange(len(pixels))[:, None, None, None]
     channel = torch.arange(pixels.shape[1])[None, :, None, None]
     return padded[index, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _blur(pixels: Tensor, share: float, sigma: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Of the chosen images alone: it is the most expensive of all this."""
+    low, high = sigma
+    deviation = (low + (high - low) * torch.rand(len(pixels), 1, generator=generator)).to(pixels).expand(-1, 2)
+    chosen = _chosen(pixels, share, generator).flatten()
+    if not chosen.any():
+        return pixels
+    side = 2 * math.ceil(KERNEL * high) + 1
+    blurred = filters.gaussian_blur2d(pixels[chosen], side, deviation[chosen], border_type="replicate")
+    return pixels.index_put((chosen,), blurred)
 
 
 def _jitter(pixels: Tensor, amounts: Jitter, generator: torch.Generator) -> Tensor:

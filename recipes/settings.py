@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # settings are read before torch is there, which takes second
     from torch import Tensor
 
 Effort = Literal["fast", "default", "paper"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Jitter = tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]]
+"""Largest change of brightness, contrast, saturation (as shares) and hue (of the circle)."""
 
 
 class SettingsError(MixMixError):

@@ -1,11 +1,11 @@
 """The one loop that trains a whole network on another's answers: distillation, and quantization-aware training.
 
-Both networks see the same image, moved and, for a share of the images, blended with another (Beyer et al. 2022), so
+Both networks see the same image, augmented and, for a share of the images, blended with another (Beyer et al. 2022), so
 that a fixed set of images is never seen twice. Adam, with a linear rise of the rate and then a half cosine to 0, or
-a tenth of it from each of given steps on.
+a tenth of it after each of given shares of the steps.
 
-Several processes (`ranks`) share out every batch once it is drawn, moved and mixed, and come to what one comes to, but
-for rounding: losses and statistics are those of the whole batch.
+Several processes (`ranks`) share out every batch once it is drawn, augmented and mixed, and come to what one comes to,
+but for rounding: losses and statistics are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Training:
     rate_key: str
     """The setting to lower where training diverges."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    milestones: tuple[int, ...] = ()
-    """Steps from each of which on rates are a tenth of what they were before; none for a half cosine to 0."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the steps after each of which rates are a tenth of what they were; none for a half cosine to 0."""
 
     def factor(self, step: int) -> float:
         """What the rates are multiplied by at a step: a linear rise to 1 over `warmup`, then down; never exactly 0."""
@@ -53,7 +53,7 @@ class Training:
         if progress < self.warmup:
             return (progress + 1e-3) / (self.warmup + 1e-3)
         if self.milestones:
-            return 0.1 ** sum(step >= milestone for milestone in self.milestones)
+            return 0.1 ** sum(progress >= milestone for milestone in self.milestones)
         return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
 
 
@@ -101,7 +101,7 @@ def train(
         if len(order) < 2:
             order = torch.randperm(len(images), generator=generator)
         chosen, order = order[: how.batch], order[how.batch :]
-        pixels = how.augmentation(images.pixels[chosen], generator)
+        pixels = how.augmentation(images.pixels[chosen].to(tensors[0].device), generator)
         part = Part.of(ranks, len(pixels))
         loss = loss_of(part.take(mix_images(pixels, how.mixing, generator)), part)
         optimizer.zero_grad(set_to_none=True)

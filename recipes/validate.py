@@ -262,13 +262,16 @@ def _optimisations(expected: Logits, fused: Run, plain: Run) -> Verdict:
 
 
 def _explained(verdict: Verdict, candidate: Classifier) -> Verdict:
-    """A failure of optimisations with the one cause that is known, where the file may have it."""
-    layers = [] if verdict.passed else saturating_layers(candidate.original.graph)
+    """A failure of optimisations with the one cause that is known, where the file may have it.
+
+    Files for other devices than this machine's processor are written so on purpose.
+    """
+    layers = [] if verdict.passed else saturating_layers(candidate)
     if not layers:
         return verdict
     reason = (
-        f"{verdict.reason}: 8-bit weights beside 8-bit inputs, which {len(layers)} of its layers have, saturate in"
-        " integer kernels on processors without VNNI; mixmix quantize --target ort-cpu keeps to 7 bits"
+        f"{verdict.reason}; it may come of 8-bit weights beside 8-bit inputs (layers: {len(layers)}), which saturate on"
+        " x86 processors without VNNI, and on no GPU: for this machine, --target ort-cpu and portable keep to 7 bits"
     )
     return replace(verdict, reason=reason)
 

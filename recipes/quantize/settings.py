@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from recipes.settings import LoopSettings
+from recipes.settings import Jitter, LoopSettings, Share
 
 PACKAGE = "recipes.quantize"
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class QuantizeSettings(LoopSettings):
@@ -64,14 +62,15 @@ class QuantizeSettings(LoopSettings):
     """Share of the images that are blended with another of the batch."""
     train_shift: float = Field(default=0.1, ge=0, le=0.5)
     train_flip: bool = True
-    train_jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] = (0.0, 0.0, 0.0, 0.0)
+    train_jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
     """Brightness, contrast, saturation and hue jitter an image (seed, B.3: 0.2, 0.2, 0.2, 0.1)."""
     train_grayscale: float = Field(default=0.0, ge=0, le=1)
     """Share of the images that lose their colour (B.3: 0.2)."""
     train_blur: float = Field(default=0.0, ge=0, le=1)
     """Share of the images that are blurred by a Gaussian of 1 to 2 pixels (B.3: 0.5)."""
-    train_milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """Steps from each of which on rates are a tenth (B.3: 4,000, 10,000 and 20,000); none for a half cosine to 0."""
+    train_milestones: tuple[Share, ...] = ()
+    """Shares of the steps after each of which rates are a tenth of what they were (B.3: at 4,000, 10,000 and 20,000);
+    none for a half cosine to 0."""
     reduce_range: bool = True
     """At most 7 bits for INT8 weights beside activations of up to 8 bits, where onnxruntime's CPU kernels may take
     them: full 8 bits saturate there on processors without VNNI."""

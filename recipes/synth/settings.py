@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from recipes.settings import Effort, Settings, load_recipe
+from recipes.settings import Effort, Jitter, Settings, Share, load_recipe
 
 PACKAGE = "recipes.synth"
 
 
-Share = Annotated[float, Field(ge=0, lt=1)]
 Edge = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -65,7 +64,7 @@ class SynthSettings(Settings):
     flip: bool = True
     shift: float = Field(default=0.0, ge=0, le=1)
     """Largest cyclic shift, as a share of height and width."""
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
     """Brightness, contrast, saturation and hue jitter a sample; the last two apply to three channels only."""
     models_per_step: int | None = Field(default=None, ge=1)
     """Draw this many of the models for each step; all of them when not given."""

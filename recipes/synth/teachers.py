@@ -77,6 +77,8 @@ def _runs_smaller(module: TorchClassifier, scale: float) -> bool:
     pixels = torch.zeros(2, module.spec.channel_count, height, width, device=module.device)
     try:
         return module(module.spec.to_input(pixels, (height, width))).shape[0] == 2
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError):
         return False
 

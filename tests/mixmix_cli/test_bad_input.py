@@ -258,6 +258,7 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "quantize m.onnx --bits 3 --recipe gone.toml": "gone.toml does not exist",
         "prune m.onnx --sparsity 0.5 --set steps=-1": "steps cannot be -1",
         "distill m.onnx m.onnx -o new.onnx --set steps=none": "steps cannot be 'none'",
+        "quantize m.onnx --bits 3 --synth-recipe smal": "there is no recipe 'smal' (the nearest is 'small')",
         "synth m.onnx -o new --set rat=1": "the nearest is 'rate'",
         "synth m.onnx -o .": "not empty",
         "synth m.onnx -o new.npz": "not a folder",

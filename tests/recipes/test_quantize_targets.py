@@ -20,7 +20,7 @@ from recipes.account import Compression
 from recipes.images import ImageSet
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
-from recipes.validate import Verdict, _explained, decibels
+from recipes.validate import Verdict, _explained, decibels, validate
 from tests.recipes.test_quantize import Written, recipe, run, top1
 
 Classifiers = Callable[[str], Classifier]
@@ -135,14 +135,29 @@ def test_files_that_saturate_without_vnni_are_told_from_others(
 ) -> None:
     result = made_for("inverted", target, bits, act_bits)
     written = load_classifier(result.output)
-    found = saturating_layers(written.original.graph)
+    found = saturating_layers(written)
     assert len(found) == (len(result.layers) if some else 0)
     failed, passed = (Verdict("optimisations", passed, "it changes", 0.0) for passed in (False, True))
     assert _explained(passed, written) == passed
     explained = _explained(failed, written)
     assert explained.reason.startswith("it changes")
-    assert (f"which {len(found)} of its layers have, saturate" in explained.reason) == some
+    assert (f"(layers: {len(found)}), which saturate" in explained.reason) == some
     assert not explained.passed
+
+
+def test_a_file_that_fails_for_it_says_so(
+    made_for: Quantizer,
+    classifier_of: Classifiers,
+    calibration_images: ImageSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With no change let pass, every file whose optimised answers differ in the last digit fails."""
+    monkeypatch.setattr("recipes.validate.CHANGED_SHARE", -1.0)
+    monkeypatch.setattr("recipes.validate.FUSION_FLOOR", -1.0)
+    written = load_classifier(made_for("inverted", "tensorrt", 8).output)
+    (candidate,) = validate(classifier_of("inverted"), [written], calibration_images).candidates
+    (reason,) = [verdict.reason for verdict in candidate.verdicts if not verdict.passed]
+    assert "saturate on x86 processors without VNNI" in reason
 
 
 def test_full_range_where_it_is_asked_for(

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import ValidationError
 
-from recipes.devices import choose_device
 from recipes.distill import settings as distill
 from recipes.prune import settings as prune
 from recipes.quantize import settings as quantize
@@ -207,15 +205,3 @@ def test_options_of_the_user_win_over_overrides() -> None:
     settings = synth.load_synth_recipe("default", "fast", ["images=3", "rate=0.5"], 10, changes)
     assert (settings.images, settings.rate, settings.steps) == (7, 0.5, 10)
     assert settings.batch == synth.load_synth_recipe("default", "fast", [], None, {}).batch
-
-
-def test_devices_by_name() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda")
-
-
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "mps", "cuda:-1", "cuda:x", "meta"])
-def test_an_unknown_device_is_refused(name: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        choose_device(name)
-    sentence(caught, repr(name), "cpu")

@@ -63,7 +63,7 @@ def test_rates_rise_and_fall_to_almost_nothing() -> None:
 
 
 def test_rates_are_a_tenth_from_each_milestone_on() -> None:
-    how = Training(steps=100, batch=8, warmup=0.0, mixing=0.0, rate_key="rate", milestones=(20, 50))
+    how = Training(steps=100, batch=8, warmup=0.0, mixing=0.0, rate_key="rate", milestones=(0.2, 0.5))
     assert [how.factor(step) for step in (0, 19, 20, 49, 50, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -73,9 +73,34 @@ def test_the_papers_training_is_its_appendix() -> None:
     assert paper.train_features == 300
     assert paper.train_jitter == (0.2, 0.2, 0.2, 0.1)
     assert (paper.train_grayscale, paper.train_blur, paper.train_flip) == (0.2, 0.5, True)
-    assert paper.train_milestones == (4000, 10000, 20000)
-    assert paper.train_steps > paper.train_milestones[-1]
+    assert [share * paper.train_steps for share in paper.train_milestones] == [4000, 10000, 20000]
     assert (paper.train_shift, paper.train_mixing) == (0, 0)
+
+
+def test_every_setting_of_training_reaches_it(
+    monkeypatch: pytest.MonkeyPatch, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    asked: list[Training] = []
+    monkeypatch.setattr("recipes.quantize.train.train", lambda *given, **_: asked.append(given[3]))
+    settings = load_recipe(QuantizeSettings, PACKAGE, "qat", "paper").model_copy(
+        update={"steps": 0, "range_steps": 5, "train_batch": 9, "train_warmup": 0.3, "train_mixing": 0.6} | MOVED
+    )
+    quantize(classifier_of("plain"), calibration_images.take(8), tmp_path / "o.onnx", settings, 4)
+    (how,) = asked
+    assert how == Training(
+        steps=25000,
+        batch=9,
+        warmup=0.3,
+        mixing=0.6,
+        rate_key="train_rate",
+        augmentation=Augmentation(
+            flip=True, shift=0.05, jitter=(0.2, 0.2, 0.2, 0.1), grayscale=0.2, blur=0.5, sigma=(1.0, 2.0)
+        ),
+        milestones=(0.16, 0.4, 0.8),
+    )
+
+
+MOVED = {"train_shift": 0.05}
 
 
 def test_what_is_trained_on_is_augmented(generator: torch.Generator) -> None:

@@ -27,8 +27,8 @@ def trained(ranks: Ranks) -> list[Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    images, teacher = ImageSet(draw(7, 1, 4, 4).sigmoid()), draw(16, 3)
-    kernel, scale, bias, head = tensors = [draw(2, 1, 3, 3), draw(2), draw(2), draw(8, 3)]
+    images, teacher = ImageSet(draw(7, 3, 4, 4).sigmoid()), draw(48, 3)
+    kernel, scale, bias, head = tensors = [draw(2, 3, 3, 3), draw(2), draw(2), draw(8, 3)]
 
     def loss_of(x: Tensor, part: Part) -> Tensor:
         hidden = F.conv2d(x, kernel)
