@@ -37,6 +37,8 @@ def refuse_early(given: dict[str, Any], output: Path | None) -> None:
 
     if given["zoo"] and given["data"] is not None:
         raise click.UsageError("--zoo makes images, and --data gives them: leave one out")
+    if given["synth_recipe"] is not None and given["data"] is not None:
+        raise click.UsageError("--synth-recipe is for images that are made, and --data gives them: leave one out")
     models = [given["model"], *given["zoo"], *([given["student"]] if "student" in given else [])]
     check_compression(models, output, given["data"], given["max_drop"], overwrite=given["force"])
     if given["synth_recipe"] is not None:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from converters.errors import MixMixError
 
 Kind = Literal["size", "bops", "bits"]
-WIDEST = 8
+NARROWEST, WIDEST = 2, 8
 UNITS: Mapping[Kind, Mapping[str, float]] = {
     "size": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "bops": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
@@ -36,6 +36,8 @@ class Budget:
             unit = next((UNITS[kind][u] for u in UNITS[kind] if u.lower() == found[3].lower()), None)
             if kind == "bits" and float(found[2]) > WIDEST:
                 raise MixMixError(f"--mixed {text}: weights have up to {WIDEST} bits: allow fewer")
+            if kind == "bits" and float(found[2]) < NARROWEST:
+                raise MixMixError(f"--mixed {text}: weights have at least {NARROWEST} bits: allow more")
             if unit is not None and float(found[2]) > 0:
                 return cls(kind, float(found[2]) * unit)
         raise MixMixError(f"--mixed {text!r} is not a budget: write size=2MB, bops=1.5G or bits=3")

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from recipes.refusals import DataError, check_source
+from recipes.refusals import MANIFEST, DataError, check_source
 
 LabelKind = Literal["real", "targets", "none"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".npy")
-MANIFEST, METADATA, PREVIEW = "manifest.json", "metadata.jsonl", "preview.png"
+METADATA, PREVIEW = "metadata.jsonl", "preview.png"
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def _is_finished(path: Path) -> bool:
 
 def _load_folder(path: Path, limit: int | None, size: tuple[int, int] | None) -> ImageSet:
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    _not_of_a_set(path, folders)
     flat, within = _image_files(path), {folder: _image_files(folder) for folder in folders}
     within = {folder: files for folder, files in within.items() if files}
     if flat and within:
@@ -160,6 +161,20 @@ def _load_folder(path: Path, limit: int | None, size: tuple[int, int] | None) ->
     pixels = _stack([file for file, _ in found], size)
     classes = None if numbered else len(folders)
     return ImageSet(pixels, torch.tensor([label for _, label in found]), "real", str(path), classes)
+
+
+def _not_of_a_set(path: Path, folders: Sequence[Path]) -> None:
+    """Raise DataError for a part of a set that `synth` wrote, whose labels are targets, and for a folder of sets."""
+    whole = next((above for above in path.resolve().parents[:2] if _is_synthesized(above)), None)
+    if whole is not None:
+        raise DataError(f"{path} is a part of what synth wrote to {whole}: name that folder")
+    inner = [folder.name for folder in folders if _is_synthesized(folder)]
+    if inner:
+        raise DataError(f"{path} holds what synth wrote ({', '.join(inner)}): name one of these folders")
+
+
+def _is_synthesized(folder: Path) -> bool:
+    return (folder / METADATA).is_file() and (folder / MANIFEST).is_file()
 
 
 def _image_files(folder: Path) -> list[Path]:

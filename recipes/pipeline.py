@@ -22,7 +22,7 @@ from recipes.checkpoint import left_beside
 from recipes.distill.engine import check_count, check_pair, distill
 from recipes.distill.settings import DistillSettings
 from recipes.image_store import OtherSetError, in_short
-from recipes.images import MANIFEST, ImageSet, load_images
+from recipes.images import ImageSet, load_images
 from recipes.progress import Progress
 from recipes.prune.engine import check_goal, prune, prune_in_memory
 from recipes.prune.goal import PROVENANCE, Goal
@@ -30,11 +30,12 @@ from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import check_bits, least_bits, quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.ranks import ALONE, Ranks
-from recipes.refusals import check_compression
+from recipes.refusals import MANIFEST, check_compression
 from recipes.settings import Effort
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import SynthSettings, load_synth_recipe
 from recipes.validate import (
+    OPTIMISATIONS,
     Gates,
     LabelError,
     Validation,
@@ -178,7 +179,7 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
             progress.say("the same command goes on from what is done")
         raise
     try:
-        return result, request.ranks.lead(lambda: _validate(request, images, progress))
+        return result, request.ranks.lead(lambda: _validate(request, result, images, progress))
     except KeyboardInterrupt:
         progress.say(
             f"{request.output} is whole, and only its comparison with {classifier.path} is missing: mixmix validate"
@@ -186,11 +187,13 @@ def compress(request: Request, write: Write, progress: Progress) -> tuple[Compre
         raise
 
 
-def _validate(request: Request, images: ImageSet, progress: Progress) -> Validation:
+def _validate(request: Request, result: Compression, images: ImageSet, progress: Progress) -> Validation:
     """The written file beside the model, and layer by layer where that can be had."""
     classifier, written = request.classifier, load_classifier(request.output)
     before = [] if request.student is None else [request.student]
     found = validate(classifier, [written], images, request.gates, beside=before, progress=progress)
+    if result.runs_elsewhere:
+        found = _judged_elsewhere(found, result, progress)
     if request.student is not None:  # its layers answer to none of its teacher's
         return found
     if max(classifier.fixed_batch or 0, written.fixed_batch or 0) > MOST_AT_ONCE:
@@ -208,6 +211,18 @@ def _validate(request: Request, images: ImageSet, progress: Progress) -> Validat
         return found
     (candidate,) = found.candidates
     return replace(found, candidates=[replace(candidate, layers=layers)])
+
+
+def _judged_elsewhere(found: Validation, result: Compression, progress: Progress) -> Validation:
+    """Without the gate on what this machine's kernels make of a file that is for other ones; that is said instead."""
+    (candidate,) = found.candidates
+    for verdict in candidate.verdicts:
+        if verdict.gate == OPTIMISATIONS and not verdict.passed:
+            progress.say(
+                f"figures are of this machine's processor, where {verdict.reason}; {result.target} has its own"
+            )
+    kept = [verdict for verdict in candidate.verdicts if verdict.gate != OPTIMISATIONS]
+    return replace(found, candidates=[replace(candidate, verdicts=kept)])
 
 
 def _make(request: Request, write: Write, progress: Progress) -> tuple[ImageSet, Compression]:

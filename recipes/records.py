@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from converters.outputs import write_atomically
 from recipes.image_store import PREVIEW_IMAGES, ImageStore
-from recipes.images import MANIFEST, PREVIEW, contact_sheet, load_images, to_bytes
-from recipes.refusals import DataError
+from recipes.images import PREVIEW, contact_sheet, load_images, to_bytes
+from recipes.refusals import MANIFEST, DataError
 
 HEAVY = 2_000_000
 """Bytes of a contact sheet above which it is stored as JPEG: photographs compress badly as PNG."""

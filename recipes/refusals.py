@@ -8,6 +8,9 @@ from pathlib import Path
 from converters.errors import MixMixError, OutputError
 from converters.outputs import ensure_makeable, ensure_model, ensure_writable
 
+MANIFEST = "manifest.json"
+"""In a folder that synth writes: what it was made of."""
+
 
 class DataError(MixMixError):
     """An image set that is missing, empty or malformed."""
@@ -47,6 +50,8 @@ def check_set_folder(directory: Path, *, resume: bool, overwrite: bool) -> None:
             f"{directory} is not a folder, which images are written to: name one, and make an .npz of what is in it"
             " with mixmix data export"
         )
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+        raise OutputError(f"{directory} is not empty, and not a set that synth wrote: choose another folder with -o")
     if not (resume or overwrite):
         check_empty(directory, "pass --resume to go on, or --force to replace it")
 

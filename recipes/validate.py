@@ -37,6 +37,8 @@ optimisations, 26.8 without, 32.1 between the two).
 """
 FUSION_FLOOR = 1e-6
 """Noise relative to signal (-60 dB) below which nothing is asked: float rounding."""
+OPTIMISATIONS = "optimisations"
+"""The gate on onnxruntime's graph optimisations."""
 SLACK = 1e-9
 """Shares of images are compared as if exact: 0.95 - 0.94 is a little more than 0.01 in floating point."""
 
@@ -258,7 +260,7 @@ def _optimisations(expected: Logits, fused: Run, plain: Run) -> Verdict:
     reason = (
         f"graph optimisations change the logits by {change:.2g}, and add {added:.2g} to {noise:.2g} of noise (squared)"
     )
-    return Verdict("optimisations", passed, reason, plain.seconds)
+    return Verdict(OPTIMISATIONS, passed, reason, plain.seconds)
 
 
 def _explained(verdict: Verdict, candidate: Classifier) -> Verdict:

@@ -62,6 +62,27 @@ class TestBadInput:
         err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--data", tmp_path / "empty")
         assert "no images" in err
 
+    @pytest.mark.parametrize("command", ["quantize", "validate", "data"])
+    def test_parts_and_parents_of_a_set(
+        self, capsys: pytest.CaptureFixture[str], model: Path, images: Path, tmp_path: Path, command: str
+    ) -> None:
+        """Their labels are targets, and their previews no images."""
+        words: dict[str, tuple[object, ...]] = {
+            "quantize": ("quantize", "--bits", 4, model),
+            "validate": ("validate", model, model),
+            "data": ("data", "export", "--model", model, "-o", tmp_path / "x.npz"),
+        }
+        link = tmp_path / "sets"
+        link.mkdir()
+        (link / "one").symlink_to(images)
+        data = () if command == "data" else ("--data",)
+        for part in (images / "images", images / "images" / "00000"):
+            err = self.refused(capsys, tmp_path, *words[command], *data, part)
+            assert f"a part of what synth wrote to {images.resolve()}: name that folder" in err
+        assert "holds what synth wrote (one): name one of" in self.refused(
+            capsys, tmp_path, *words[command], *data, link
+        )
+
     def test_output_that_exists(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         model.with_name("model.w4.onnx").write_text("mine")
         err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model)
@@ -72,7 +93,9 @@ class TestBadInput:
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "mine.txt").write_text("mine")
         assert "not empty" in self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d")
-        assert "remove it" in self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d", "--force")
+        for more in ((), ("--resume",), ("--force",)):
+            err = self.refused(capsys, tmp_path, "synth", model, "-o", tmp_path / "d", *more)
+            assert "not a set that synth wrote: choose another folder" in err
 
     def test_synth_writes_no_file(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
@@ -244,6 +267,8 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "quantize m.onnx --mixed small": "not a budget",
         "quantize m.onnx --bits 3 --data gone": missing,
         "quantize m.onnx --bits 3 --data there.npz --zoo m.onnx": both,
+        "quantize m.onnx --bits 3 --data there.npz --synth-recipe small": "--synth-recipe is for images that are made",
+        "quantize m.onnx --mixed bits=1": "at least 2 bits: allow more",
         "quantize m.onnx --bits 3 --max-drop 0.1": "--data",
         "quantize m.onnx --bits 3 --act-bits 4 --target tensorrt": "runs 8 bits",
         "prune m.onnx --sparsity 0.5 -o there.npz": exists,

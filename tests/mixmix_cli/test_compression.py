@@ -106,6 +106,21 @@ def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: 
     assert model.with_name("model.w2.onnx").is_file()
 
 
+@pytest.mark.parametrize(("target", "expected"), [("portable", 1), ("tensorrt", 0)])
+def test_kernels_of_this_machine_are_no_gate_for_a_file_that_is_for_others(
+    target: str, expected: int, capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.validate.CHANGED_SHARE", -1.0)  # nothing passes
+    monkeypatch.setattr("recipes.validate.FUSION_FLOOR", -1.0)
+    status, out, err = run(
+        capsys, "quantize", "--bits", 8, "--act-bits", 8, "--target", target, model, "-n", 16, "--method", "nearest",
+        "--data", zoo.calibration_images_path(),
+    )  # fmt: skip
+    assert status == expected
+    assert ("fails optimisations" in out) == bool(expected)
+    assert (f"{target} has its own" in " ".join(err.split())) != bool(expected)
+
+
 def test_prune_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
     few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3")
     status, out, _ = run(capsys, "prune", model, "--sparsity", 0.5, *few, "--json")
