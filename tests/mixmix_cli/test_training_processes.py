@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 import recipes.ranks
 from converters.load import load_classifier
 from converters.runtime import Session
-from recipes import checkpoint, training, zoo
+from recipes import checkpoint, zoo
 from recipes.images import load_images
 from recipes.ranks import Ranks
+from recipes.training import Training
 from tests.mixmix_cli.command import finish, run, start, torchrun
 
 IMAGES = zoo.calibration_images_path()
 DATA = ("--data", IMAGES, "-n", "10")
-SCHEDULE = training.schedule
+FACTOR = Training.factor
 
 
 @pytest.fixture
@@ -47,11 +48,11 @@ def assert_alike(one: Path, other: Path, start: Path) -> None:
     assert apart < 0.01 * moved
 
 
-def stopping(progress: float, warmup: float) -> float:
+def stopping(how: Training, step: int) -> float:
     """The rates of training that is interrupted half-way."""
-    if progress >= 0.5:
+    if step >= 0.5 * how.steps:
         raise KeyboardInterrupt
-    return SCHEDULE(progress, warmup)
+    return FACTOR(how, step)
 
 
 def test_two_processes_quantize_what_one_began(
@@ -65,7 +66,7 @@ def test_two_processes_quantize_what_one_began(
     assert run(capsys, *quantize, "train_steps=0", "-o", files[2], "-q")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "SECONDS", 0.0)
-        patch.setattr(training, "schedule", stopping)
+        patch.setattr(Training, "factor", stopping)
         assert run(capsys, *quantize, "train_steps=6", "-o", files[1])[0] == 130
     assert len(list(tmp_path.glob("*.partial"))) == 1
     out, err = finish(start(*torchrun(2), "-m", "mixmix_cli", *quantize, "train_steps=6", "-o", files[1], "--json"))
