@@ -90,9 +90,13 @@ def exhaust_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("exhaust", "whose"), [(exhaust_torch, "machine"), (exhaust_numpy, "machine"), (exhaust_a_gpu, "GPU")]
+    ("exhaust", "whose", "where"),
+    [
+        (exhaust_torch, "machine", "converters.torch_module.TorchClassifier"),
+        (exhaust_numpy, "machine", "converters.load.read_model"),
+        (exhaust_a_gpu, "GPU", "converters.torch_module.TorchClassifier"),
+    ],
 )
-@pytest.mark.parametrize("where", ["converters.load.read_model", "converters.torch_module.TorchClassifier"])
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
