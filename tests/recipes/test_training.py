@@ -83,7 +83,8 @@ def test_every_setting_of_training_reaches_it(
     asked: list[Training] = []
     monkeypatch.setattr("recipes.quantize.train.train", lambda *given, **_: asked.append(given[3]))
     settings = load_recipe(QuantizeSettings, PACKAGE, "qat", "paper").model_copy(
-        update={"steps": 0, "range_steps": 5, "train_batch": 9, "train_warmup": 0.3, "train_mixing": 0.6} | MOVED
+        update={"steps": 0, "range_steps": 5, "train_batch": 9, "train_warmup": 0.3, "train_mixing": 0.6}
+        | {"train_shift": 0.05}
     )
     quantize(classifier_of("plain"), calibration_images.take(8), tmp_path / "o.onnx", settings, 4)
     (how,) = asked
@@ -98,9 +99,6 @@ def test_every_setting_of_training_reaches_it(
         ),
         milestones=(0.16, 0.4, 0.8),
     )
-
-
-MOVED = {"train_shift": 0.05}
 
 
 def test_what_is_trained_on_is_augmented(generator: torch.Generator) -> None:
