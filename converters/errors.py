@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MixMixError(Exception):
     """Base of every error that the command line shows as one sentence with exit status 2."""
@@ -28,3 +31,9 @@ class SpecError(MixMixError):
 
 class OutputError(MixMixError):
     """An output that exists already or cannot be written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is nearest to a misspelt one; empty where none is known."""
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.0)
+    return f" (the nearest is {close[0]!r})" if close else ""

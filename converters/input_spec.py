@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 from torch import Tensor
 
-from converters.errors import SpecError
+from converters.errors import SpecError, nearest
 
 METADATA_PREFIX = "mixmix.input."
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -213,6 +213,9 @@ def resolve(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "input"
+        if first["type"] == "extra_forbidden":
+            hint = nearest(key, set(InputSpec.model_fields) - {"source"})
+            raise SpecError(f"{where}: the input spec has no key {key}{hint}: correct or remove it") from error
         message = first["msg"].removeprefix("Value error, ")
         of_key = f"'s {key}" if first["loc"] else ""
         raise SpecError(f"{where}: the input spec{of_key} cannot be used ({message}): correct it") from error
@@ -222,7 +225,8 @@ def resolve(
         ("channel count", channels, spec.channel_count),
     ):
         if fixed is not None and fixed != wanted:
-            raise SpecError(f"{where}: the input spec says {name} {wanted}, the model takes {fixed}: correct the spec")
+            takes = f"{fixed} (read as {layout})" if "layout" in stated else f"{fixed}"
+            raise SpecError(f"{where}: the input spec says {name} {wanted}, the model takes {takes}: correct the spec")
     return spec
 
 

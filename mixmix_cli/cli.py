@@ -18,6 +18,7 @@ COMMANDS = {
     "distill": "Teach one model what another knows.",
     "data": "Hand image sets to other tools, and compare them.",
     "zoo": "Show the paper's model zoos, and export them from an installed library.",
+    "recipe": "List the recipes, and show every key that --set can change.",
     "validate": "Hold candidates against a reference through onnxruntime, with gates for CI.",
     "report": "Write one page of images, accuracy, gates and error by layer, for people.",
 }

@@ -83,7 +83,11 @@ def recipe(default: str | None, what: str) -> Callable[[F], F]:
                 "--recipe", default=default, show_default=True, help=f"Recipe of {what}: a name or FILE.toml."
             ),
             click.option(
-                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one key of the recipe."
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Override one key of the recipe; `mixmix recipe` shows them.",
             ),
             click.option(
                 "--effort",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixmix_cli import __version__, options
-from mixmix_cli.console import Terminal, percent, size
+from mixmix_cli.console import Terminal, counted, percent, size
 from mixmix_cli.layers import show_worst_layers
 from mixmix_cli.results import compression_json, fusion_line, show_failures, slower_because, validation_table
 
@@ -116,8 +116,8 @@ def show_result(terminal: Terminal, result: Compression, validation: Validation,
         show_worst_layers(terminal, validation.candidates[0])
         terminal.show(validation_table(validation))
         terminal.show(
-            f"on the {validation.images} images that it was fitted to, which flatters it: hold it against others with"
-            " mixmix validate"
+            f"on the {counted(validation.images, 'image')} that it was fitted to, which flatters it:"
+            " hold it against others with mixmix validate"
         )
         show_failures(terminal, validation.candidates[0])
     (candidate,) = validation.candidates

@@ -6,7 +6,6 @@ A recipe file holds the keys of one settings class at its top level and may hold
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from converters.errors import MixMixError
+from converters.errors import MixMixError, nearest
 
 if TYPE_CHECKING:  # settings are read before torch is there, which takes seconds to import
     from torch import Tensor
@@ -34,7 +33,7 @@ class SettingsError(MixMixError):
 class Settings(BaseModel):
     """Base of all settings: frozen, and strict about keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
     def nested_keys(cls, _key: str) -> list[str]:
@@ -51,6 +50,7 @@ class LoopSettings(Settings):
     """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
     of places in one image, so a few images a step are enough there."""
     least_batch: int = Field(default=8, ge=1)
+    """Images a step, however large they are."""
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
     cache_limit: float = Field(default=2.0, gt=0)
@@ -89,24 +89,13 @@ def load_recipe(
 
     Raises SettingsError, naming the nearest known key or recipe.
     """
-    path = Path(recipe)
-    if recipe.endswith(".toml") or path.is_file():
-        if not path.is_file():
-            raise SettingsError(f"recipe {recipe} does not exist: name a .toml file or one of {_listed(package)}")
-        try:
-            text, where = path.read_text(), str(path)
-        except (OSError, UnicodeDecodeError):
-            raise SettingsError(f"recipe {recipe} is not a readable text file: name a .toml file") from None
-    elif recipe in recipe_names(package):
-        text, where = resources.files(package).joinpath(f"{recipe}.toml").read_text(), f"recipe {recipe}"
-    else:
-        hint = nearest(recipe, recipe_names(package))
-        raise SettingsError(f"there is no recipe {recipe!r}{hint}: choose one of {_listed(package)}")
+    text, where = recipe_text(package, recipe)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{where} is not valid TOML ({error}): correct it") from error
     efforts = values.pop("effort", {})
+    _known_keys(kind, values, where)
     if not isinstance(efforts, dict):
         raise SettingsError(f"{where}: effort must be tables such as [effort.fast]: correct it")
     for name, table in efforts.items():
@@ -115,7 +104,6 @@ def load_recipe(
         if not isinstance(table, dict):
             raise SettingsError(f"{where}: [effort.{name}] must be a table of keys: correct it")
         _known_keys(kind, table, f"{where}, effort {name}")
-    _known_keys(kind, values, where)
     values |= efforts.get(effort, {})
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -138,16 +126,29 @@ def load_recipe(
         raise SettingsError(f"{where}: {key} cannot be {first['input']!r} ({first['msg']}): correct it") from error
 
 
+def recipe_text(package: str, recipe: str) -> tuple[str, str]:
+    """What the shipped recipe of that name, or the file `recipe`, holds, and what to call it in messages.
+
+    Raises SettingsError, naming the nearest recipe.
+    """
+    path = Path(recipe)
+    if recipe.endswith(".toml") or path.is_file():
+        if not path.is_file():
+            raise SettingsError(f"recipe {recipe} does not exist: name a .toml file or one of {_listed(package)}")
+        try:
+            return path.read_text(), str(path)
+        except (OSError, UnicodeDecodeError):
+            raise SettingsError(f"recipe {recipe} is not a readable text file: name a .toml file") from None
+    if recipe not in recipe_names(package):
+        hint = nearest(recipe, recipe_names(package))
+        raise SettingsError(f"there is no recipe {recipe!r}{hint}: choose one of {_listed(package)}")
+    return resources.files(package).joinpath(f"{recipe}.toml").read_text(), f"recipe {recipe}"
+
+
 def _known_keys(kind: type[Settings], values: dict[str, Any], where: str) -> None:
     for key in values:
         if key not in kind.model_fields:
             raise SettingsError(f"{where}: unknown key {key!r}{nearest(key, kind.model_fields)}: correct or remove it")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that is nearest to a misspelt one; empty where none is known."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f" (the nearest is {close[0]!r})" if close else ""
 
 
 def _listed(package: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from converters.classifier import Classifier
-from converters.errors import MixMixError, OutputError
+from converters.errors import MixMixError, OutputError, nearest
 from converters.export import write_kept
 from converters.files import read_model
 from converters.load import load_classifier
@@ -24,7 +24,6 @@ from converters.torch_module import to_torch
 from recipes.inspect import layer_outputs
 from recipes.libraries import create, is_installed
 from recipes.progress import Progress, Silent
-from recipes.settings import nearest
 
 EMBEDDED = Path(str(resources.files("recipes"))) / "embedded"
 FAMILIES = ("plain", "residual", "inverted", "shuffle", "dense", "excite")

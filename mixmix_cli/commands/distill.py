@@ -58,7 +58,7 @@ def command(**given: Any) -> int:
 
 def _distill(ranks: Ranks, given: dict[str, Any], settings: DistillSettings) -> int:
     """What each process does; the first one alone says anything."""
-    from mixmix_cli.console import percent
+    from mixmix_cli.console import counted, percent
     from mixmix_cli.requests import request_from, show_result, terminal_for
     from recipes.pipeline import compress, distilling
 
@@ -69,6 +69,6 @@ def _distill(ranks: Ranks, given: dict[str, Any], settings: DistillSettings) -> 
     request = request_from(given, output, given["recipe"], terminal, student=given["student"], ranks=ranks)
     result, validation = compress(request, distilling(settings), terminal)
     zeros = f"; {percent(result.sparsity)} of its weights are zero, as before" if result.sparsity > 0.01 else ""
-    account = f"{settings.steps} steps on {validation.images} images{zeros}"
+    account = f"{settings.steps} steps on {counted(validation.images, 'image')}{zeros}"
     remedy = "give it more --steps, or more images (-n)"
     return ranks.lead(lambda: show_result(terminal, result, validation, account, remedy))

@@ -59,6 +59,7 @@ def command(**given: Any) -> int:
 def _synth(ranks: Ranks, given: dict[str, Any], how: Asked) -> int:
     """What each process does; the first one alone says anything."""
     from converters.load import load_classifier
+    from mixmix_cli.console import counted
     from mixmix_cli.requests import terminal_for
     from mixmix_cli.results import synthesis_json
     from recipes.devices import choose_device
@@ -94,11 +95,11 @@ def _synth(ranks: Ranks, given: dict[str, Any], how: Asked) -> int:
     if terminal.as_json:
         terminal.document(synthesis_json(result))
     else:
-        terminal.show(
-            f"{result.images} images in {result.directory} ({result.seconds:.0f} s); look at preview.png there"
-        )
+        made = counted(result.images, "image")
+        terminal.show(f"{made} in {result.directory} ({result.seconds:.0f} s); look at preview.png there")
         if result.retried:
-            terminal.show(f"  {result.retried} batches diverged and were made again from another seed")
+            retried = counted(result.retried, "time")
+            terminal.show(f"  {retried} a batch diverged and was made again from another seed")
         for name, value in result.losses.items():
             terminal.show(f"  {name}: {value:.3f}")
     return 0

@@ -38,7 +38,7 @@ def command(**given: Any) -> int:
 
         ensure_writable(given["junit"], overwrite=given["force"])
     from converters.load import load_classifier
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import Terminal, counted
     from mixmix_cli.layers import layers_note, layers_table
     from mixmix_cli.results import show_failures, validation_json, validation_table
     from recipes.images import load_images
@@ -62,7 +62,7 @@ def command(**given: Any) -> int:
             "targets": "labels are synthesis targets, not ground truth: agreement is reported, not accuracy",
             "none": "no labels: agreement is reported, not accuracy",
         }
-        terminal.show(f"{result.images} images of {images.source}; {meaning[result.labels]}")
+        terminal.show(f"{counted(result.images, 'image')} of {images.source}; {meaning[result.labels]}")
         for candidate in result.candidates:
             show_failures(terminal, candidate)
             if candidate.layers is not None:

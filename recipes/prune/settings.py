@@ -19,13 +19,16 @@ class PruneSettings(LoopSettings):
     """
 
     mask_steps: int = Field(default=0, ge=0)
+    """Training steps a block of mask and weights together, after which the smallest are chosen anew (eq. 10)."""
     steps: int = Field(default=0, ge=0)
+    """Training steps a block of the weights that stay."""
     weight_rate: float = Field(default=0.05, ge=0)
-    """Relative to the root mean square of a layer's weights."""
+    """Rate of the weights, relative to the root mean square of a layer's weights."""
     rate_power: float = Field(default=0.0, ge=0)
     """All rates are multiplied with this power of the block's relative error when its training begins, 1 at most: the
     nearer the block is to the float one, the smaller are the steps that bring it nearer still."""
     mask_rate: float = Field(default=0.03, ge=0)
+    """Rate of the mask."""
     settle_steps: int = Field(default=10, ge=1)
     """Conjugate gradients that the weights of a layer are settled with after each stage (`compensate`)."""
     input_drop: float = Field(default=0.0, ge=0, le=1)

@@ -12,17 +12,16 @@ PACKAGE = "recipes.quantize"
 
 
 class QuantizeSettings(LoopSettings):
-    """How bits are chosen and rounding is learned. Rates are Adam learning rates.
-
-    `unit` is what is reconstructed at once: nothing (nearest rounding), a layer (AdaRound) or a block (BRECQ).
-    """
+    """How bits are chosen and rounding is learned. Rates are Adam learning rates."""
 
     unit: Literal["none", "layer", "block"]
+    """What is reconstructed at once: nothing (nearest rounding), a layer (AdaRound) or a block (BRECQ)."""
     steps: int = Field(default=0, ge=0)
     """Training steps a unit."""
     rounding: Literal["sigmoid", "offset"] = "sigmoid"
     """How rounding is learned: AdaRound's rectified sigmoid, or an offset trained straight through the rounding."""
     rounding_rate: float = Field(default=1e-2, ge=0)
+    """Rate of the rounding: of what the sigmoid takes, or of the offset, in quantization steps."""
     scale_rate: float = Field(default=0.0, ge=0)
     """Rate of the weight scales, relative to their size (GENIE-M); 0 fixes them."""
     activation_rate: float = Field(default=0.0, ge=0)
@@ -32,7 +31,9 @@ class QuantizeSettings(LoopSettings):
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps before the regulariser sets in."""
     beta_start: float = Field(default=20.0, gt=0)
+    """Exponent of the rounding regulariser where it sets in: high lets what is undecided be."""
     beta_end: float = Field(default=2.0, gt=0)
+    """The same at the end, where all is to be decided."""
     input_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of block-input elements taken from the float model (QDrop)."""
     activation_drop: float = Field(default=0.0, ge=0, le=1)
@@ -40,7 +41,9 @@ class QuantizeSettings(LoopSettings):
     equalise: float = Field(default=0.0, ge=0, le=1)
     """The power of their ranges that channels are divided by before activations get 4 bits or fewer; 0 leaves them."""
     range_steps: int = Field(default=80, ge=1)
+    """How many narrower ranges are tried for a channel before anything is learned."""
     range_norm: float = Field(default=2.4, gt=0)
+    """Power of the rounding errors whose sum says which range is best."""
     end_bits: int = Field(default=8, ge=2, le=8)
     """Fewest bits of the inputs of the first and the last layer."""
     extra_share: float = Field(default=0.10, ge=0, le=1)
@@ -52,16 +55,21 @@ class QuantizeSettings(LoopSettings):
     train_steps: int = Field(default=0, ge=0)
     """Steps of training the whole network after reconstruction (QAT); 0 leaves it at that."""
     train_batch: int = Field(default=64, ge=2)
+    """Images a step of it."""
     train_warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which rates rise from 0."""
     train_rate: float = Field(default=0.1, ge=0)
     """All learning rates of the whole network's training, as a share of those of the reconstruction."""
     train_temperature: float = Field(default=4.0, gt=0)
+    """Softens both class distributions (Hinton et al. 2015)."""
     train_features: float = Field(default=1.0, ge=0)
     """Weight of the blocks' outputs against the divergence of logits."""
     train_mixing: float = Field(default=0.7, ge=0, le=1)
     """Share of the images that are blended with another of the batch."""
     train_shift: float = Field(default=0.1, ge=0, le=0.5)
+    """Largest shift of an image, as a share of its side."""
     train_flip: bool = True
+    """Mirror half of the images."""
     train_jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
     """Brightness, contrast, saturation and hue jitter an image (seed, B.3: 0.2, 0.2, 0.2, 0.1)."""
     train_grayscale: float = Field(default=0.0, ge=0, le=1)

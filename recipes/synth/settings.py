@@ -31,11 +31,13 @@ class SynthSettings(Settings):
     models: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Of the models given, take only those with these file names (without suffix); all of them when not set."""
     images: int = Field(default=128, ge=1)
+    """How many to make."""
     batch: int = Field(default=32, ge=1)
     """Images optimised together: their joint statistics are what is matched. One batch is one shard on disk."""
     start: Literal["noise", "leaves"] = "noise"
-    """What optimisation begins with: white noise, or dead leaves (see `procedural`)."""
+    """What optimisation begins with: white noise, or dead leaves: shapes that cover one another."""
     stages: tuple[Stage, ...] = Field(min_length=1)
+    """The schedule, stage after stage: `steps` at `scale` times the full height and width."""
     rate: float = Field(default=0.25, gt=0)
     """Learning rate of the images; it falls to zero along a cosine in each stage (seed, B.3)."""
     patience: int = Field(default=0, ge=0)
@@ -43,6 +45,7 @@ class SynthSettings(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the models compute in; statistics and losses are float32 in either."""
     betas: tuple[Share, Share] = (0.5, 0.5)
+    """Adam's decay rates for the images."""
     weight_rate: float = Field(default=1e-3, ge=0)
     """Learning rate of the loss weights alpha (seed, eq. 8); 0 fixes them at 1."""
     batchnorm: float = Field(default=1.0, ge=0)
@@ -62,6 +65,7 @@ class SynthSettings(Settings):
     box: tuple[Edge, Edge] = (0.1, 0.4)
     """Range of the mixing box's edge, as a share of height and width (seed, B.3)."""
     flip: bool = True
+    """Mirror half of the samples at each step."""
     shift: float = Field(default=0.0, ge=0, le=1)
     """Largest cyclic shift, as a share of height and width."""
     jitter: Jitter = (0.0, 0.0, 0.0, 0.0)

@@ -177,7 +177,8 @@ def test_what_is_assumed(shape: list[int | None], layout: str, channels: str | i
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ('colour = "rgb"', "colour"),
+        ('colour = "rgb"', "no key colour"),
+        ("means = [0.5]", "no key means (the nearest is 'mean')"),
         ('source = "options"', "source"),
         ("size = [8]", "size"),
         ("size = [0, 8]", "size"),
@@ -224,7 +225,7 @@ def assert_refused(folder: Path, shape: list[int | None], metadata: Mapping[str,
         ({"size": "[9, 8]"}, [None, 3, 8, 8], "height 9, the model takes 8"),
         ({"size": "[8, 9]"}, [None, 3, 8, 8], "width 9, the model takes 8"),
         ({"channels": "gray", "mean": "[0.5]", "std": "[0.5]"}, [None, 3, 8, 8], "channel count 1, the model takes 3"),
-        ({"layout": "NHWC", "size": "[8, 8]"}, [None, 3, 8, 8], "height 8, the model takes 3"),
+        ({"layout": "NHWC", "size": "[8, 8]"}, [None, 3, 8, 8], "height 8, the model takes 3 (read as NHWC)"),
     ],
 )
 def test_spec_against_the_shape(tmp_path: Path, values: dict[str, str], shape: list[int | None], message: str) -> None:

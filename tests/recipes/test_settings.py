@@ -115,6 +115,13 @@ def test_a_misspelt_key_names_the_nearest_known_one(wrong: str, right: str, tmp_
         sentence(caught, repr(wrong), repr(right), path)
 
 
+def test_a_recipe_of_another_command_is_refused_by_its_first_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.toml", 'unit = "block"\n[effort.fast]\nlogit_share = 0.0\n')
+    with pytest.raises(SettingsError) as caught:
+        load_synth(path)
+    sentence(caught, f"{path}: unknown key 'unit'")
+
+
 def test_a_misspelt_key_of_a_stage_names_the_nearest_known_one(tmp_path: Path) -> None:
     path = write(tmp_path / "own.toml", "stages = [{ scale = 1.0, steps = 5, stepz = 6 }]\n")
     with pytest.raises(SettingsError) as caught:

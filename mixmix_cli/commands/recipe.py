@@ -1,0 +1,69 @@
+"""`mixmix recipe list|show`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mixmix_cli import options
+
+
+@click.group("recipe")
+def command() -> None:
+    """What --recipe and --method name: all recipes, and every key that --set can change.
+
+    \b
+    Example: mixmix recipe list
+             mixmix recipe show quantize qdrop
+    """
+
+
+@command.command("list")
+@options.common
+def list_recipes(**given: Any) -> int:
+    """List the recipes of each command.
+
+    Example: mixmix recipe list
+    """
+    from mixmix_cli.console import Terminal, table
+    from recipes.catalogue import KINDS, read_recipe
+
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    rows = [(command, name, read_recipe(kind, name).about) for command, kind in KINDS.items() for name in kind.names]
+    keys = ("command", "recipe", "about")
+    if terminal.as_json:
+        terminal.document([dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        terminal.show(table(list(keys), [list(row) for row in rows], texts=["recipe", "about"]))
+    return 0
+
+
+@command.command("show")
+@click.argument("for_command", metavar="COMMAND")
+@click.argument("recipe", metavar="NAME|FILE.toml")
+@options.common
+def show(**given: Any) -> int:
+    """Show a recipe of COMMAND with all its keys, as a file that --recipe takes: edit it, or change one key with --set.
+
+    \b
+    Example: mixmix recipe show quantize qdrop
+             mixmix recipe show synth default > mine.toml
+    """
+    from converters.errors import nearest
+    from mixmix_cli.console import Terminal
+    from recipes.catalogue import KINDS, read_recipe
+
+    kind = KINDS.get(given["for_command"])
+    if kind is None:
+        hint = nearest(given["for_command"], KINDS)
+        raise click.UsageError(f"{given['for_command']} has no recipes{hint}: choose one of {', '.join(KINDS)}")
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    recipe = read_recipe(kind, given["recipe"])
+    if terminal.as_json:
+        names = {"command": given["for_command"], "recipe": given["recipe"], "about": recipe.about}
+        keys = {key.name: {"value": key.value, "about": key.about} for key in recipe.keys}
+        terminal.document(names | {"keys": keys, "effort": recipe.efforts})
+    else:
+        terminal.show(recipe.text())
+    return 0
