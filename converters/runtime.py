@@ -103,12 +103,15 @@ class Session:
             inputs = inputs.round().clip(0, 255)
         return inputs.astype(self._type)
 
-    def latency(self, inputs: Array, *, seconds: float = 0.5, least: int = 5) -> float:
-        """Median time of one run on `inputs` in milliseconds, over at least `least` runs after one warm-up."""
+    def latency(self, inputs: Array, *, seconds: float = 0.5, least: int = 5, most: int = 200) -> float:
+        """Median time of one run on `inputs` in milliseconds, after one warm-up.
+
+        Over as many runs as go into `seconds`, `least` to `most` of them.
+        """
         self.run(inputs)
         times: list[float] = []
         started = time.perf_counter()
-        while len(times) < least or time.perf_counter() - started < seconds:
+        while len(times) < least or (len(times) < most and time.perf_counter() - started < seconds):
             before = time.perf_counter()
             self.run(inputs)
             times.append(time.perf_counter() - before)

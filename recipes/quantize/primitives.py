@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # rectified sigmoid (AdaRound, Nagel et al. 2020, eq. 23)
+AT_ONCE = 1 << 16
+"""Elements that ranges are tried on at once: fewer calls for small tensors, and of large ones what a cache holds."""
 
 
 def signed_range(bits: int) -> tuple[int, int]:
@@ -119,24 +121,32 @@ def search_range(
     Tries the full range and `steps` - 1 uniform shrinks down to 1/`steps` of it, and keeps for each row the one with
     the least sum |x - x^|^norm. `symmetric` fixes the zero point at the middle (0 for a signed range).
     """
+    shrinks = torch.tensor([[1 - step / steps] for step in range(steps)], dtype=rows.dtype, device=rows.device)
+    found = [_search(part, shrinks, low, high, norm, symmetric) for part in rows.split(_at_once(rows[0]))]
+    scale, zero = zip(*found, strict=True)
+    return torch.cat(scale), torch.cat(zero)
+
+
+def _at_once(x: Tensor) -> int:
+    """How many of `x` those are."""
+    return max(1, AT_ONCE // x.numel())
+
+
+def _search(rows: Tensor, shrinks: Tensor, low: int, high: int, norm: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The same with `shrinks` [S, 1]."""
     minimum, maximum = rows.amin(1), rows.amax(1)
     if symmetric:
         maximum = torch.maximum(maximum, -minimum)
         minimum = -maximum
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for step in range(steps):
-        shrink = 1 - step / steps
-        scale, zero = affine_parameters(minimum * shrink, maximum * shrink, low, high)
-        if symmetric:
-            zero = torch.full_like(zero, (low + high + 1) // 2)
-        error = (fake_quantize(rows, scale[:, None], zero[:, None], low, high) - rows).abs_().pow_(norm).sum(1)
-        if best is None:
-            best = (error, scale, zero)
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best[1], best[2]
+    scale, zero = affine_parameters(minimum * shrinks, maximum * shrinks, low, high)  # [S, R]
+    if symmetric:
+        zero = torch.full_like(zero, (low + high + 1) // 2)
+    errors = [
+        (fake_quantize(rows, s[..., None], z[..., None], low, high) - rows).abs_().pow_(norm).sum(-1)
+        for s, z in zip(*(each.split(_at_once(rows)) for each in (scale, zero)), strict=True)
+    ]
+    best = torch.cat(errors).argmin(0, keepdim=True)
+    return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:

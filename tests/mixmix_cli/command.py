@@ -13,6 +13,8 @@ from mixmix_cli.__main__ import main
 
 TINY = ("--set", 'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":4}]', "--batch", "8")
 FEW = ("--set", "steps=6")
+BRIEFLY = ("--set", "mask_steps=2", "--set", "steps=2", "--set", "sensitive_images=4")
+"""Pruned so."""
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ from mixmix_cli.__main__ import main
 from recipes import zoo
 from recipes.demo import COLUMNS, Demo, to_json
 from recipes.validate import Reference, Validation
-from tests.mixmix_cli.command import TINY
+from tests.mixmix_cli.command import BRIEFLY, TINY
 from tests.mixmix_cli.report_page import NAMES, Page
 
 
@@ -48,9 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed(folder, "synth", "synth", model, plain, "-o", data, "-n", 6, "--batch", 4, *SHORT)
     printed(folder, "quantize", "quantize", model, "--bits", 2, *small, "--method", "nearest")
     printed(folder, "brecq", "quantize", model, "--bits", 3, *small, *fast, "--set", "steps=4")
-    printed(
-        folder, "prune", "prune", model, "--sparsity", 0.5, *small, *fast, "--set", "steps=2", "--set", "mask_steps=2"
-    )
+    printed(folder, "prune", "prune", model, "--sparsity", 0.5, *small, *fast, *BRIEFLY)
     printed(folder, "distill", "distill", plain, model, *small, "--steps", 1, "--set", "batch=4")
     files = [model.with_name(f"model.{word}.onnx") for word in ("w2", "w3", "s50")]
     gates = ("--max-drop", 0.02, "--layers")

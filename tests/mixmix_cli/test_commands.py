@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mixmix_cli.__main__ import TRAINED
 from mixmix_cli.cli import COMMANDS, cli
 from recipes import zoo
-from tests.mixmix_cli.command import TINY, run
+from tests.mixmix_cli.command import BRIEFLY, TINY, run
 
 
 @pytest.mark.timing
@@ -123,7 +123,7 @@ def test_memory_that_is_used_up_is_no_bug(
 
 
 def test_inspect_checks_a_pattern(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
-    few = ("--data", images, "--set", "mask_steps=2", "--set", "steps=2", "-q")
+    few = ("--data", images, *BRIEFLY, "-q")
     assert run(capsys, "prune", model, "--pattern", "2:4", *few)[0] == 0
     written = model.with_name("model.2of4.onnx")
     status, out, _ = run(capsys, "inspect", written, "--pattern", "2:4")
@@ -155,7 +155,8 @@ def test_nobody_reads_on(model: Path, tmp_path: Path) -> None:
     """`mixmix ... | head -1`: the work is done, the status says how it went, and nothing is said of the pipe."""
     junit, data = tmp_path / "gates.xml", ("--data", zoo.calibration_images_path())
     gate = ("validate", model, zoo.model_path("plain"), *data, "--min-agreement", 1, "--junit", junit)
-    for status, arguments in ((0, ("--help",)), (0, ("inspect", model)), (0, ("inspect", model, "--json")), (1, gate)):
+    recipes = ("recipe", "list")
+    for status, arguments in ((0, ("--help",)), (0, recipes), (0, (*recipes, "--json")), (1, gate)):
         done = into_closed_pipe("stdout", *arguments)
         assert (done.returncode, done.stderr) == (status, "")
     assert junit.is_file()

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mixmix_cli.cli import cli
 from recipes import zoo
 from tests import models
-from tests.mixmix_cli.command import FEW, run
+from tests.mixmix_cli.command import BRIEFLY, FEW, run
 
 
 def test_quantize_json_and_file(capsys: pytest.CaptureFixture[str], images: Path, model: Path) -> None:
@@ -122,7 +122,7 @@ def test_kernels_of_this_machine_are_no_gate_for_a_file_that_is_for_others(
 
 
 def test_prune_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
-    few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3")
+    few = ("--data", images, *BRIEFLY)
     status, out, _ = run(capsys, "prune", model, "--sparsity", 0.5, *few, "--json")
     document = json.loads(out)
     assert status == 0
@@ -140,7 +140,7 @@ def test_prune_writes_the_contract(capsys: pytest.CaptureFixture[str], model: Pa
 def test_prune_with_bits_writes_one_file_that_keeps_its_zeros(
     capsys: pytest.CaptureFixture[str], model: Path, images: Path
 ) -> None:
-    few = ("--data", images, "--set", "mask_steps=3", "--set", "steps=3", "--effort", "fast", "--json")
+    few = ("--data", images, *BRIEFLY, "--effort", "fast", "--json")
     status, out, _ = run(capsys, "prune", model, "--sparsity", 0.6, "--bits", 4, *few)
     document = json.loads(out)
     assert status == 0
@@ -203,7 +203,7 @@ def test_bits_that_are_stored_in_more(
     target: str | None, bits: int, said: bool, capsys: pytest.CaptureFixture[str], model: Path, images: Path
 ) -> None:
     words = () if target is None else ("--target", target)
-    few = ("--data", images, "--effort", "fast", "--set", "mask_steps=2", "--set", "steps=2")
+    few = ("--data", images, "--effort", "fast", *BRIEFLY)
     _, _, err = run(capsys, "prune", model, "--sparsity", 0.5, "--bits", bits, *words, *few)
     assert ("stored in 8 bits for tensorrt" in err) is said
     assert ("not of tensorrt" in err) is (target is not None)
@@ -226,7 +226,7 @@ def test_distill_writes_the_contract(capsys: pytest.CaptureFixture[str], model: 
 
 def test_prune_and_quantize_for_a_target(capsys: pytest.CaptureFixture[str], model: Path, images: Path) -> None:
     """2:4 in as few layers as a fifth of the weights needs, 8 bits throughout, symmetric as TensorRT takes it."""
-    few = ("--data", images, "--set", "mask_steps=2", "--set", "steps=2", "--effort", "fast")
+    few = ("--data", images, *BRIEFLY, "--effort", "fast")
     words = ("--pattern", "2:4", "--sparsity", 0.2, "--bits", 8, "--act-bits", 8, "--target", "tensorrt")
     status, out, _ = run(capsys, "prune", model, *words, *few, "--json")
     document = json.loads(out)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mixmix_cli.__main__ import main
 from recipes import zoo
 from tests.mixmix_cli.command import finish, start, torchrun
 
@@ -24,8 +25,9 @@ HOW = (
     "--set",
     'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":6}]',
 )
-SYNTH = ("-m", "mixmix_cli", "synth", *(str(zoo.model_path(name)) for name in ("inverted", "plain")), *HOW)
-TORCHRUN = torchrun(2)
+SYNTH = ("synth", *(str(zoo.model_path(name)) for name in ("inverted", "plain")), *HOW)
+PROCESS = ("-m", "mixmix_cli", *SYNTH)
+PROCESSES = (*torchrun(2), *PROCESS)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -44,10 +46,15 @@ def content(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The set that one uninterrupted process makes."""
+    """The set that one uninterrupted call makes."""
     directory = tmp_path_factory.mktemp("whole") / "set"
-    finish(start(*SYNTH, "-o", directory))
+    synth(directory)
     return content(directory)
+
+
+def synth(directory: Path, *more: str) -> None:
+    """The same in this process."""
+    assert main([*SYNTH, "-o", str(directory), *more]) == 0
 
 
 def stop_after(process: subprocess.Popen[str], directory: Path, shards: int, how: signal.Signals) -> tuple[int, str]:
@@ -63,38 +70,31 @@ def stop_after(process: subprocess.Popen[str], directory: Path, shards: int, how
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Killed outright after the first shard, interrupted after the third, resumed: as if nothing had happened."""
+    """Killed outright after the first shard, resumed, interrupted after the third, resumed: as if nothing had been."""
     directory = tmp_path / "set"
-    assert stop_after(start(*SYNTH, "-o", directory), directory, 1, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stop_after(start(*PROCESS, "-o", directory), directory, 1, signal.SIGKILL)[0] == -signal.SIGKILL
     assert not json.loads((directory / "manifest.json").read_text())["finished"]
-    resumed = start(*SYNTH, "-o", directory, "--resume")
+    resumed = start(*PROCESS, "-o", directory, "--resume")
     status, err = stop_after(resumed, directory, 3, signal.SIGINT)
     assert status == 130
     listed = (directory / "metadata.jsonl").read_text().splitlines()  # what was finished can be used as it is
     assert 6 <= len(listed) < COUNT
     assert f"{len(listed)} of {COUNT} images are in {directory}" in err
     assert "--resume" in err
-    finish(start(*SYNTH, "-o", directory, "--resume"))
+    synth(directory, "--resume")
     assert content(directory) == whole
 
 
 def test_two_processes_make_what_one_makes(whole: dict[str, bytes], tmp_path: Path) -> None:
     directory = tmp_path / "set"
-    out, _ = finish(start(*TORCHRUN, *SYNTH, "-o", directory, "--json"))
+    out, _ = finish(start(*PROCESSES, "-o", directory, "--json"))
     assert json.loads(out)["images"] == COUNT  # one document: only the first process speaks
-    assert content(directory) == whole
-
-
-def test_two_processes_resume_what_one_began(whole: dict[str, bytes], tmp_path: Path) -> None:
-    directory = tmp_path / "set"
-    stop_after(start(*SYNTH, "-o", directory), directory, 2, signal.SIGKILL)
-    finish(start(*TORCHRUN, *SYNTH, "-o", directory, "--resume"))
     assert content(directory) == whole
 
 
 def test_a_folder_in_use_stops_all_processes(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    process = start(*TORCHRUN, *SYNTH, "-o", tmp_path)
+    process = start(*PROCESSES, "-o", tmp_path)
     _, err = process.communicate(timeout=200)
     assert process.returncode != 0
     assert err.count("is not empty") == 1

@@ -40,7 +40,9 @@ def recipe(method: str, steps: int = 6, **changes: object) -> QuantizeSettings:
     """A shipped recipe with a budget for tests."""
     settings = load_recipe(QuantizeSettings, PACKAGE, method)
     steps = steps if settings.unit != "none" else 0
-    return settings.model_copy(update={"steps": steps, "batch": 16, "range_steps": 20, **changes})
+    return settings.model_copy(
+        update={"steps": steps, "batch": 16, "range_steps": 20, "sensitive_images": 4, **changes}
+    )
 
 
 @pytest.fixture(scope="session")

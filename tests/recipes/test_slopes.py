@@ -205,7 +205,8 @@ def test_pruning_comes_nearer_to_the_logits_with_it(
     classifier = load_classifier(zoo.model_path("residual"))
 
     def pruned(share: float) -> float:
-        settings = load_recipe(PruneSettings, PRUNE, "obs", "fast", overrides=[f"logit_share={share}"])
+        overrides = [f"logit_share={share}", "mask_steps=10", "steps=20", "sensitive_images=8"]
+        settings = load_recipe(PruneSettings, PRUNE, "obs", "fast", overrides=overrides)
         output = tmp_path / f"{share}.onnx"
         prune(classifier, calibration_images, output, settings, make_goal("unstructured", 0.8))
         return snr(classifier, output)
@@ -216,10 +217,12 @@ def test_pruning_comes_nearer_to_the_logits_with_it(
 def test_quantization_comes_nearer_to_the_logits_with_it(
     tmp_path: Path, calibration_images: ImageSet, snr: Callable[[Classifier, Path], float]
 ) -> None:
-    classifier = load_classifier(zoo.model_path("inverted"))
+    classifier = load_classifier(zoo.model_path("residual"))
 
     def quantized(share: float) -> float:
-        settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=[f"logit_share={share}"])
+        settings = load_recipe(
+            QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=[f"logit_share={share}", "steps=30"]
+        )
         quantize(classifier, calibration_images, tmp_path / f"{share}.onnx", settings, 2)
         return snr(classifier, tmp_path / f"{share}.onnx")
 
