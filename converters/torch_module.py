@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
-from onnx2torch.onnx_graph import OnnxGraph
 from torch import Tensor, nn
 
 from converters import graphs, passes
@@ -108,7 +108,7 @@ class BatchNorm:
 class TorchClassifier(nn.Module):
     """The differentiable module. `forward` takes the model's input tensor and gives its logits [N, classes]."""
 
-    def __init__(self, classifier: Classifier, operators: Mapping[str, registry.Found] | None = None) -> None:
+    def __init__(self, classifier: Classifier, operators: Iterable[registry.Found] | None = None) -> None:
         super().__init__()
         self.classifier = classifier
         self.spec = classifier.spec
@@ -130,9 +130,9 @@ class TorchClassifier(nn.Module):
             self._buffer_of[name] = f"constant_{index}"
             self.register_buffer(f"constant_{index}", torch.from_numpy(array))
 
-    def _steps(self, operators: Mapping[str, registry.Found]) -> list[Step]:
+    def _steps(self, operators: Iterable[registry.Found]) -> list[Step]:
         steps: list[Step] = []
-        for node, operator in operators.values():
+        for node, operator in operators:
             if operator.module is not None:
                 self.add_module(f"node_{len(steps)}", operator.module)
             fixed = {
@@ -140,7 +140,7 @@ class TorchClassifier(nn.Module):
                 for index in operator.static
                 if index < len(operator.inputs) and self.is_constant(operator.inputs[index])
             }
-            steps.append(Step(node.name, node.operation_type, operator, node.attributes, fixed))
+            steps.append(Step(node.name, node.op_type, operator, registry.attributes_of(node), fixed))
         return steps
 
     def constant(self, name: str) -> Tensor:
@@ -403,13 +403,12 @@ def _rounding(module: TorchClassifier, x: Tensor, actual: np.ndarray) -> float:
         module.float()
 
 
-def find_operators(classifier: Classifier) -> dict[str, registry.Found]:
-    """Each node of the normalised graph with its operator, by name, in order. Raises UnsupportedOperatorError."""
-    graph, versions = _onnx2torch_graph(classifier)
+def find_operators(classifier: Classifier) -> list[registry.Found]:
+    """Each node of the normalised graph with its operator, in order. Raises UnsupportedOperatorError."""
+    graph, versions = _light_graph(classifier)
+    others = registry.Onnx2Torch(graph)
     try:
-        return {
-            name: (node, registry.find(node, graph, versions.get(node.domain, 1))) for name, node in graph.nodes.items()
-        }
+        return [(node, registry.find(node, others, versions.get(node.domain, 1))) for node in graph.node]
     except UnsupportedOperatorError as error:
         raise UnsupportedOperatorError(f"{classifier.path}: {error}") from error
 
@@ -429,20 +428,20 @@ class Unsupported:
 
 def unsupported_operators(classifier: Classifier) -> list[Unsupported]:
     """Everything that keeps the model from being converted."""
-    graph, versions = _onnx2torch_graph(classifier)
-    found = []
-    for name, node in graph.nodes.items():
+    graph, versions = _light_graph(classifier)
+    others, found = registry.Onnx2Torch(graph), []
+    for node in graph.node:
         opset = versions.get(node.domain, 1)
         try:
-            registry.find(node, graph, opset)
+            registry.find(node, others, opset)
         except UnsupportedOperatorError:
-            help_ = what_helps(node.operation_type, node.domain)
-            found.append(Unsupported(node.operation_type, opset, node.name or name, help_))
+            help_ = what_helps(node.op_type, node.domain)
+            found.append(Unsupported(node.op_type, opset, node.name or node.op_type, help_))
     return found
 
 
-def _onnx2torch_graph(classifier: Classifier) -> tuple[OnnxGraph, dict[str, int]]:
-    """The normalised graph as onnx2torch reads it, large tensors left out, and the opset of each domain."""
+def _light_graph(classifier: Classifier) -> tuple[onnx.GraphProto, dict[str, int]]:
+    """The normalised graph, large tensors left out, and the opset of each domain."""
     light = classifier.normal.clone()
     for name, value in light.graph.initializers.items():
         tensor = value.const_value
@@ -450,7 +449,7 @@ def _onnx2torch_graph(classifier: Classifier) -> tuple[OnnxGraph, dict[str, int]
             kind, shape = ir.DataType(tensor.dtype), graphs.shape_of(tensor)
             value.const_value = ir.ExternalTensor("left out", 0, tensor.nbytes, kind, shape=shape, name=name)
     proto = ir.to_proto(light)
-    return OnnxGraph(proto.graph), {entry.domain: entry.version for entry in proto.opset_import}
+    return proto.graph, {entry.domain: entry.version for entry in proto.opset_import}
 
 
 def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:

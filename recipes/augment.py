@@ -1,7 +1,8 @@
 """Augmentation of pixels in [0, 1], drawn for each sample; gradients pass through.
 
 Synthesis sees its images augmented (seed, B.3: flip and colour jitter), and so does the training of whole networks
-(B.3: these, random grayscale and Gaussian blur).
+(B.3: these, random grayscale and Gaussian blur). kornia, whose import takes half a second, is imported where it is
+needed: most recipes do without.
 """
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import kornia.color as color
-import kornia.enhance as enhance
-import kornia.filters as filters
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +50,8 @@ class Augmentation:
         pixels = _shift(pixels, self.shift, generator)
         pixels = _jitter(pixels, self.jitter, generator)
         if self.grayscale and pixels.shape[1] == 3:
+            from kornia import color
+
             gray = color.rgb_to_grayscale(pixels).expand_as(pixels)
             pixels = _each(_chosen(pixels, self.grayscale, generator), gray, pixels)
         if self.blur:
@@ -90,6 +90,8 @@ def _blur(pixels: Tensor, share: float, sigma: tuple[float, float], generator: t
     chosen = _chosen(pixels, share, generator).flatten()
     if not chosen.any():
         return pixels
+    from kornia import filters
+
     side = 2 * math.ceil(KERNEL * high) + 1
     blurred = filters.gaussian_blur2d(pixels[chosen], side, deviation[chosen], border_type="replicate")
     return pixels.index_put((chosen,), blurred)
@@ -98,6 +100,10 @@ def _blur(pixels: Tensor, share: float, sigma: tuple[float, float], generator: t
 def _jitter(pixels: Tensor, amounts: Jitter, generator: torch.Generator) -> Tensor:
     def factor(amount: float) -> Tensor:
         return (1 + amount * (2 * torch.rand(len(pixels), generator=generator) - 1)).to(pixels)
+
+    if not any(amounts):
+        return pixels
+    from kornia import enhance
 
     brightness, contrast, saturation, hue = amounts
     if brightness:

@@ -2,8 +2,8 @@
 
 An entry is a plain function: it takes the node's attributes and returns the function of its operands. One function
 serves every version of an operator that changed nothing but the admitted types, or where something is said. What is
-not in the table is looked up in onnx2torch's registry, and an operator that neither has is an error which names the
-node.
+not in the table is looked up in onnx2torch's registry, which is imported for that alone, and an operator that neither
+has is an error which names the node.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import onnx
-from onnx2torch.node_converters.registry import get_converter
-from onnx2torch.onnx_graph import OnnxGraph
-from onnx2torch.onnx_node import OnnxNode
+import torch
 from torch import Tensor, nn
 
 from converters.errors import UnsupportedOperatorError
 from converters.ops.advice import what_helps
+
+if TYPE_CHECKING:
+    from onnx2torch.onnx_graph import OnnxGraph
 
 Body = Callable[..., Any]
 """The operator on tensors: operands in ONNX order, None for one left out; a tensor, or a tuple of outputs."""
@@ -52,8 +54,8 @@ class Operator:
     static: tuple[int, ...] = ()
 
 
-Found = tuple[OnnxNode, Operator]
-"""A node as onnx2torch reads it, and its operator."""
+Found = tuple[onnx.NodeProto, Operator]
+"""A node and its operator."""
 
 
 def operator(name: str, *versions: int, domain: str = "", static: tuple[int, ...] = ()) -> Callable[[Builder], Builder]:
@@ -102,31 +104,63 @@ def versions_in_force(name: str, domain: str = "") -> list[int]:
     return sorted(found)
 
 
-def _attributes(node: OnnxNode) -> dict[str, Any]:
-    """The node's attributes, empty lists too, and OUTPUTS, how many outputs it names."""
-    given = {
-        name: onnx.helper.get_attribute_value(value) if isinstance(value, onnx.AttributeProto) else value
-        for name, value in node.attributes.items()
-    }
-    return given | {OUTPUTS: len(node.output_values)}
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """The node's attributes, texts as str and tensors as torch's, and OUTPUTS, how many outputs it names."""
+    given = {entry.name: _plain(onnx.helper.get_attribute_value(entry)) for entry in node.attribute}
+    return given | {OUTPUTS: len(node.output)}
 
 
-def find(node: OnnxNode, graph: OnnxGraph, opset: int) -> Operator:
-    """The operator of one node. Raises UnsupportedOperatorError with the node, the operator and the opset."""
-    name, domain = node.operation_type, "" if node.domain == "ai.onnx" else node.domain
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, onnx.TensorProto):
+        return torch.from_numpy(onnx.numpy_helper.to_array(value).copy())
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+class Onnx2Torch:
+    """A graph for onnx2torch, imported when the first node needs it: that imports torchvision, which takes a second."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._graph = graph
+
+    @cached_property
+    def _read(self) -> OnnxGraph:
+        from onnx2torch.onnx_graph import OnnxGraph
+
+        return OnnxGraph(self._graph)
+
+    def operator(self, node: onnx.NodeProto, version: int, domain: str) -> Operator:
+        """The operator of a node of the graph. Raises whatever onnx2torch's reading of it runs into."""
+        from onnx2torch.node_converters.registry import get_converter
+
+        convert = get_converter(node.op_type, version, domain)
+        module, mapping = convert(self._read.value_as_node_output(_first_output(node))[0], self._read)
+        module.eval().requires_grad_(False)
+        return Operator(_positional(module), mapping.inputs, tuple(mapping.outputs), module)
+
+
+def _first_output(node: onnx.NodeProto) -> str:
+    return next(name for name in node.output if name)
+
+
+def find(node: onnx.NodeProto, others: Onnx2Torch, opset: int) -> Operator:
+    """The operator of one node of the graph of `others`, by the table or else by those.
+
+    Raises UnsupportedOperatorError with the node, the operator and the opset.
+    """
+    name, domain = node.op_type, "" if node.domain == "ai.onnx" else node.domain
     version = since_version(name, opset, domain)
     builder = _TABLE.get((domain, name, version))
     try:
-        if builder is not None:
-            return Operator(builder(_attributes(node)), node.input_values, node.output_values, static=_STATIC[name])
-        module, mapping = get_converter(name, version, domain)(node, graph)
+        if builder is None:
+            return others.operator(node, version, domain)
+        return Operator(builder(attributes_of(node)), tuple(node.input), tuple(node.output), static=_STATIC[name])
     except Exception as error:  # converters raise whatever their reading of the node runs into
-        where = f"node {node.name or node.output_values[0]!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
+        where = f"node {node.name or _first_output(node)!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
         raise UnsupportedOperatorError(
             f"{where} cannot be converted ({str(error).strip() or 'no converter'}): {what_helps(name, domain)}"
         ) from error
-    module.eval().requires_grad_(False)
-    return Operator(_positional(module), mapping.inputs, tuple(mapping.outputs), module)
 
 
 def _positional(module: nn.Module) -> Body:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import onnx
 import torch
@@ -210,13 +209,13 @@ def pad(attributes: Attributes) -> Body:
 @operator("Constant")
 def constant(attributes: Attributes) -> Body:
     (value,) = (value for name, value in attributes.items() if name != OUTPUTS)
-    tensor: Any = value.to_torch() if hasattr(value, "to_torch") else torch.tensor(value)
+    tensor = torch.as_tensor(value)
     return lambda: tensor
 
 
 @operator("ConstantOfShape", static=(0,))
 def constant_of_shape(attributes: Attributes) -> Body:
-    value = attributes["value"].to_torch() if "value" in attributes else torch.zeros(1)
+    value = attributes.get("value", torch.zeros(1))
 
     def run(shape: Static) -> Tensor:
         device = shape.device if isinstance(shape, Tensor) else None

@@ -11,7 +11,6 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from onnx2torch.onnx_graph import OnnxGraph
 
 from converters.ops import registry
 from converters.runtime import Session
@@ -77,8 +76,7 @@ def single(op: str, operands: Operands, opset: int, outputs: int, attributes: di
 
 def find(model: onnx.ModelProto) -> registry.Operator:
     """The operator of a model's first node."""
-    graph = OnnxGraph(model.graph)
-    return registry.find(next(iter(graph.nodes.values())), graph, model.opset_import[0].version)
+    return registry.find(model.graph.node[0], registry.Onnx2Torch(model.graph), model.opset_import[0].version)
 
 
 def check(

@@ -16,7 +16,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 from onnx.backend.test.case.node import collect_testcases
-from onnx2torch.onnx_graph import OnnxGraph
 from torch import Tensor
 
 from converters.ops import registry
@@ -102,9 +101,8 @@ def arrange(case: Case) -> tuple[registry.Operator, dict[str, Tensor], str]:
     kept = [value for value in graph.input if value.name in data]
     del graph.input[:]
     graph.input.extend(kept)
-    onnx_graph = OnnxGraph(graph)
     opset = min(OPSET, next(entry.version for entry in model.opset_import if not entry.domain))
-    operator = registry.find(next(iter(onnx_graph.nodes.values())), onnx_graph, opset)
+    operator = registry.find(graph.node[0], registry.Onnx2Torch(graph), opset)
     return operator, {name: torch.from_numpy(np.array(x)) for name, x in values.items()}, names[0] if names else ""
 
 

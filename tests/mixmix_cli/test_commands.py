@@ -41,6 +41,18 @@ def test_help_and_version_answer_at_once() -> None:
         assert time.perf_counter() - started < 2
 
 
+def test_what_a_model_does_not_need_is_not_imported(model: Path, tmp_path: Path) -> None:
+    """Of two seconds' worth: operators that are in no table of ours, and augmentation that no default recipe has."""
+    few = ("-n", "2", "--set", 'stages=[{"scale":1.0,"steps":1}]', "-o", str(tmp_path / "set"))
+    code = (
+        "import sys; from mixmix_cli.__main__ import main; status = main(sys.argv[1:]);"
+        "print(status, {'torch', 'onnx2torch', 'torchvision', 'kornia'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "synth", str(model), *few]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 {'torch'}"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_an_example_and_a_readme_entry(name: str) -> None:
     result = CliRunner().invoke(cli, [name, "--help"])
