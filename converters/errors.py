@@ -25,6 +25,10 @@ class ConversionError(ModelError):
     """The torch module and onnxruntime disagree; names the first value that differs."""
 
 
+class BrokenLibraryError(MixMixError):
+    """A library that is installed and cannot be imported."""
+
+
 class SpecError(MixMixError):
     """An input specification that is malformed or does not fit the model."""
 

@@ -103,15 +103,15 @@ class Session:
             inputs = inputs.round().clip(0, 255)
         return inputs.astype(self._type)
 
-    def latency(self, inputs: Array, *, seconds: float = 0.5, least: int = 5, most: int = 200) -> float:
+    def latency(self, inputs: Array, *, seconds: float = 0.5, least: int = 5, enough: int = 200) -> float:
         """Median time of one run on `inputs` in milliseconds, after one warm-up.
 
-        Over as many runs as go into `seconds`, `least` to `most` of them.
+        Over as many runs as go into `seconds`, `least` of them at least; into a fifth of that where those are `enough`.
         """
         self.run(inputs)
         times: list[float] = []
         started = time.perf_counter()
-        while len(times) < least or (len(times) < most and time.perf_counter() - started < seconds):
+        while len(times) < least or time.perf_counter() - started < (seconds if len(times) < enough else seconds / 5):
             before = time.perf_counter()
             self.run(inputs)
             times.append(time.perf_counter() - before)

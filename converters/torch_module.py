@@ -436,7 +436,7 @@ def unsupported_operators(classifier: Classifier) -> list[Unsupported]:
             registry.find(node, others, opset)
         except UnsupportedOperatorError:
             help_ = what_helps(node.op_type, node.domain)
-            found.append(Unsupported(node.op_type, opset, node.name or node.op_type, help_))
+            found.append(Unsupported(node.op_type, opset, node.name or registry.first_output(node), help_))
     return found
 
 

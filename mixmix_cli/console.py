@@ -52,8 +52,8 @@ class Terminal:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
-        self.errors = _Printer(stderr=True, highlight=False)
-        self.results = _Printer(highlight=False, soft_wrap=True)
+        self.errors = _Printer(stderr=True, highlight=False, emoji=False)
+        self.results = _Printer(highlight=False, emoji=False, soft_wrap=True)
         if not self.results.is_terminal and "COLUMNS" not in os.environ:
             self.results.width = FILE_WIDTH
         self._bars: Progress | None = None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from recipes.distill import settings as distill
 from recipes.prune import settings as prune
 from recipes.quantize import settings as quantize
-from recipes.settings import Effort, Settings, load_recipe, recipe_names, recipe_text
+from recipes.settings import Effort, Settings, SettingsError, load_recipe, recipe_names, recipe_text
 from recipes.synth import settings as synth
 
 WIDTH = 100
@@ -56,6 +57,8 @@ class Recipe:
     keys: list[Key]
     efforts: dict[str, dict[str, Any]]
     """Keys that an effort changes."""
+    asides: dict[str, str]
+    """What the file says right above the keys of an effort."""
 
     def text(self) -> str:
         """A TOML file that loads as this recipe does, at every effort; every key stands under what it is."""
@@ -63,7 +66,12 @@ class Recipe:
         for key in self.keys:
             lines += ["", *_comment(key.about), _assignment(key.name, key.value)]
         for name, table in self.efforts.items():
-            lines += ["", f"[effort.{name}]", *(_assignment(key, value) for key, value in table.items())]
+            lines += [
+                "",
+                *_comment(self.asides.get(name, "")),
+                f"[effort.{name}]",
+                *(_assignment(key, value) for key, value in table.items()),
+            ]
         return "\n".join(lines)
 
 
@@ -73,26 +81,31 @@ def read_recipe(kind: Kind, recipe: str) -> Recipe:
     Raises SettingsError where `load_recipe` does, at any effort.
     """
     for effort in get_args(Effort):
-        load_recipe(kind.settings, kind.package, recipe, effort)
+        try:
+            load_recipe(kind.settings, kind.package, recipe, effort)
+        except SettingsError as error:
+            raise error if effort == "default" else SettingsError(f"at --effort {effort}, {error}") from None
     text, _ = recipe_text(kind.package, recipe)
     values = tomllib.loads(text)
     efforts = values.pop("effort", {})
     fields = kind.settings.model_fields
     defaults = {name: None if field.is_required() else field.default for name, field in fields.items()}
     keys = [Key(name, value, fields[name].description or "") for name, value in (defaults | values).items()]
-    return Recipe(head(text), keys, efforts)
+    return Recipe(
+        _remark(text.splitlines()), keys, efforts, {name: _above(f"[effort.{name}]", text) for name in efforts}
+    )
 
 
-def head(text: str) -> str:
-    """What a file says of itself: the comment that it begins with, on one line."""
-    return " ".join(line.lstrip("# ") for line in _first_comment(text))
+def _above(header: str, text: str) -> str:
+    """The comment right above a table."""
+    lines = text.splitlines()
+    return _remark(lines[lines.index(header) - 1 :: -1], -1) if header in lines[1:] else ""
 
 
-def _first_comment(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            return
-        yield line
+def _remark(lines: Iterable[str], order: Literal[1, -1] = 1) -> str:
+    """The comment that `lines` begin with, without its marks; its lines come last to first where `order` is -1."""
+    marked = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    return " ".join(marked[::order])
 
 
 def _comment(text: str) -> list[str]:
@@ -109,4 +122,6 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return repr(value) if isinstance(value, float) else json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped, and JSON not

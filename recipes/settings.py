@@ -50,7 +50,7 @@ class LoopSettings(Settings):
     """Largest number of block-input elements a step. Early blocks have few weights and see each of them at thousands
     of places in one image, so a few images a step are enough there."""
     least_batch: int = Field(default=8, ge=1)
-    """Images a step, however large they are."""
+    """Fewest images a step, however large they are."""
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
     cache_limit: float = Field(default=2.0, gt=0)
@@ -59,15 +59,15 @@ class LoopSettings(Settings):
     """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself.
     Of whole blocks alone: nobody asks what a layer within one does to the logits."""
     logit_directions: int = Field(default=1280, ge=1)
-    """Largest logits that it is measured in, about so many over all images, one to ten an image."""
+    """Largest logits that `logit_share` is measured in, about so many over all images, one to ten an image."""
     bias_rate: float = Field(default=0.0, ge=0)
     """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
     compensate: bool = False
     """Begin from weights that make up for one another in closed form: rounded so (GPTQ), or taken out (OBS)."""
     compensate_places: int = Field(default=256, ge=1)
-    """Output positions an image that the statistics for it are taken from."""
+    """Output positions an image that the statistics for `compensate` are taken from."""
     compensate_inputs: int = Field(default=8192, ge=1)
-    """Most weights an output channel of a layer that it is done in: the statistics are that number squared."""
+    """Most weights an output channel of a layer that `compensate` works on: its statistics are that number squared."""
 
     def minibatch(self, x: Tensor) -> int:
         """Images a step for a block with input `x` [N, ...]."""

@@ -18,7 +18,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from converters.errors import UnsupportedOperatorError
+from converters.errors import BrokenLibraryError, UnsupportedOperatorError
 from converters.ops.advice import what_helps
 
 if TYPE_CHECKING:
@@ -131,23 +131,32 @@ class Onnx2Torch:
         return OnnxGraph(self._graph)
 
     def operator(self, node: onnx.NodeProto, version: int, domain: str) -> Operator:
-        """The operator of a node of the graph. Raises whatever onnx2torch's reading of it runs into."""
-        from onnx2torch.node_converters.registry import get_converter
+        """The operator of a node of the graph. Raises whatever onnx2torch's reading of it runs into.
 
+        Raises BrokenLibraryError where onnx2torch cannot be imported.
+        """
+        try:
+            from onnx2torch.node_converters.registry import get_converter
+        except Exception as error:  # a torchvision that was built for another torch raises RuntimeError
+            raise BrokenLibraryError(
+                f"onnx2torch cannot be imported ({error}): install it again, and the torchvision that goes with torch"
+                f" {torch.__version__}"
+            ) from error
         convert = get_converter(node.op_type, version, domain)
-        module, mapping = convert(self._read.value_as_node_output(_first_output(node))[0], self._read)
+        module, mapping = convert(self._read.value_as_node_output(first_output(node))[0], self._read)
         module.eval().requires_grad_(False)
         return Operator(_positional(module), mapping.inputs, tuple(mapping.outputs), module)
 
 
-def _first_output(node: onnx.NodeProto) -> str:
+def first_output(node: onnx.NodeProto) -> str:
+    """The name of the first value that the node gives."""
     return next(name for name in node.output if name)
 
 
 def find(node: onnx.NodeProto, others: Onnx2Torch, opset: int) -> Operator:
     """The operator of one node of the graph of `others`, by the table or else by those.
 
-    Raises UnsupportedOperatorError with the node, the operator and the opset.
+    Raises UnsupportedOperatorError with the node, the operator and the opset, and BrokenLibraryError.
     """
     name, domain = node.op_type, "" if node.domain == "ai.onnx" else node.domain
     version = since_version(name, opset, domain)
@@ -156,8 +165,10 @@ def find(node: onnx.NodeProto, others: Onnx2Torch, opset: int) -> Operator:
         if builder is None:
             return others.operator(node, version, domain)
         return Operator(builder(attributes_of(node)), tuple(node.input), tuple(node.output), static=_STATIC[name])
+    except BrokenLibraryError:
+        raise
     except Exception as error:  # converters raise whatever their reading of the node runs into
-        where = f"node {node.name or _first_output(node)!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
+        where = f"node {node.name or first_output(node)!r} ({domain or 'ai.onnx'}.{name}, opset {opset})"
         raise UnsupportedOperatorError(
             f"{where} cannot be converted ({str(error).strip() or 'no converter'}): {what_helps(name, domain)}"
         ) from error

@@ -69,6 +69,6 @@ def _distill(ranks: Ranks, given: dict[str, Any], settings: DistillSettings) -> 
     request = request_from(given, output, given["recipe"], terminal, student=given["student"], ranks=ranks)
     result, validation = compress(request, distilling(settings), terminal)
     zeros = f"; {percent(result.sparsity)} of its weights are zero, as before" if result.sparsity > 0.01 else ""
-    account = f"{settings.steps} steps on {counted(validation.images, 'image')}{zeros}"
+    account = f"{counted(settings.steps, 'step')} on {counted(validation.images, 'image')}{zeros}"
     remedy = "give it more --steps, or more images (-n)"
     return ranks.lead(lambda: show_result(terminal, result, validation, account, remedy))

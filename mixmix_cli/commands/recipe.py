@@ -58,8 +58,8 @@ def show(**given: Any) -> int:
     if kind is None:
         hint = nearest(given["for_command"], KINDS)
         raise click.UsageError(f"{given['for_command']} has no recipes{hint}: choose one of {', '.join(KINDS)}")
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     recipe = read_recipe(kind, given["recipe"])
+    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     if terminal.as_json:
         names = {"command": given["for_command"], "recipe": given["recipe"], "about": recipe.about}
         keys = {key.name: {"value": key.value, "about": key.about} for key in recipe.keys}

@@ -14,14 +14,13 @@ PACKAGE = "recipes.prune"
 class PruneSettings(LoopSettings):
     """How weights are chosen and the rest is trained. Rates are Adam learning rates that fall along a half cosine.
 
-    `mask_steps` is the seed's first stage, in which mask and weights are trained together and after which the smallest
-    are chosen anew; `steps` its second, in which the mask is frozen (eq. 10). Without either, the choice is all.
+    Without steps of either kind, the choice is all.
     """
 
     mask_steps: int = Field(default=0, ge=0)
-    """Training steps a block of mask and weights together, after which the smallest are chosen anew (eq. 10)."""
+    """Training steps a block of mask and weights together, after which the smallest are chosen anew (seed, eq. 10)."""
     steps: int = Field(default=0, ge=0)
-    """Training steps a block of the weights that stay."""
+    """Training steps a block of the weights that stay, their mask frozen (seed, eq. 10)."""
     weight_rate: float = Field(default=0.05, ge=0)
     """Rate of the weights, relative to the root mean square of a layer's weights."""
     rate_power: float = Field(default=0.0, ge=0)

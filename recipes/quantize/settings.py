@@ -31,9 +31,9 @@ class QuantizeSettings(LoopSettings):
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps before the regulariser sets in."""
     beta_start: float = Field(default=20.0, gt=0)
-    """Exponent of the rounding regulariser where it sets in: high lets what is undecided be."""
+    """Exponent of the rounding regulariser where it sets in: a high one lets what is undecided be."""
     beta_end: float = Field(default=2.0, gt=0)
-    """The same at the end, where all is to be decided."""
+    """Exponent of the rounding regulariser at the end, where all is to be decided."""
     input_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of block-input elements taken from the float model (QDrop)."""
     activation_drop: float = Field(default=0.0, ge=0, le=1)
@@ -41,9 +41,9 @@ class QuantizeSettings(LoopSettings):
     equalise: float = Field(default=0.0, ge=0, le=1)
     """The power of their ranges that channels are divided by before activations get 4 bits or fewer; 0 leaves them."""
     range_steps: int = Field(default=80, ge=1)
-    """How many narrower ranges are tried for a channel before anything is learned."""
+    """How many ranges are tried for each channel of a weight, and for an activation: the full one and ever narrower."""
     range_norm: float = Field(default=2.4, gt=0)
-    """Power of the rounding errors whose sum says which range is best."""
+    """Power of the rounding errors whose sum says which range of a weight is best; of activations it is 2."""
     end_bits: int = Field(default=8, ge=2, le=8)
     """Fewest bits of the inputs of the first and the last layer."""
     extra_share: float = Field(default=0.10, ge=0, le=1)
@@ -55,13 +55,13 @@ class QuantizeSettings(LoopSettings):
     train_steps: int = Field(default=0, ge=0)
     """Steps of training the whole network after reconstruction (QAT); 0 leaves it at that."""
     train_batch: int = Field(default=64, ge=2)
-    """Images a step of it."""
+    """Images a step of the whole network's training."""
     train_warmup: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps in which rates rise from 0."""
+    """Share of the whole network's training in which rates rise from 0."""
     train_rate: float = Field(default=0.1, ge=0)
     """All learning rates of the whole network's training, as a share of those of the reconstruction."""
     train_temperature: float = Field(default=4.0, gt=0)
-    """Softens both class distributions (Hinton et al. 2015)."""
+    """Softens both class distributions in the whole network's training (Hinton et al. 2015)."""
     train_features: float = Field(default=1.0, ge=0)
     """Weight of the blocks' outputs against the divergence of logits."""
     train_mixing: float = Field(default=0.7, ge=0, le=1)

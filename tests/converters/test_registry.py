@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from onnx2torch.node_converters.registry import get_converter
 
-from converters.errors import UnsupportedOperatorError
+from converters.errors import BrokenLibraryError, UnsupportedOperatorError
 from converters.ops import registry
 from tests import models
 from tests.converters import oracle
@@ -82,6 +83,13 @@ def test_what_the_table_lacks_comes_from_onnx2torch() -> None:
     operands = [models.random(1, 2, 8, 8), np.array([[0, 0, 4, 4]], np.float32), np.zeros(1, np.int64)]
     model = oracle.single("RoiAlign", operands, 16, 1, {"output_height": 2, "output_width": 2})
     assert oracle.find(model).module is not None
+
+
+def test_a_broken_library_is_not_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx2torch.node_converters.registry", None)
+    assert oracle.find(models.conv()).module is None  # which it is not asked for
+    with pytest.raises(BrokenLibraryError, match=r"onnx2torch cannot be imported .*: install it again"):
+        oracle.find(models.unknown_operator())
 
 
 def ints(*values: int) -> torch.Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from converters import runtime
 from converters.errors import ModelError
-from converters.runtime import Session, installation_conflict
+from converters.runtime import Array, Session, installation_conflict
 from tests import models
 from tests.converters import oracle
 
@@ -106,6 +107,21 @@ def test_latency_grows_with_the_work() -> None:
     session = Session(MODEL, threads=1)
     small, large = (session.latency(models.images(batch), seconds=0.02) for batch in (1, 2000))
     assert large > 5 * small
+
+
+@pytest.mark.parametrize(("each", "runs"), [(0.2, 5), (0.02, 25), (1e-3, 200), (1e-4, 1000)])
+def test_how_often_latency_runs(each: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second, five runs at least; a tenth of a second is enough for 200."""
+    clock, session = [0.0], Session(MODEL, threads=1)
+
+    def run(_: Array) -> list[Array]:
+        clock[0] += each
+        return []
+
+    monkeypatch.setattr(session, "run", run)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock[0])
+    assert session.latency(models.images(1)) == pytest.approx(1e3 * each)
+    assert clock[0] / each == pytest.approx(1 + runs, abs=2)
 
 
 def test_installation_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

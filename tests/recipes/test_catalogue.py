@@ -41,20 +41,25 @@ def test_every_recipe_and_every_key_says_what_it_is(command: str, name: str) -> 
     for about in (shown.about, *(key.about for key in shown.keys)):
         assert len(about.split()) > 1
         assert about[0].isupper() or about[0] == "`"
+        assert not about.startswith(("The same", "Of it"))
 
 
 def test_a_file_of_the_user_is_completed(file: Path) -> None:
     """With what only an effort sets, numbers that JSON does not have, and no word of what the file is."""
     own = file.with_name("mine.toml")
-    own.write_text("stages = [{ scale = 1.0, steps = 5 }]\nrate = inf\n[effort.fast]\nmodels_per_step = 2\n")
+    text = 'stages = [{ scale = 1.0, steps = 5 }]\nrate = inf\nmodels = ["\U0001f600:b:\\u007f"]\n# One.\n# Two.\n'
+    own.write_text(f"{text}[effort.fast]\nmodels_per_step = 2\n")
     shown = read_recipe(KINDS["synth"], str(own))
     assert shown.about == ""
     assert shown.efforts == {"fast": {"models_per_step": 2}}
+    assert shown.asides == {"fast": "One. Two."}
+    assert "# One. Two.\n[effort.fast]" in shown.text()
     assert_loads_alike("synth", str(own), shown, file)
 
 
 @pytest.mark.parametrize("effort", get_args(Effort))
 def test_what_is_wrong_is_refused_at_whatever_effort(effort: Effort, file: Path) -> None:
     file.write_text(f'unit = "block"\n[effort.{effort}]\nsteps = -1\n')
-    with pytest.raises(SettingsError, match="steps cannot be -1"):
+    said = "" if effort == "default" else f"at --effort {effort}, .*"
+    with pytest.raises(SettingsError, match=f"{said}steps cannot be -1"):
         read_recipe(KINDS["quantize"], str(file))

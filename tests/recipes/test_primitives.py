@@ -140,6 +140,15 @@ def test_search_shrinks_the_range_for_outliers() -> None:
     assert float(scale) < 0.5 * float(full)
 
 
+@pytest.mark.parametrize("at_once", [1, 8, 30, 1 << 30])
+def test_ranges_do_not_depend_on_how_many_are_tried_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(12, 7, generator=torch.Generator().manual_seed(0)).t()  # as a Gemm's weight [I, O] has them
+    expected = q.search_range(rows, -8, 7)
+    monkeypatch.setitem(q.AT_ONCE, "cpu", at_once)
+    for found, same in zip(q.search_range(rows, -8, 7), expected, strict=True):
+        torch.testing.assert_close(found, same, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("limits", [(-8, 7), (0, 15), (-2, 1), (0, 255)])
 @pytest.mark.parametrize("value", [0.0, 0.75, -0.75])
 def test_constant_rows_survive(limits: tuple[int, int], value: float) -> None:

@@ -25,7 +25,7 @@ from tests.recipes.test_quantize import Written, recipe, run, top1
 
 Classifiers = Callable[[str], Classifier]
 Quantizer = Callable[..., Compression]
-MODELS = ("plain", "residual", "inverted", "inverted_folded", "dense", "excite", "shuffle", "attention")
+MODELS = ("plain", "residual", "inverted", "dense", "excite", "shuffle", "attention")
 
 
 @pytest.fixture(scope="session")

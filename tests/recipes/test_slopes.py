@@ -217,7 +217,7 @@ def test_pruning_comes_nearer_to_the_logits_with_it(
 def test_quantization_comes_nearer_to_the_logits_with_it(
     tmp_path: Path, calibration_images: ImageSet, snr: Callable[[Classifier, Path], float]
 ) -> None:
-    classifier = load_classifier(zoo.model_path("residual"))
+    classifier = load_classifier(zoo.model_path("inverted"))
 
     def quantized(share: float) -> float:
         settings = load_recipe(
