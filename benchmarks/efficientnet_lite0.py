@@ -11,7 +11,8 @@ Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it;
 and (b) to W4 on them, and (a) on Gaussian noise and on crops of every second photograph at equal settings; prunes (a)
 on the made images, and quantizes it on them to other widths, by other methods and within a budget. Agreement is the
 share of crops with the float model's top-1; `sure` counts only crops where the float model's confidence is above 0.3;
-SNR is that of the logits. The row on photographs is judged on the photographs it did not see.
+SNR is that of the logits. What was quantized on half of the photographs is judged on the others, and the rest on all of
+them and, to compare, on those.
 """
 
 from __future__ import annotations
@@ -187,7 +188,10 @@ def quantized(
             classifier, images, output, recipe, options.bits, seed=options.seed, overwrite=True, progress=terminal
         )
         title = f"{method}, {len(images)} {name}" if method != "nearest" else method
-        yield judge.row(classifier, title, result, unseen=images is seen)
+        if images is not seen:
+            yield judge.row(classifier, title, result)
+        if method != "nearest":
+            yield judge.row(classifier, f"{title}, the other photographs", result, unseen=True)
 
 
 def widths(
