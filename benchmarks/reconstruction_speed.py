@@ -131,7 +131,7 @@ def product_loop(path: Path, channels: int, x: Tensor, settings: QuantizeSetting
         for weight in weights.values():
             weight.learn()
         generator = torch.Generator().manual_seed(0)
-        loop = Loop(STEPS, BATCH, settings.input_drop)
+        loop = Loop(STEPS, BATCH, settings.input_drop, precision=settings.precision)
         reconstruct(segment, x, x, objective, weights, values, loop, plain, generator)
 
     return steps

@@ -3,9 +3,9 @@
 An image batch is canonical everywhere else: float32 [N, C, H, W] in pixel range [0, 1], RGB or gray. `InputSpec` turns
 it into what one model was trained on: resize, channel order, `scale`, mean and standard deviation, layout.
 
-Sources, first that applies: options, `MODEL.toml` beside `MODEL.onnx` (table `[input]`), the file's own metadata
-(`mixmix.input.*`), detection (`converters.detect`), and otherwise an assumption that says so. A source speaks of pixel
-values when it has `mean`, `std` or `scale`; one that has none of them leaves those to the next.
+Sources, key by key, first that applies: options, `MODEL.toml` beside `MODEL.onnx` (table `[input]`), the file's own
+metadata (`mixmix.input.*`), detection (`converters.detect`), and otherwise an assumption that says so. A source speaks
+of pixel values when it has `mean`, `std` or `scale`; one that has none of them leaves those to the next.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ TEXT_KEYS = ("labels", "layout")  # never numbers or lists, whatever their text 
 MOST_CHANNELS = 4096
 
 PIXEL_KEYS = ("mean", "std", "scale")
+SHAPES = {"size": "it is [height, width], such as [224, 224], both positive"}
+"""How keys are written that a validator has no plain words for."""
 ASSUMED = ("source", "assumed")
 """Beside the keys in a file's metadata: whoever wrote them did not know."""
 
@@ -169,7 +171,7 @@ def read_metadata(properties: Mapping[str, str]) -> dict[str, Any]:
 def stated_keys(
     model_path: Path, properties: Mapping[str, str], options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The input-spec keys that somebody wrote down: in the sidecar or else the file, with options over them."""
+    """The input-spec keys that somebody wrote down: the file's, the sidecar's over them, and options over those."""
     return _stated(_given(options), read_sidecar(model_path), read_metadata(properties))
 
 
@@ -180,7 +182,10 @@ def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
 def _stated(given: Mapping[str, Any], sidecar: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if ASSUMED in metadata.items():  # then these are no better than what would be assumed again
         metadata = {key: value for key, value in metadata.items() if key not in (*PIXEL_KEYS, "source")}
-    return {**(sidecar if sidecar is not None else metadata), **given}
+    sidecar = sidecar or {}
+    if any(key in sidecar for key in PIXEL_KEYS):  # of one source, or a mean would meet another's scale
+        metadata = {key: value for key, value in metadata.items() if key not in PIXEL_KEYS}
+    return {**metadata, **sidecar, **given}
 
 
 def resolve(
@@ -216,7 +221,7 @@ def resolve(
         if first["type"] == "extra_forbidden":
             hint = nearest(key, set(InputSpec.model_fields) - {"source"})
             raise SpecError(f"{where}: the input spec has no key {key}{hint}: correct or remove it") from error
-        message = first["msg"].removeprefix("Value error, ")
+        message = SHAPES.get(key, first["msg"].removeprefix("Value error, "))
         of_key = f"'s {key}" if first["loc"] else ""
         raise SpecError(f"{where}: the input spec{of_key} cannot be used ({message}): correct it") from error
     for name, fixed, wanted in (
@@ -240,7 +245,7 @@ def _source(
     sources: tuple[tuple[Source, Mapping[str, Any]], ...] = (
         ("options", given),
         ("sidecar", sidecar or {}),
-        ("metadata", metadata if sidecar is None and ASSUMED not in metadata.items() else {}),
+        ("metadata", metadata if ASSUMED not in metadata.items() else {}),
         ("detected", detected or {}),
     )
     return next((name for name, keys in sources if any(key in keys for key in PIXEL_KEYS)), "assumed")

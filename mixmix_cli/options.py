@@ -87,7 +87,7 @@ def recipe(default: str | None, what: str) -> Callable[[F], F]:
                 "overrides",
                 multiple=True,
                 metavar="KEY=VALUE",
-                help="Override one key of the recipe; `mixmix recipe` shows them.",
+                help="Override one key of the recipe: `mixmix recipe show` lists them.",
             ),
             click.option(
                 "--effort",

@@ -8,7 +8,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from recipes.distill import settings as distill
 from recipes.prune import settings as prune
@@ -17,6 +17,7 @@ from recipes.settings import Effort, Settings, SettingsError, load_recipe, recip
 from recipes.synth import settings as synth
 
 WIDTH = 100
+ORDER = "What counts, each over the one before: these keys, those of the effort that is asked for, --set."
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,19 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe: its value without any effort, None where it is not set, and what it is."""
+    """One key of a recipe: its value without any effort, None where it is not set, and what it is.
+
+    `words` are those that it may be, where it is one of a few.
+    """
 
     name: str
     value: Any
     about: str
+    words: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        words = [f"# One of {', '.join(map(json.dumps, self.words))}."] if self.words else []
+        return [*_comment(self.about), *words, _assignment(self.name, self.value)]
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,17 @@ class Recipe:
 
     def text(self) -> str:
         """A TOML file that loads as this recipe does, at every effort; every key stands under what it is."""
-        lines = [*_comment(self.about)]
+        lines = [*_comment(self.about), "", *_comment(ORDER)]
         for key in self.keys:
-            lines += ["", *_comment(key.about), _assignment(key.name, key.value)]
+            lines += ["", *key.lines()]
         for name, table in self.efforts.items():
             lines += [
                 "",
                 *_comment(self.asides.get(name, "")),
                 f"[effort.{name}]",
+                *_comment(
+                    f"With --effort {name} alone, in the place of the above: other keys belong above this table."
+                ),
                 *(_assignment(key, value) for key, value in table.items()),
             ]
         return "\n".join(lines)
@@ -90,10 +102,17 @@ def read_recipe(kind: Kind, recipe: str) -> Recipe:
     efforts = values.pop("effort", {})
     fields = kind.settings.model_fields
     defaults = {name: None if field.is_required() else field.default for name, field in fields.items()}
-    keys = [Key(name, value, fields[name].description or "") for name, value in (defaults | values).items()]
+    keys = [
+        Key(name, value, fields[name].description or "", _words(fields[name].annotation))
+        for name, value in (defaults | values).items()
+    ]
     return Recipe(
         _remark(text.splitlines()), keys, efforts, {name: _above(f"[effort.{name}]", text) for name in efforts}
     )
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _above(header: str, text: str) -> str:

@@ -148,12 +148,16 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
 
 @dataclass(frozen=True)
 class Loop:
-    """How to train: steps, minibatch, share of inputs from the float stream (QDrop), and a factor on all rates."""
+    """How to train: steps, minibatch, share of inputs from the float stream (QDrop), a factor on all rates, precision.
+
+    With precision `bfloat16` the block computes in that; the loss and what is trained are float32 all the same.
+    """
 
     steps: int
     batch: int
     input_drop: float = 0.0
     rate: float = 1.0
+    precision: str = "float32"
 
 
 class DropMasks:
@@ -264,8 +268,10 @@ def reconstruct(
         x = changed_input[chosen].to(device)
         if loop.input_drop:
             x = torch.lerp(x, float_input[chosen].to(device), masks.like(x))
-        y = segment({name: x}, {n: w.tensor() for n, w in weights.items()}, values)[output]
-        loss = objective.loss(y, chosen, plain)
+        parameters = {n: w.tensor() for n, w in weights.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=loop.precision == "bfloat16"):
+            y = segment({name: x}, parameters, values)[output]
+        loss = objective.loss(y.to(objective.target.dtype), chosen, plain)
         for change in changes:
             penalty = change.penalty(progress)
             loss = loss if penalty is None else loss + penalty

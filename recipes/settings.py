@@ -51,6 +51,8 @@ class LoopSettings(Settings):
     of places in one image, so a few images a step are enough there."""
     least_batch: int = Field(default=8, ge=1)
     """Fewest images a step, however large they are."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What blocks compute in while they are trained; losses, and what is trained, are float32 in either."""
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
     cache_limit: float = Field(default=2.0, gt=0)

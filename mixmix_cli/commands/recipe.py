@@ -44,7 +44,9 @@ def list_recipes(**given: Any) -> int:
 @click.argument("recipe", metavar="NAME|FILE.toml")
 @options.common
 def show(**given: Any) -> int:
-    """Show a recipe of COMMAND with all its keys, as a file that --recipe takes: edit it, or change one key with --set.
+    """Show all keys of a recipe of COMMAND.
+
+    As a file, complete, that --recipe takes: edit it, or change one key with --set.
 
     \b
     Example: mixmix recipe show quantize qdrop
@@ -62,7 +64,7 @@ def show(**given: Any) -> int:
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     if terminal.as_json:
         names = {"command": given["for_command"], "recipe": given["recipe"], "about": recipe.about}
-        keys = {key.name: {"value": key.value, "about": key.about} for key in recipe.keys}
+        keys = {key.name: {"value": key.value, "about": key.about, "words": key.words} for key in recipe.keys}
         terminal.document(names | {"keys": keys, "effort": recipe.efforts})
     else:
         terminal.show(recipe.text())

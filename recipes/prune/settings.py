@@ -18,9 +18,9 @@ class PruneSettings(LoopSettings):
     """
 
     mask_steps: int = Field(default=0, ge=0)
-    """Training steps a block of mask and weights together, after which the smallest are chosen anew (seed, eq. 10)."""
+    """Training steps a block of mask and weights together; then the smallest are chosen anew (MixMix, eq. 10)."""
     steps: int = Field(default=0, ge=0)
-    """Training steps a block of the weights that stay, their mask frozen (seed, eq. 10)."""
+    """Training steps a block of the weights that stay, their mask frozen (MixMix, eq. 10)."""
     weight_rate: float = Field(default=0.05, ge=0)
     """Rate of the weights, relative to the root mean square of a layer's weights."""
     rate_power: float = Field(default=0.0, ge=0)

@@ -381,7 +381,7 @@ class _Run:
             objective,
             weights,
             values,
-            Loop(steps, settings.minibatch(changed_input), settings.input_drop),
+            Loop(steps, settings.minibatch(changed_input), settings.input_drop, precision=settings.precision),
             plain,
             self.generator,
             lambda done, loss: task.advance(

@@ -71,7 +71,7 @@ class QuantizeSettings(LoopSettings):
     train_flip: bool = True
     """Mirror half of the images."""
     train_jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
-    """Brightness, contrast, saturation and hue jitter an image (seed, B.3: 0.2, 0.2, 0.2, 0.1)."""
+    """Brightness, contrast, saturation and hue jitter an image (MixMix, B.3: 0.2, 0.2, 0.2, 0.1)."""
     train_grayscale: float = Field(default=0.0, ge=0, le=1)
     """Share of the images that lose their colour (B.3: 0.2)."""
     train_blur: float = Field(default=0.0, ge=0, le=1)

@@ -39,7 +39,7 @@ class SynthSettings(Settings):
     stages: tuple[Stage, ...] = Field(min_length=1)
     """The schedule, stage after stage: `steps` at `scale` times the full height and width."""
     rate: float = Field(default=0.25, gt=0)
-    """Learning rate of the images; it falls to zero along a cosine in each stage (seed, B.3)."""
+    """Learning rate of the images; it falls to zero along a cosine in each stage (MixMix, B.3)."""
     patience: int = Field(default=0, ge=0)
     """A stage ends when its loss has not fallen for this many steps; 0 for never before its time."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -47,7 +47,7 @@ class SynthSettings(Settings):
     betas: tuple[Share, Share] = (0.5, 0.5)
     """Adam's decay rates for the images."""
     weight_rate: float = Field(default=1e-3, ge=0)
-    """Learning rate of the loss weights alpha (seed, eq. 8); 0 fixes them at 1."""
+    """Learning rate of the loss weights alpha (MixMix, eq. 8); 0 fixes them at 1."""
     batchnorm: float = Field(default=1.0, ge=0)
     """Factor of the BatchNorm-statistics terms."""
     relative: bool = False
@@ -63,7 +63,7 @@ class SynthSettings(Settings):
     mixing: Literal["none", "label", "all"] = "all"
     """What sees the mixed images: nothing, the label loss alone, or the statistics too (the paper)."""
     box: tuple[Edge, Edge] = (0.1, 0.4)
-    """Range of the mixing box's edge, as a share of height and width (seed, B.3)."""
+    """Range of the mixing box's edge, as a share of height and width (MixMix, B.3)."""
     flip: bool = True
     """Mirror half of the samples at each step."""
     shift: float = Field(default=0.0, ge=0, le=1)

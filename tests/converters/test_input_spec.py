@@ -147,6 +147,16 @@ def test_precedence(
     assert (spec.mean, spec.std, spec.source, spec.size) == (mean, std, source, (8, 8))
 
 
+def test_a_sidecar_that_says_nothing_of_pixels_leaves_them_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "model.toml").write_text('[input]\nchannels = "bgr"\nlabels = "birds"\n')
+    spec = resolve(tmp_path / "model.onnx", [None, 3, 8, 8], METADATA | {"mixmix.input.scale": "255"})
+    assert (spec.channels, spec.labels, spec.mean, spec.scale) == ("bgr", "birds", (0.3,) * 3, 255)
+    assert spec.source == "metadata"
+    (tmp_path / "model.toml").write_text("[input]\nmean = [0.2, 0.2, 0.2]\n")
+    spec = resolve(tmp_path / "model.onnx", [None, 3, 8, 8], METADATA | {"mixmix.input.scale": "255"})
+    assert (spec.mean, spec.std, spec.scale, spec.source) == ((0.2,) * 3, IMAGENET_STD, 1, "sidecar")
+
+
 def test_precedence_through_a_file(tmp_path: Path) -> None:
     """The same order with a real model: its metadata, the file beside it, the options."""
     path = models.write(models.conv(metadata=METADATA), tmp_path / "model.onnx")
@@ -182,7 +192,8 @@ def test_what_is_assumed(shape: list[int | None], layout: str, channels: str | i
         ('source = "options"', "source"),
         ("size = [8]", "size"),
         ("size = [0, 8]", "size"),
-        ('size = "large"', "size"),
+        ('size = "large"', "size cannot be used (it is [height, width]"),
+        ("size = 8", "size cannot be used (it is [height, width]"),
         ("mean = [0.5, 0.5]", "mean has 2"),
         ("std = [0.5, 0.5, 0.5, 0.5]", "std 4"),
         ("std = [0.5, 0.0, 0.5]", "std"),

@@ -29,7 +29,8 @@ def test_show_writes_a_file_that_a_command_takes(capsys: pytest.CaptureFixture[s
     (tmp_path / "mine.toml").write_text(own)
     assert run(capsys, "recipe", "show", "synth", tmp_path / "mine.toml")[1] == own
     document = json.loads(run(capsys, "recipe", "show", "quantize", "qdrop", "--json")[1])
-    assert document["keys"]["steps"] == {"value": 200, "about": "Training steps a unit."}
+    assert document["keys"]["steps"] == {"value": 200, "about": "Training steps a unit.", "words": []}
+    assert document["keys"]["unit"]["words"] == ["none", "layer", "block"]
     assert document["effort"]["fast"] == {"steps": 100, "logit_share": 0.0}
 
 

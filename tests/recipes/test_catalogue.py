@@ -53,7 +53,8 @@ def test_a_file_of_the_user_is_completed(file: Path) -> None:
     assert shown.about == ""
     assert shown.efforts == {"fast": {"models_per_step": 2}}
     assert shown.asides == {"fast": "One. Two."}
-    assert "# One. Two.\n[effort.fast]" in shown.text()
+    assert "# One. Two.\n[effort.fast]\n# With --effort fast alone" in shown.text()
+    assert '# One of "noise", "leaves".\nstart = "noise"\n' in shown.text()
     assert_loads_alike("synth", str(own), shown, file)
 
 

@@ -240,6 +240,20 @@ def test_a_bias_learns_to_undo_a_shift(case: Case) -> None:
     torch.testing.assert_close(bias.tensor(), case.module.constant(name), rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, OFFSET], ids=["sigmoid", "offset"])
+def test_sixteen_bits_come_close_to_thirty_two(case: Case, settings: QuantizeSettings) -> None:
+    results = []
+    for precision in ("float32", "bfloat16"):
+        weights = case.weights(settings=settings)
+        results.append(case.train(weights, Loop(80, 4, input_drop=0.5, precision=precision)))
+        trained = [tensor for weight in weights.values() for group in weight.groups() for tensor in group.tensors]
+        assert {tensor.dtype for tensor in trained} == {torch.float32}
+    whole, half = results
+    assert whole.after < 0.7 * whole.before
+    assert half.after == pytest.approx(whole.after, rel=0.1)
+    assert half.after != whole.after
+
+
 def test_decaying_rates_fall_to_zero_and_others_stay(case: Case) -> None:
     """Adam's step is about its rate while the gradient keeps its sign: the step sizes show the schedule."""
 
