@@ -348,6 +348,7 @@ def pruning_then_quantizing(
             goal,
             **request.how(progress),
         )
+        made = goal.to_json(images, request.seed, macs_left=pruned.macs_left, settings=settings.changed())
         result = quantize(
             pruned.classifier(),
             images,
@@ -357,8 +358,7 @@ def pruning_then_quantizing(
             act_bits,
             target,
             **request.how(progress),
-            provenance=request.provenance
-            | {PROVENANCE: goal.to_json(images, request.seed, macs_left=pruned.macs_left)},
+            provenance=request.provenance | {PROVENANCE: made},
         )
         if pruned.checkpoint is not None:
             pruned.checkpoint.remove()

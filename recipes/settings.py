@@ -35,6 +35,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def changed(self) -> dict[str, Any]:
+        """The keys that are not at their defaults, as JSON has them: what a written file says of how it was made."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     @classmethod
     def nested_keys(cls, _key: str) -> list[str]:
         """Keys of the tables that stand under `_key`, for hints; none where values are plain."""

@@ -97,7 +97,7 @@ def distill(
     run.train(progress, checkpoint)
     sample = sample_for_proof(prepared, model_inputs(module, ImageSet(images.pixels[:SAMPLE])))
     result = Result(prepared, run.edits(), sample, run.logits(sample), [], run.layer_accounts(), checkpoint=checkpoint)
-    asked = {"teacher": teacher.sha256, "steps": settings.steps, "images": len(images), "seed": seed}
+    asked = {"teacher": teacher.sha256, "images": len(images), "seed": seed, "settings": settings.changed()}
     said = {PROVENANCE: json.dumps(asked), **(provenance or {})}
     return ranks.lead(lambda: result.write(student, output, said, started, overwrite=overwrite))
 

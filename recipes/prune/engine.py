@@ -71,7 +71,8 @@ def prune(
     result = prune_in_memory(
         classifier, images, output, settings, goal, seed=seed, device=device, overwrite=overwrite, progress=progress
     )
-    facts = {PROVENANCE: goal.to_json(images, seed, macs_left=result.macs_left), **(provenance or {})}
+    made = goal.to_json(images, seed, macs_left=result.macs_left, settings=settings.changed())
+    facts = {PROVENANCE: made, **(provenance or {})}
     return result.write(classifier, output, facts, started, overwrite=overwrite)
 
 

@@ -34,7 +34,7 @@ class Goal:
     everywhere: bool = False
     """Whether every layer gets an N:M pattern that it fits, and not only as many as `sparsity` needs."""
 
-    def to_json(self, images: ImageSet, seed: int, **found: float) -> str:
+    def to_json(self, images: ImageSet, seed: int, **found: object) -> str:
         """What the file's metadata says under PROVENANCE, with what was `found` on the way."""
         return json.dumps(
             {

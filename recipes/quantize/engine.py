@@ -117,6 +117,7 @@ def quantize(
         "target": target.name,
         "images": len(images),
         "seed": seed,
+        "settings": settings.changed(),
     }
     said = {"mixmix.quantize": json.dumps(asked), **to_metadata(units), **(provenance or {})}
     metadata = {**classifier.spec.to_metadata(), **said}

@@ -152,6 +152,7 @@ def test_prune_with_bits_writes_one_file_that_keeps_its_zeros(
     )  # fmt: skip
     facts = {entry.key: entry.value for entry in onnx.load(written).metadata_props}
     assert json.loads(facts["mixmix.prune"])["sparsity"] == 0.6
+    assert json.loads(facts["mixmix.prune"])["settings"]["mask_steps"] == 2
     assert json.loads(facts["mixmix.quantize"])["bits"] == 4
     document = json.loads(run(capsys, "inspect", written, "--json")[1])
     assert document[0]["sparsity"] > 0.59

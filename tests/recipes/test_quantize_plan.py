@@ -238,6 +238,7 @@ def test_the_file_carries_spec_and_provenance(
     assert properties["mixmix.note"] == "from a test"
     stated = json.loads(properties["mixmix.quantize"])
     assert (stated["bits"], stated["act_bits"], stated["images"], stated["seed"]) == (4, 8, 32, 3)
+    assert QuantizeSettings.model_validate(stated["settings"]) == NEAREST
 
 
 def test_the_seed_decides_every_byte(tmp_path: Path, classifier_of: Classifiers, calibration_images: ImageSet) -> None:
