@@ -152,9 +152,15 @@ def recipe_text(package: str, recipe: str) -> tuple[str, str]:
 
 
 def _known_keys(kind: type[Settings], values: dict[str, Any], where: str) -> None:
-    for key in values:
-        if key not in kind.model_fields:
-            raise SettingsError(f"{where}: unknown key {key!r}{nearest(key, kind.model_fields)}: correct or remove it")
+    unknown = [key for key in values if key not in kind.model_fields]
+    if len(unknown) == 1:
+        hint = nearest(unknown[0], kind.model_fields)
+        raise SettingsError(f"{where}: unknown key {unknown[0]!r}{hint}: correct or remove it")
+    if unknown:
+        raise SettingsError(
+            f"{where}: {len(unknown)} unknown keys, such as {unknown[0]!r}{nearest(unknown[0], kind.model_fields)}:"
+            " correct or remove them, or give a recipe of this command if it is another's"
+        )
 
 
 def _listed(package: str) -> str:

@@ -116,10 +116,10 @@ def test_a_misspelt_key_names_the_nearest_known_one(wrong: str, right: str, tmp_
 
 
 def test_a_recipe_of_another_command_is_refused_by_its_first_key(tmp_path: Path) -> None:
-    path = write(tmp_path / "own.toml", 'unit = "block"\n[effort.fast]\nlogit_share = 0.0\n')
+    path = write(tmp_path / "own.toml", 'unit = "block"\nsteps = 9\n[effort.fast]\nlogit_share = 0.0\n')
     with pytest.raises(SettingsError) as caught:
         load_synth(path)
-    sentence(caught, f"{path}: unknown key 'unit'")
+    sentence(caught, f"{path}: 2 unknown keys, such as 'unit'", "give a recipe of this command")
 
 
 def test_a_misspelt_key_of_a_stage_names_the_nearest_known_one(tmp_path: Path) -> None:
