@@ -59,7 +59,7 @@ class LoopSettings(Settings):
     """What blocks compute in while they are trained; losses, and what is trained, are float32 in either."""
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
-    cache_limit: float = Field(default=2.0, gt=0)
+    cache_limit: float = Field(default=2.0, gt=0, exclude=True)  # which changes nothing of what is written
     """Gigabytes of memory for the values of all images at one place of the network; more of them lie on disk."""
     logit_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself.
