@@ -203,7 +203,7 @@ def resolve(
     given, sidecar, metadata = _given(options), read_sidecar(model_path), read_metadata(properties)
     stated = _stated(given, sidecar, metadata)
     layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
-    height, width, channels = shape[1:3] + shape[3:] if layout == "NHWC" else shape[2:] + shape[1:2]  # type: ignore[operator]
+    height, width, channels = (shape[axis] for axis in ((1, 2, 3) if layout == "NHWC" else (2, 3, 1)))
     values = _assumed(height, width, channels, stated) | {"layout": layout} | dict(detected or {}) | stated
     values["source"] = _source(given, sidecar, metadata, detected)
     count = _channel_count(values["channels"])

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 
 from recipes.ranks import local_rank
-from recipes.settings import SettingsError
+from recipes.settings import Precision, SettingsError
+
+
+def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context in which what gains by it is computed in `precision`; nothing changes for float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from converters.torch_module import Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
+from recipes.devices import computing_in
 from recipes.memory import rows_like
 from recipes.objective import BlockError, Objective
-from recipes.settings import LoopSettings
+from recipes.settings import LoopSettings, Precision
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Loop:
     batch: int
     input_drop: float = 0.0
     rate: float = 1.0
-    precision: str = "float32"
+    precision: Precision = "float32"
 
 
 class DropMasks:
@@ -269,7 +270,7 @@ def reconstruct(
         if loop.input_drop:
             x = torch.lerp(x, float_input[chosen].to(device), masks.like(x))
         parameters = {n: w.tensor() for n, w in weights.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=loop.precision == "bfloat16"):
+        with computing_in(loop.precision, device):
             y = segment({name: x}, parameters, values)[output]
         loss = objective.loss(y.to(objective.target.dtype), chosen, plain)
         for change in changes:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # settings are read before torch is there, which takes second
     from torch import Tensor
 
 Effort = Literal["fast", "default", "paper"]
+Precision = Literal["float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Jitter = tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]]
 """Largest change of brightness, contrast, saturation (as shares) and hue (of the circle)."""
@@ -55,7 +56,7 @@ class LoopSettings(Settings):
     of places in one image, so a few images a step are enough there."""
     least_batch: int = Field(default=8, ge=1)
     """Fewest images a step, however large they are."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """What blocks compute in while they are trained; losses, and what is trained, are float32 in either."""
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
@@ -153,14 +154,15 @@ def recipe_text(package: str, recipe: str) -> tuple[str, str]:
 
 def _known_keys(kind: type[Settings], values: dict[str, Any], where: str) -> None:
     unknown = [key for key in values if key not in kind.model_fields]
+    if not unknown:
+        return
+    first = f"{unknown[0]!r}{nearest(unknown[0], kind.model_fields)}"
     if len(unknown) == 1:
-        hint = nearest(unknown[0], kind.model_fields)
-        raise SettingsError(f"{where}: unknown key {unknown[0]!r}{hint}: correct or remove it")
-    if unknown:
-        raise SettingsError(
-            f"{where}: {len(unknown)} unknown keys, such as {unknown[0]!r}{nearest(unknown[0], kind.model_fields)}:"
-            " correct or remove them, or give a recipe of this command if it is another's"
-        )
+        raise SettingsError(f"{where}: unknown key {first}: correct or remove it")
+    raise SettingsError(
+        f"{where}: {len(unknown)} unknown keys, such as {first}: correct or remove them, or give a recipe of this"
+        " command if it is another's"
+    )
 
 
 def _listed(package: str) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from converters.errors import MixMixError, OutputError
 from converters.torch_module import TorchClassifier
 from recipes.augment import Augmentation
+from recipes.devices import computing_in
 from recipes.image_store import PREVIEW_IMAGES, ImageStore
 from recipes.images import from_bytes, load_images, to_bytes
 from recipes.memory import keep_freed_memory
@@ -351,7 +352,7 @@ class Batch:
         self, teacher: Teacher, pixels: Tensor, scale: float, *, closely: bool
     ) -> tuple[dict[str, Statistics], Tensor]:
         """`Teacher.look` in the precision that is asked for."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+        with computing_in(self.settings.precision, self.device):
             return teacher.look(pixels, scale, closely=closely)
 
     def _prior(self, images: Tensor) -> Tensor:

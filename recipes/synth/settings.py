@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from recipes.settings import Effort, Jitter, Settings, Share, load_recipe
+from recipes.settings import Effort, Jitter, Precision, Settings, Share, load_recipe
 
 PACKAGE = "recipes.synth"
 
@@ -42,7 +42,7 @@ class SynthSettings(Settings):
     """Learning rate of the images; it falls to zero along a cosine in each stage (MixMix, B.3)."""
     patience: int = Field(default=0, ge=0)
     """A stage ends when its loss has not fallen for this many steps; 0 for never before its time."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """What the models compute in; statistics and losses are float32 in either."""
     betas: tuple[Share, Share] = (0.5, 0.5)
     """Adam's decay rates for the images."""

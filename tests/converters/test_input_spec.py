@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import SpecError
-from converters.input_spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, read_metadata, resolve
+from converters.input_spec import IMAGENET_MEAN, IMAGENET_STD, Channels, InputSpec, read_metadata, resolve
 from converters.load import load_classifier
 from tests import models
 
@@ -91,10 +91,9 @@ def test_to_input_has_a_gradient() -> None:
     assert torch.autograd.gradcheck(spec.to_input, (pixels,))
 
 
-@pytest.mark.parametrize(("have", "channels"), [(2, "rgb"), (4, "gray"), (3, 4), (1, 2)])
-def test_channels_that_do_not_fit(have: int, channels: str | int) -> None:
-    count = {"rgb": 3, "gray": 1}.get(str(channels), channels)
-    spec = InputSpec(size=(4, 4), channels=channels, mean=(0.5,) * int(count), std=(0.5,) * int(count))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("have", "channels", "count"), [(2, "rgb", 3), (4, "gray", 1), (3, 4, 4), (1, 2, 2)])
+def test_channels_that_do_not_fit(have: int, channels: Channels, count: int) -> None:
+    spec = InputSpec(size=(4, 4), channels=channels, mean=(0.5,) * count, std=(0.5,) * count)
     with pytest.raises(SpecError, match=f"have {have} channels and the model takes {count}"):
         spec.to_input(torch.rand(1, have, 4, 4))
 
