@@ -138,6 +138,7 @@ def main() -> None:
             source = load_classifier(exported)
         except MixMixError as error:
             print(f"| {name} | **{str(error)[:90]}** |", flush=True)
+            exported.unlink()
             continue
         images = gaussian_noise(IMAGES, 3, (side, side), 0)
         x = source.spec.to_input(gaussian_noise(3, 3, (side, side), 1).pixels)
@@ -152,9 +153,10 @@ def main() -> None:
             except MixMixError as error:
                 cells.append(f"**{str(error)[:90]}**")
                 continue
+            finally:
+                path.unlink(missing_ok=True)
             counted = "" if result.fusion is None else f", {result.fusion.counted}/{result.fusion.layers}"
             cells.append(f"{most:.0f}, {share:.0e}, {fused:.0e}{counted}")
-            path.unlink()
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         exported.unlink()
 
