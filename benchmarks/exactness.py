@@ -141,7 +141,7 @@ def main() -> None:
             exported.unlink()
             continue
         images = gaussian_noise(IMAGES, 3, (side, side), 0)
-        x = source.spec.to_input(gaussian_noise(3, 3, (side, side), 1).pixels)
+        x = source.spec.to_input(gaussian_noise(source.fixed_batch or 3, 3, (side, side), 1).pixels)
         cells = []
         for target, bits, act_bits in files:
             path = exported.with_suffix(f".{target}.w{bits}{'' if act_bits is None else f'a{act_bits}'}.onnx")

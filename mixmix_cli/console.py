@@ -128,7 +128,15 @@ class Terminal:
 
     def show(self, content: Table | str) -> None:
         """A result for people, on stdout."""
-        self.results.print(content, markup=False) if isinstance(content, str) else self.results.print(content)
+        if isinstance(content, str):
+            self.results.print(content, markup=False)
+        elif self.results.is_terminal:
+            self.results.print(content)
+        else:  # a file needs no blanks up to the width of a terminal
+            with self.results.capture() as captured:
+                self.results.print(content)
+            lines = "\n".join(line.rstrip() for line in captured.get().splitlines())
+            self.results.print(lines, markup=False)
 
 
 def _whole() -> Column:

@@ -22,10 +22,11 @@ ORDER = "What counts, each over the one before: these keys, those of the effort 
 
 @dataclass(frozen=True)
 class Kind:
-    """The recipes of one command: what they set, and the package that they stand in."""
+    """The recipes of one command: what they set, the package that they stand in, and which one is the default."""
 
     settings: type[Settings]
     package: str
+    default: str
 
     @property
     def names(self) -> list[str]:
@@ -33,10 +34,10 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "synth": Kind(synth.SynthSettings, synth.PACKAGE),
-    "quantize": Kind(quantize.QuantizeSettings, quantize.PACKAGE),
-    "prune": Kind(prune.PruneSettings, prune.PACKAGE),
-    "distill": Kind(distill.DistillSettings, distill.PACKAGE),
+    "synth": Kind(synth.SynthSettings, synth.PACKAGE, "default"),
+    "quantize": Kind(quantize.QuantizeSettings, quantize.PACKAGE, "qdrop"),
+    "prune": Kind(prune.PruneSettings, prune.PACKAGE, "obs"),
+    "distill": Kind(distill.DistillSettings, distill.PACKAGE, "default"),
 }
 """By command, in the order in which they are used."""
 

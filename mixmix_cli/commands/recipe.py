@@ -30,12 +30,18 @@ def list_recipes(**given: Any) -> int:
     from recipes.catalogue import KINDS, read_recipe
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
-    rows = [(command, name, read_recipe(kind, name).about) for command, kind in KINDS.items() for name in kind.names]
-    keys = ("command", "recipe", "about")
+    rows = [
+        (command, name, name == kind.default, read_recipe(kind, name).about)
+        for command, kind in KINDS.items()
+        for name in kind.names
+    ]
     if terminal.as_json:
+        keys = ("command", "recipe", "default", "about")
         terminal.document([dict(zip(keys, row, strict=True)) for row in rows])
     else:
-        terminal.show(table(list(keys), [list(row) for row in rows], texts=["recipe", "about"]))
+        cells = [[command, f"{name} *" if default else name, about] for command, name, default, about in rows]
+        terminal.show(table(["command", "recipe", "about"], cells, texts=["recipe", "about"]))
+        terminal.show("* where none is named; synth takes small, labels or small-labels where the models ask for it")
     return 0
 
 

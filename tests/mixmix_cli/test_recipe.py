@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import pytest
 
+from mixmix_cli.cli import cli
 from recipes.catalogue import KINDS
 from tests.mixmix_cli.command import run
 
@@ -20,6 +22,18 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     out = run(capsys, "recipe", "list")[1]
     assert all(row["recipe"] in out for row in rows)
+    assert all(line == line.rstrip() for line in out.splitlines())
+    starred = [line.split()[:2] for line in out.splitlines()[:-1] if " * " in line]
+    assert starred == [[row["command"], row["recipe"]] for row in rows if row["default"]]
+
+
+@pytest.mark.parametrize("command", [name for name in KINDS if name != "synth"])  # which asks the models
+def test_the_default_is_that_of_the_command(command: str) -> None:
+    """Options hold names as words, as reading settings takes longer than --help may."""
+    called = cli.get_command(click.Context(cli), command)
+    assert called is not None
+    defaults = {param.name: param.default for param in called.params}
+    assert KINDS[command].default in (defaults.get("method"), defaults["recipe"])
 
 
 def test_show_writes_a_file_that_a_command_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
