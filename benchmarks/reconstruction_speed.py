@@ -32,6 +32,7 @@ from converters.targets import PORTABLE
 from converters.torch_module import to_torch
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import find_blocks
+from recipes.devices import choose_precision
 from recipes.memory import keep_freed_memory
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
@@ -133,7 +134,8 @@ def product_loop(path: Path, channels: int, x: Tensor, settings: QuantizeSetting
         for weight in weights.values():
             weight.learn()
         generator = torch.Generator().manual_seed(0)
-        loop = Loop(STEPS, BATCH, settings.input_drop, precision=settings.precision)
+        precision = choose_precision(settings.precision, block.layers, module.device)
+        loop = Loop(STEPS, BATCH, settings.input_drop, precision=precision)
         reconstruct(segment, x, x, objective, weights, values, loop, plain, generator)
 
     return steps

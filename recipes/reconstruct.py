@@ -25,7 +25,7 @@ from recipes.blocks import Block, find_blocks
 from recipes.devices import computing_in
 from recipes.memory import rows_like
 from recipes.objective import BlockError, Objective
-from recipes.settings import LoopSettings, Precision
+from recipes.settings import LoopSettings
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,14 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
 class Loop:
     """How to train: steps, minibatch, share of inputs from the float stream (QDrop), a factor on all rates, precision.
 
-    With precision `bfloat16` the block computes in that; the loss and what is trained are float32 all the same.
+    The block computes in `precision`; the loss and what is trained are float32 all the same.
     """
 
     steps: int
     batch: int
     input_drop: float = 0.0
     rate: float = 1.0
-    precision: Precision = "float32"
+    precision: torch.dtype = torch.float32
 
 
 class DropMasks:

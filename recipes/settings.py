@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # settings are read before torch is there, which takes second
     from torch import Tensor
 
 Effort = Literal["fast", "default", "paper"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Jitter = tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]]
 """Largest change of brightness, contrast, saturation (as shares) and hue (of the circle)."""
@@ -56,8 +56,9 @@ class LoopSettings(Settings):
     of places in one image, so a few images a step are enough there."""
     least_batch: int = Field(default=8, ge=1)
     """Fewest images a step, however large they are."""
-    precision: Precision = "float32"
-    """What blocks compute in while they are trained; losses, and what is trained, are float32 in either."""
+    precision: Precision = "auto"
+    """What blocks compute in while they are trained; losses, and what is trained, are float32 throughout. `auto` takes
+    bfloat16 for blocks with a large layer on processors that multiply matrices in it (AMX), and float32 elsewhere."""
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
     cache_limit: float = Field(default=2.0, gt=0, exclude=True)  # which changes nothing of what is written

@@ -19,6 +19,7 @@ from converters.classifier import Classifier
 from converters.torch_module import Layer, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer, share_of_zeros
 from recipes.checkpoint import Checkpoint
+from recipes.devices import choose_precision
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
 from recipes.objective import BlockError, Objective
@@ -228,7 +229,7 @@ class _Run:
                 self.settings.minibatch(stretch.changed_input),
                 self.settings.input_drop,
                 rate,
-                self.settings.precision,
+                choose_precision(self.settings.precision, stretch.block.layers, self.module.device),
             ),
             plain,
             self.generator,

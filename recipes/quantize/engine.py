@@ -29,6 +29,7 @@ from converters.units import Rescaled, to_metadata
 from recipes.account import Compression
 from recipes.budget import Budget, Spending
 from recipes.checkpoint import Checkpoint, State
+from recipes.devices import choose_precision
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
 from recipes.objective import Objective
@@ -382,7 +383,12 @@ class _Run:
             objective,
             weights,
             values,
-            Loop(steps, settings.minibatch(changed_input), settings.input_drop, precision=settings.precision),
+            Loop(
+                steps,
+                settings.minibatch(changed_input),
+                settings.input_drop,
+                precision=choose_precision(settings.precision, unit.layers, self.module.device),
+            ),
             plain,
             self.generator,
             lambda done, loss: task.advance(

@@ -23,7 +23,7 @@ from torch import Tensor
 from converters.errors import MixMixError, OutputError
 from converters.torch_module import TorchClassifier
 from recipes.augment import Augmentation
-from recipes.devices import computing_in
+from recipes.devices import choose_precision, computing_in
 from recipes.image_store import PREVIEW_IMAGES, ImageStore
 from recipes.images import from_bytes, load_images, to_bytes
 from recipes.memory import keep_freed_memory
@@ -251,6 +251,10 @@ class Batch:
         self.low, self.high = -mean / std, (1 - mean) / std
         self.channels = spec.channel_count
         self.augmentation = Augmentation(flip=settings.flip, roll=settings.shift, jitter=settings.jitter)
+        self.precisions = {
+            teacher.name: choose_precision(settings.precision, teacher.module.layers(), self.device)
+            for teacher in teachers
+        }
         self.weights = objectives.LearnedWeights()
         self.done = 0
 
@@ -352,7 +356,7 @@ class Batch:
         self, teacher: Teacher, pixels: Tensor, scale: float, *, closely: bool
     ) -> tuple[dict[str, Statistics], Tensor]:
         """`Teacher.look` in the precision that is asked for."""
-        with computing_in(self.settings.precision, self.device):
+        with computing_in(self.precisions[teacher.name], self.device):
             return teacher.look(pixels, scale, closely=closely)
 
     def _prior(self, images: Tensor) -> Tensor:

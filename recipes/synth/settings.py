@@ -43,7 +43,8 @@ class SynthSettings(Settings):
     patience: int = Field(default=0, ge=0)
     """A stage ends when its loss has not fallen for this many steps; 0 for never before its time."""
     precision: Precision = "float32"
-    """What the models compute in; statistics and losses are float32 in either."""
+    """What the models compute in; statistics and losses are float32 throughout. `auto` takes bfloat16 for models with a
+    large layer on processors that multiply matrices in it (AMX), and float32 elsewhere."""
     betas: tuple[Share, Share] = (0.5, 0.5)
     """Adam's decay rates for the images."""
     weight_rate: float = Field(default=1e-3, ge=0)

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from converters.errors import UnsupportedOperatorError
 from converters.ops import registry
+from converters.ops.layers import conv
 from converters.runtime import Session
 from tests.converters.oracle import Array, assert_close, check, find, ints, single
 from tests.models import random
@@ -56,6 +57,17 @@ def test_conv_same_of_a_shortcut(size: int, auto_pad: str) -> None:
     """The 1x1 Conv of stride 2 in a ResNet leaves pixels out, and pads nothing."""
     operands = [random(1, 2, size, size), random(3, 2, 1, 1, seed=1)]
     check("Conv", operands, auto_pad=auto_pad, strides=[2, 2])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_grouped_convolution_stays_in_float32_where_sixteen_bits_are_slow(groups: int) -> None:
+    convolve, x, weight = conv({"group": groups}), torch.rand(1, 4, 5, 5), torch.rand(4, 4 // groups, 3, 3)
+    bias = torch.rand(4)
+    expected = convolve(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = convolve(x.bfloat16(), weight, bias)
+    assert found.dtype == (torch.bfloat16 if groups == 1 else torch.float32)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
 @given(data=st.data(), trans_a=st.integers(0, 1), trans_b=st.integers(0, 1))

@@ -243,7 +243,7 @@ def test_a_bias_learns_to_undo_a_shift(case: Case) -> None:
 @pytest.mark.parametrize("settings", [SETTINGS, OFFSET], ids=["sigmoid", "offset"])
 def test_sixteen_bits_come_close_to_thirty_two(case: Case, settings: QuantizeSettings) -> None:
     results = []
-    for precision in ("float32", "bfloat16"):
+    for precision in (torch.float32, torch.bfloat16):
         weights = case.weights(settings=settings)
         results.append(case.train(weights, Loop(80, 4, input_drop=0.5, precision=precision)))
         trained = [tensor for weight in weights.values() for group in weight.groups() for tensor in group.tensors]
