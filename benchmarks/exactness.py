@@ -54,30 +54,25 @@ def sources(only: Sequence[str], folder: Path) -> Iterator[tuple[str, Path, int]
     for name, build, native in models():
         if any(part in name for part in only):
             path = folder / f"{name.replace(' ', '-')}.onnx"
-            model, side = alive(build, native) if name != LITE0 else (build(), native)
-            try:
-                export_legacy(model.eval(), torch.zeros(1, 3, side, side), path)
-            except Exception as error:  # the exporter's own failures are rows too
-                print(f"| {name} | {NOT_EXPORTED}: {type(error).__name__} |", flush=True)
-                continue
-            yield name, path, side
+            for side in (native,) if name == LITE0 else (SIZE, native):
+                try:
+                    export(build, side, path, alive=name != LITE0)
+                except Exception as error:  # of the network at this size, or the exporter's, which is a row too
+                    failure = error
+                    continue
+                yield name, path, side
+                break
+            else:
+                print(f"| {name} | {NOT_EXPORTED}: {type(failure).__name__} |", flush=True)
 
 
-def alive(build: Callable[[], nn.Module], native: int) -> tuple[nn.Module, int]:
-    """The network with the matrix's random weights, and its side: `SIZE`, or the native one where it takes no other."""
-    try:
-        return _alive_at(build, SIZE), SIZE
-    except (AssertionError, RuntimeError, ValueError):
-        return _alive_at(build, native), native
-
-
-def _alive_at(build: Callable[[], nn.Module], side: int) -> nn.Module:
+def export(build: Callable[[], nn.Module], side: int, path: Path, *, alive: bool) -> None:
+    """Write the network, with the matrix's random weights where it is to be brought alive."""
     torch.manual_seed(0)
-    model = build()
-    bring_alive(model, side)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, side, side))
-    return model
+    model = build().eval()
+    if alive:
+        bring_alive(model, side)
+    export_legacy(model.eval(), torch.zeros(1, 3, side, side), path)
 
 
 def steps_apart(written: Classifier, x: torch.Tensor) -> tuple[float, float, int]:
