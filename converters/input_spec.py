@@ -232,6 +232,12 @@ def resolve(
         if fixed is not None and fixed != wanted:
             takes = f"{fixed} (read as {layout})" if "layout" in stated else f"{fixed}"
             raise SpecError(f"{where}: the input spec says {name} {wanted}, the model takes {takes}: correct the spec")
+    other = shape[1] if layout == "NHWC" else shape[3]
+    if "layout" in stated and "channels" not in stated and other in (1, 3) and channels not in (1, 3, None):
+        raise SpecError(
+            f"{where}: by layout {layout} its images have {channels} channels, by the other layout {other}:"
+            f" correct the layout, or say channels = {channels} too"
+        )
     return spec
 
 

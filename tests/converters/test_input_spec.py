@@ -236,11 +236,23 @@ def assert_refused(folder: Path, shape: list[int | None], metadata: Mapping[str,
         ({"size": "[8, 9]"}, [None, 3, 8, 8], "width 9, the model takes 8"),
         ({"channels": "gray", "mean": "[0.5]", "std": "[0.5]"}, [None, 3, 8, 8], "channel count 1, the model takes 3"),
         ({"layout": "NHWC", "size": "[8, 8]"}, [None, 3, 8, 8], "height 8, the model takes 3 (read as NHWC)"),
+        ({"layout": "NHWC"}, [None, 1, 28, 28], "by layout NHWC its images have 28 channels, by the other layout 1"),
+        ({"layout": "NCHW"}, [1, 28, 28, 3], "by layout NCHW its images have 28 channels, by the other layout 3"),
     ],
 )
 def test_spec_against_the_shape(tmp_path: Path, values: dict[str, str], shape: list[int | None], message: str) -> None:
     metadata = {f"mixmix.input.{key}": value for key, value in values.items()}
     assert_refused(tmp_path, shape, metadata, str(tmp_path), message)
+
+
+@pytest.mark.parametrize("shape", [[None, 8, 8, 3], [None, 3, 8, 8], [None, 8, 8, 8]])
+def test_many_channels_are_taken_where_they_are_stated_or_nothing_else_is_likely(
+    tmp_path: Path, shape: list[int | None]
+) -> None:
+    likely = shape.count(3) == 0
+    metadata = {"mixmix.input.layout": "NHWC" if shape[1] == 3 else "NCHW"}
+    metadata |= {} if likely else {"mixmix.input.channels": "8"}
+    assert resolve(tmp_path / "model.onnx", shape, metadata).channel_count == 8
 
 
 @pytest.mark.parametrize(
