@@ -32,6 +32,12 @@ class Place:
     inner: int = 1
 
 
+def fixed_batch(image: ir.Value) -> int | None:
+    """The batch size that an image input's shape fixes; None where it is open, by a name or by a number below 1."""
+    batch = image.shape[0] if image.shape is not None and len(image.shape) else None
+    return batch if isinstance(batch, int) and batch > 0 else None
+
+
 def open_batch(model: ir.Model) -> bool:
     """A batch dimension fixed in the file becomes symbolic, and stale inferred shapes are forgotten.
 
@@ -39,8 +45,8 @@ def open_batch(model: ir.Model) -> bool:
     """
     graph = model.graph
     image = graphs.image_input(graph)
-    fixed = image.shape[0] if image.shape is not None and len(image.shape) else None
-    if not isinstance(fixed, int):
+    fixed = fixed_batch(image)
+    if fixed is None:
         return False
     common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     _open_reshapes(graph, image, fixed)

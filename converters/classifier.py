@@ -12,10 +12,10 @@ from onnx_ir.passes import common
 from torch import Tensor
 
 from converters import graphs, passes
-from converters.batch import BATCH
+from converters.batch import BATCH, fixed_batch
 from converters.endings import Ending, find_ending
 from converters.input_spec import Detection, InputSpec
-from converters.precision import FEW_BITS, FLOATS, OTHER_FLOATS, uses_other_floats
+from converters.precision import FEW_BITS, FLOATS, uses_other_floats
 from converters.runtime import Session
 
 STORED_AS = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
@@ -45,6 +45,8 @@ class Classifier:
     """Whether `original` is what the file at `path` holds."""
     passes: list[str] = field(default_factory=list)
     detection: Detection | None = None
+    remarks: tuple[str, ...] = ()
+    """What was changed in `original` for it to be one."""
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class Classifier:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self.ending.notes
+        return (*self.remarks, *self.ending.notes)
 
     @property
     def image_type(self) -> ir.DataType:
@@ -94,8 +96,7 @@ class Classifier:
     def fixed_batch(self) -> int | None:
         """The batch size that the file insists on, or None where it takes any."""
         image = graphs.image_input(self.original.graph)
-        batch = image.shape[0] if image.shape is not None else None
-        return batch if isinstance(batch, int) else None
+        return fixed_batch(image)
 
     def as_stored(self, x: Tensor) -> Tensor:
         """What the type of the image input keeps of `x`: whole numbers for uint8, fewer digits for 16 bits."""
@@ -124,18 +125,12 @@ def logits_session(
         return Session(model, optimise=optimise, threads=threads, name=name, first=logits)
     probe = graph.clone()
     value = next(v for node in probe.graph for v in node.outputs if v.name == logits)
-    value.type = value.type or ir.TensorType(_weight_type(graph))
+    value.type = value.shape = None  # the runtime knows them; what a file says of inner values may be stale
     probe.graph.outputs.append(value)
     return Session(probe, optimise=optimise, threads=threads, name=name, first=logits)
 
 
 INTEGER_WEIGHTS = (ir.DataType.INT8, ir.DataType.UINT8, *FEW_BITS)
-
-
-def _weight_type(model: ir.Model) -> ir.DataType:
-    """The type of values of which nothing says it: that of the weights."""
-    kinds = (value.dtype for value in model.graph.initializers.values() if value.dtype in OTHER_FLOATS)
-    return next((kind for kind in kinds if kind is not None), ir.DataType.FLOAT)
 
 
 def _is_parameter(tensor: ir.TensorProtocol) -> bool:
@@ -161,8 +156,7 @@ def build(
     normal = original.clone()
     graphs.name_nodes(normal.graph)
     image = graphs.image_input(normal.graph)
-    batch = image.shape[0] if image.shape is not None else None
-    image.shape = ir.Shape([batch if isinstance(batch, int) else BATCH, *_fixed_shape(spec)])
+    image.shape = ir.Shape([fixed_batch(image) or BATCH, *_fixed_shape(spec)])
     logits = _end_in_logits(normal, path)
     return Classifier(
         path=path,

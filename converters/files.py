@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -50,6 +51,7 @@ class ModelFile:
     model: ir.Model
     skeleton: onnx.ModelProto
     sha256: str
+    """Of the file and, where it names external data, of those files' digests in the order of their names behind it."""
     size_bytes: int
     """Bytes of the file and of the external data that it names."""
 
@@ -60,7 +62,7 @@ def read_model(path: Path) -> ModelFile:
         ensure_model(path)
         size = path.stat().st_size
         file = path.open("rb")
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     proto = onnx.ModelProto()
@@ -73,12 +75,41 @@ def read_model(path: Path) -> ModelFile:
             entry.domain = ""
     if not proto.graph.node:
         raise ModelError(f"{path} is not an ONNX model (no graph in it): fetch or export it again")
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{path} has sparse initializers, which are not supported: store its weights dense")
     model = ir.from_proto(proto)
-    files = {path.name: file}
+    sources = {path.name: _Source(path, size, file)}
     for holder in _external_tensors(model):
-        holder.replace(_in_file(holder.tensor, path, files))
-    beside = sum(os.fstat(other.fileno()).st_size for name, other in files.items() if name != path.name)
-    return ModelFile(model, proto, sha256, size + beside)
+        holder.replace(_in_file(holder.tensor, path, sources))
+    beside = [source for name, source in sorted(sources.items()) if name != path.name]
+    for source in beside:
+        digest.update(source.digest())
+    return ModelFile(model, proto, digest.hexdigest(), sum(source.size for source in (*beside, sources[path.name])))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file that tensors lie in.
+
+    The model's own is held open, so that it may be replaced while its tensors are still to be read. Of others there may
+    be one a tensor, more than a process may hold.
+    """
+
+    path: Path
+    size: int
+    held: BufferedReader | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[BufferedReader]:
+        if self.held is not None:
+            yield self.held
+            return
+        with self.path.open("rb") as file:
+            yield file
+
+    def digest(self) -> bytes:
+        with self.opened() as file:
+            return hashlib.file_digest(file, "sha256").digest()
 
 
 def _skeleton_of(file: BufferedReader, name: str) -> bytes:
@@ -173,30 +204,32 @@ def _external_tensors(model: ir.Model) -> list[_Holder]:
     return found
 
 
-def _in_file(tensor: ir.ExternalTensor, path: Path, files: dict[str, BufferedReader]) -> ir.TensorProtocol:
+def _in_file(tensor: ir.ExternalTensor, path: Path, sources: dict[str, _Source]) -> ir.TensorProtocol:
     """The tensor as a slice of its file. Raises ModelError when the file is not there, or too short."""
     location = str(tensor.location)
     where = f"{path}: the external data of {tensor.name}"
     if Path(location).is_absolute() or ".." in Path(location).parts:
         raise ModelError(f"{where} lies outside the model's folder ({location}): keep the data file beside the model")
-    if location not in files:
+    if location not in sources:
         try:
-            files[location] = (path.parent / location).open("rb")
+            with (path.parent / location).open("rb") as file:
+                sources[location] = _Source(path.parent / location, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise ModelError(
                 f"{where} cannot be read ({location}: {error.strerror}): keep the data file beside the model"
             ) from error
-    file, dtype, shape = files[location], ir.DataType(tensor.dtype), tuple(tensor.shape.numpy())
+    source, dtype, shape = sources[location], ir.DataType(tensor.dtype), tuple(tensor.shape.numpy())
     size, offset = math.ceil(math.prod(shape) * dtype.bitwidth / 8), tensor.offset or 0
     if size != (size if tensor.length is None else tensor.length):
         raise ModelError(
             f"{where} has {tensor.length} bytes, its shape {list(shape)} needs {size}: fetch or export the model again"
         )
-    if offset + size > os.fstat(file.fileno()).st_size:
+    if offset + size > source.size:
         raise ModelError(f"{where} is cut off ({location} is too short): fetch or export the model again")
 
     def read() -> ir.TensorProtocol:
-        return _read(file, offset, size, dtype, shape)
+        with source.opened() as file:
+            return _read(file, offset, size, dtype, shape)
 
     return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=tensor.name)
 

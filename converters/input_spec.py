@@ -141,10 +141,12 @@ class Detection:
 def read_sidecar(model_path: Path) -> dict[str, Any] | None:
     """Table `[input]` of `MODEL.toml` beside `MODEL.onnx`, or None where there is no such file."""
     path = model_path.with_suffix(".toml")
-    if not path.is_file():
-        return None
     try:
-        table = tomllib.loads(path.read_text())["input"]
+        if not path.is_file():
+            return None
+        table = tomllib.loads(path.read_text(encoding="utf-8"))["input"]
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read ({error.strerror}): check its permissions or remove it") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not valid TOML ({error}): mend it or remove it") from error
     except KeyError:

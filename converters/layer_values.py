@@ -296,7 +296,7 @@ def _activation_bits(value: ir.Value | None) -> int | None:
     step = graphs.to_numpy(scale)
     if bounds[0] is None or bounds[1] is None or step.size != 1:
         return width
-    low, high = (float(graphs.to_numpy(bound)) for bound in bounds if bound is not None)
+    low, high = (float(graphs.to_numpy(bound).reshape(())) for bound in bounds if bound is not None)
     steps = (high - low) / float(step.reshape(()))
     return min(width, max(1, round(steps).bit_length())) if np.isfinite(steps) else width
 

@@ -40,13 +40,15 @@ def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
     check_skeleton(file.skeleton, path)
     original = file.model
     _finite(original, path)
-    _not_training(original, path)
     image = _image_input(original, path)
     common.InlinePass()(original)
+    _not_training(original, path)
+    remarks = _in_inference_form(original, path)
     shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in image.shape or []]
     properties = dict(original.metadata_props)
     spec = resolve(path, shape, properties, options)
-    classifier = build(path, original, spec, file.sha256, size_bytes=file.size_bytes, is_file=True)
+    classifier = build(path, original, spec, file.sha256, size_bytes=file.size_bytes, is_file=not remarks)
+    classifier = replace(classifier, remarks=remarks)
     if spec.source != "assumed":
         return classifier
     detection = detect(classifier, stated_keys(path, properties, options))
@@ -90,9 +92,29 @@ def _not_training(model: ir.Model, path: Path) -> None:
         if node.op_type != "Dropout" or len(node.inputs) < 3:
             continue
         training, ratio = (constant_behind(node.inputs[index]) for index in (2, 1))
-        dropping = ratio is None or float(to_numpy(ratio)) > 0
+        dropping = ratio is None or to_numpy(ratio).item() > 0
         if training is not None and bool(to_numpy(training)) and dropping:
             raise ModelError(
                 f"{path}: node {node.name or node.op_type} drops at random, as in training: export the model in"
                 " evaluation mode (TrainingMode.PRESERVE keeps its BatchNorm)"
             )
+
+
+def _in_inference_form(model: ir.Model, path: Path) -> tuple[str, ...]:
+    """Let every BatchNormalization that takes the statistics of its batch take the stored ones; what to say of it."""
+    found = 0
+    for node in model.graph:
+        mode = node.attributes.get("training_mode")
+        if node.op_type != "BatchNormalization" or not (len(node.outputs) > 1 or (mode and mode.as_int())):
+            continue
+        if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+            raise ModelError(
+                f"{path}: node {node.name or node.op_type} hands out the statistics of its batch, as in training:"
+                " export the model in evaluation mode (TrainingMode.PRESERVE keeps its BatchNorm)"
+            )
+        node.attributes.pop("training_mode", None)
+        node.resize_outputs(1)
+        found += 1
+    if not found:
+        return ()
+    return (f"written in training mode: {found} BatchNormalization take their stored statistics, not the batch's",)

@@ -43,8 +43,8 @@ def ensure_writable(path: Path, *, overwrite: bool) -> None:
 
 def ensure_makeable(folder: Path) -> None:
     """Raise OutputError, before any work is done, when a folder can neither be written to nor be made."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
     try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -23,6 +23,8 @@ Pass = Callable[[ir.Model], bool]
 """Changes the model in place and returns whether it did."""
 
 BATCHNORM_EPSILON = 1e-5  # the operator's default
+RESIZE_MODES = 11
+"""The opset from which a Resize says which pixel lies where; Upsample before it had one way."""
 FOLD_LIMIT = 1 << 26  # bytes: fold whatever is constant; the shape arithmetic of exporters is far below this
 
 
@@ -183,10 +185,18 @@ def raise_opset(model: ir.Model, least: int, path: str) -> bool:
     if model.opset_imports.get("", 1) >= least:
         return False
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    old_resizes = model.opset_imports.get("", 1) < RESIZE_MODES
     try:
         onnxscript.version_converter.convert_version(model, least, fallback=True)
     except Exception as error:  # the converters raise whatever their adapters raise
         raise ModelError(f"{path}: cannot be raised to opset {least} ({error}): export it at that opset") from error
     if model.opset_imports.get("", 1) < least:
         raise ModelError(f"{path}: cannot be raised to opset {least}: export it at that opset")
+    if old_resizes:  # the converters leave what Resize and Upsample meant before to a default that means something else
+        for node in model.graph.all_nodes():
+            if node.op_type == "Resize":
+                node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                    "coordinate_transformation_mode", "asymmetric"
+                )
+                node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
     return True

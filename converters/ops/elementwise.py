@@ -171,13 +171,21 @@ def shrink(attributes: Attributes) -> Body:
     return lambda x: torch.where(x.abs() > limit, x - bias * torch.sign(x), 0)
 
 
+Bound = Tensor | float | list[float] | None
+
+
+def _scalar(bound: Tensor | float | list[float]) -> Tensor | float:
+    """The runtime takes bounds of shape [1] too."""
+    return bound[0] if isinstance(bound, list) else bound
+
+
 @operator("Clip", static=(1, 2))
 def clip(attributes: Attributes) -> Body:
     """Bounds may be left out, may be computed, and were attributes before opset 11."""
 
-    def run(x: Tensor, low: Tensor | float | None = None, high: Tensor | float | None = None) -> Tensor:
-        low = attributes.get("min") if low is None else low
-        high = attributes.get("max") if high is None else high
+    def run(x: Tensor, low: Bound = None, high: Bound = None) -> Tensor:
+        low = attributes.get("min") if low is None else _scalar(low)
+        high = attributes.get("max") if high is None else _scalar(high)
         if isinstance(low, float) and isinstance(high, float):
             if low < high and x.is_floating_point():
                 return F.hardtanh(x, low, high)  # its gradient is one pass, a clamp's is four
