@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from recipes.checkpoint import Checkpoint, State
 from recipes.devices import choose_precision
 from recipes.images import ImageSet
 from recipes.least_squares import compensate, settled_layers
+from recipes.memory import rows_like
 from recipes.objective import Objective
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
@@ -323,17 +324,42 @@ class _Run:
         return {name: bits for name, bits in self.widths.items() if name in inside}
 
     def _calibrate(self, stretch: Stretch) -> None:
-        """Search the ranges of the block's activations, in order, on its input as the blocks before leave it."""
-        block = stretch.block
-        for name, bits in self._quantized_values(stretch).items():
-            before = self.module.segment([block.input], [name])
-            parts, count = stretch.changed_input.split(self.settings.batch), len(stretch.changed_input)
-            if name != block.input:
-                parts = batches(
-                    before, stretch.changed_input, self.settings.batch, **self.quantizers.changes.of(before)
-                )
-            sample = torch.cat([_spread(part, count) for part in parts])
+        """Search the ranges of the block's activations, in order, on its input as the blocks before leave it.
+
+        Each is computed from those before it that it hangs on, which are kept for so long: a block may have hundreds.
+        """
+        start, count = stretch.block.input, len(stretch.changed_input)
+        quantized = self._quantized_values(stretch)
+        after = self._between([start, *(name for name in quantized if name != start)])
+        needed_last = {name: reader for reader, segment in after.items() for name in segment.inputs}
+        known = {start: list(stretch.changed_input.split(self.settings.batch))}
+        for name, bits in quantized.items():
+            if name in after:
+                known[name] = self._parts(after[name], known)
+            sample = torch.cat([_spread(part, count) for part in known[name]])
             self.quantizers.values[name] = self._activation(name, sample.to(self.module.device), bits)
+            for done in [other for other in known if needed_last.get(other, name) == name]:
+                del known[done]
+
+    def _between(self, names: Sequence[str]) -> dict[str, Segment]:
+        """For every value but the first, how it is computed from those of the values before it that it hangs on."""
+        found = {}
+        for index, name in enumerate(names[1:], 1):
+            steps = self.module.segment(names[:index], [name]).steps
+            read = {operand for step in steps for operand in step.inputs}
+            found[name] = self.module.segment([other for other in names[:index] if other in read], [name])
+        return found
+
+    @torch.no_grad()
+    def _parts(self, segment: Segment, known: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+        """The segment's only output, batch by batch; on disk where it would take more than the limit as a whole."""
+        found, how = [], self.quantizers.changes.of(segment)
+        limit = self.settings.cache_limit / len(known[segment.inputs[0]])
+        for parts in zip(*(known[name] for name in segment.inputs), strict=True):
+            given = {name: part.to(self.module.device) for name, part in zip(segment.inputs, parts, strict=True)}
+            part = segment(given, **how)[segment.outputs[0]]
+            found.append(rows_like(part, len(part), limit).copy_(part))
+        return found
 
     def _activation(self, name: str, sample: Tensor, bits: int) -> QuantizedActivation:
         """A quantizer for a value, its range searched on `sample`."""
