@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from converters.classifier import Classifier
-from converters.targets import PORTABLE, SAFE_BITS
-from converters.torch_module import TorchClassifier
+from converters.targets import PORTABLE, SAFE_BITS, choose_target
+from converters.torch_module import Segment, TorchClassifier
 from recipes.budget import Budget
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import place_activations
-from recipes.quantize.engine import quantize
+from recipes.quantize.engine import _Run, quantize
 from recipes.quantize.plan import LayerPlan, plan_bits
 from recipes.quantize.quantizers import QuantizedActivation
 from recipes.quantize.settings import QuantizeSettings
+from recipes.reconstruct import Stretch
 from recipes.sensitivity import noise_to_signal, value_noise
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
@@ -123,3 +125,28 @@ def test_the_file_has_them(
     assert {layer.act_bits for layer in counted.layers[1:-1]} >= {4, 6}
     spent = zip(macs.values(), counted.layers, strict=True)
     assert sum(each * (layer.bits or 32) * (layer.act_bits or 32) for each, layer in spent) <= budget.amount
+
+
+def test_calibration_computes_what_lies_between_once(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense block has layer behind layer: from its input anew for each value, steps would grow with their square."""
+    run, calibrate, steps = Segment.__call__, _Run._calibrate, {"in the block": 0, "calibrating": 0}
+    inside = False
+
+    def counting(self: Segment, *args: Any, **how: Any) -> dict[str, torch.Tensor]:
+        steps["calibrating"] += inside * len(self.steps)
+        return run(self, *args, **how)
+
+    def watched(self: _Run, stretch: Stretch) -> None:
+        nonlocal inside
+        steps["in the block"] += len(stretch.segment.steps)
+        inside = True
+        calibrate(self, stretch)
+        inside = False
+
+    monkeypatch.setattr(Segment, "__call__", counting)
+    monkeypatch.setattr(_Run, "_calibrate", watched)
+    few = ImageSet(calibration_images.pixels[:4])  # one batch
+    quantize(classifier_of("dense"), few, tmp_path / "out.onnx", NEAREST, 8, 8, choose_target("ort-cpu", None, 8))
+    assert 0.5 * steps["in the block"] < steps["calibrating"] <= steps["in the block"]
