@@ -30,7 +30,8 @@ from recipes.images import ImageSet
 T = TypeVar("T")
 MEASURED, SUFFIX = "measured", ".partial"
 SECONDS = 20.0
-"""Work between two writes; a run that goes by blocks writes at the end of one."""
+"""Work between two writes, or so many times what the last one took; a run that goes by blocks writes at the end of
+one."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,17 @@ class Checkpoint:
         say: Callable[[str], None] = lambda message: None,
         seconds: float | None = None,
     ) -> None:
-        self._say, self._written = say, time.monotonic()
+        self._say, self._written, self._took = say, time.monotonic(), 0.0
         self.seconds = SECONDS if seconds is None else seconds
         modules = list(modules)
         sources = [(module.classifier.sha256, module.spec.model_dump(mode="json")) for module in modules]
         mark = hashlib.sha256(json.dumps([facts, sources, _versions()], sort_keys=True, default=str).encode())
-        mark.update(images.pixels.contiguous().numpy().tobytes())
+        mark.update(images.pixels.contiguous().numpy().data)
         for module in modules:
             for step in module.whole.steps:
                 mark.update(repr((step.op, step.inputs, step.outputs)).encode())
             for buffer in module.buffers():
-                mark.update(buffer.cpu().contiguous().numpy().tobytes())
+                mark.update(buffer.cpu().contiguous().numpy().data)
         self.path = output.with_name(f"{output.name}.{kind}-{mark.hexdigest()[:8]}{SUFFIX}")
         self._mark = mark.hexdigest()
         self._measured: dict[str, Any] = {}
@@ -137,13 +138,14 @@ class Checkpoint:
 
     def offer(self, state: Callable[[], State]) -> bool:
         """Write `state()` if it is time to, and whether it was."""
-        due = time.monotonic() - self._written >= self.seconds
+        due = time.monotonic() - self._written >= self.seconds * max(1.0, self._took)
         if due:
             self.write(state())
         return due
 
     def write(self, now: State) -> None:
         """Write a state; where that is not possible, the run goes on without."""
+        started = time.monotonic()
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in now.tensors.items()}
         said = {"run": self._mark, "numbers": json.dumps({**now.numbers, MEASURED: self._measured})}
         try:
@@ -152,6 +154,7 @@ class Checkpoint:
             self.seconds = math.inf
             self._say(f"an interruption would lose this run, as its state cannot be kept: {error}")
         self._written = time.monotonic()
+        self._took = self._written - started
 
     def remove(self) -> None:
         """The run is done."""

@@ -59,7 +59,7 @@ def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
 
 def from_bytes(pixels: NDArray[np.uint8]) -> Tensor:
     """8-bit pixels [N, H, W, C] to float32 [N, C, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def gaussian_noise(count: int, channels: int, size: tuple[int, int], seed: int) -> ImageSet:

@@ -121,7 +121,7 @@ class Changes:
         return {"parameters": parameters, "transforms": self.values}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stretch:
     """A block on its way: `float_input` and `changed_input` [N, ...] on the two streams, `target` its float output."""
 
@@ -130,6 +130,10 @@ class Stretch:
     float_input: Tensor
     changed_input: Tensor
     target: Tensor
+
+    def release(self) -> None:
+        """Let go of the tensors: loops hold a stretch until they have the next, and these are large."""
+        self.float_input = self.changed_input = self.target = torch.empty(0)
 
 
 def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, settings: LoopSettings) -> Iterator[Stretch]:
@@ -141,10 +145,12 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
     for block in find_blocks(module, settings.max_chain):
         segment = module.segment([block.input], [block.output])
         target = run_batched(segment, float_input, settings.batch, settings.cache_limit)
-        yield Stretch(block, segment, float_input, changed_input, target)
+        stretch = Stretch(block, segment, float_input, changed_input, target)
+        yield stretch
+        stretch.release()
+        float_input = target
         how = changes.of(segment)
         changed_input = run_batched(segment, changed_input, settings.batch, settings.cache_limit, **how)
-        float_input = target
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,9 @@ class QuantizedWeight:
         scale, zero = q.search_range(
             rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps, symmetric=symmetric
         )
+        live = rows.any(1)  # a channel of zeros has any scale: one like the others', as its bias may be counted in it
+        if not live.all() and live.any():
+            scale = torch.where(live, scale, scale[live].median())
         self.scale = q.broadcast(scale, weight.dim(), axis)
         self.zero = q.broadcast(zero, weight.dim(), axis)
         self.zeros = weight == 0 if bool((weight == 0).any()) else None
@@ -207,14 +210,28 @@ class QuantizedWeight:
         self.scale, self.log_growth = self.current_scale(), torch.zeros_like(self.scale)
         self.weight, self.rounding = q.dequantize(integers, self.scale, self.zero), None
 
+    @torch.no_grad()
+    def coarsen(self, least: Tensor) -> None:
+        """Round a hard weight again in the channels whose scale is smaller than that in `least` [C], with that."""
+        least = q.broadcast(least, self.weight.dim(), self.axis)
+        coarser = self.scale < least
+        if not coarser.any():
+            return
+        self.scale = torch.maximum(self.scale, least)
+        steps = self.weight / self.scale
+        self.latent = torch.where(coarser, steps, self.latent)
+        rounded = q.dequantize(self._clip(torch.round(steps)), self.scale, self.zero)
+        self.weight = torch.where(coarser, rounded, self.weight)
+
     def state(self) -> dict[str, Tensor]:
         """What a hard weight is restored from."""
         undecided = torch.tensor(self.left_undecided, dtype=torch.float64)
-        return {"weight": self.weight, "scale": self.scale, "latent": self.latent, "undecided": undecided}
+        hard = {"weight": self.weight, "scale": self.scale, "zero": self.zero, "latent": self.latent}
+        return hard | {"undecided": undecided}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.weight, self.scale, self.latent = (
-            state[name].to(self.weight.device) for name in ("weight", "scale", "latent")
+        self.weight, self.scale, self.zero, self.latent = (
+            state[name].to(self.weight.device) for name in ("weight", "scale", "zero", "latent")
         )
         self.left_undecided = float(state["undecided"])
 

@@ -20,6 +20,9 @@ from recipes.quantize.proof import quantized_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.reconstruct import Changes, LearnedTensor
 
+BIAS_LIMIT = 2**30
+"""Largest bias on its grid: half of what 32 bits hold, the products that it is added to being the other."""
+
 
 @dataclass
 class Quantizers:
@@ -47,12 +50,15 @@ class Quantizers:
     def snap_biases(self, layers: Sequence[Layer]) -> None:
         """Bring biases of fully quantized layers to whole multiples of input scale times weight scale.
 
-        Integer kernels add the bias to products on that grid, and onnxruntime rounds it so when it fuses; at 4 bits the
-        grid is coarse enough to be felt, so the simulation and the file have it too.
+        Integer kernels add the bias to products on that grid, in 32 bits, and onnxruntime rounds it so when it fuses;
+        at 4 bits the grid is coarse enough to be felt, so the simulation and the file have it too. A channel that is
+        all but dead beside its bias gets a scale by which that fits; what its weights add would be lost in it anyway.
         """
         for layer in layers:
             bias = self.bias(layer)
             if bias is not None and layer.input in self.values:
+                least = bias.value.abs() / (float(self.values[layer.input].scale) * BIAS_LIMIT)
+                self.weights[layer.weight].coarsen(least)
                 grid = self._bias_grid(layer)
                 bias.value = torch.round(bias.value / grid) * grid
 

@@ -107,7 +107,7 @@ def synthesize(
     try:
         with progress.task("synthesizing images", settings.steps * len(missing)) as task:
             for index in missing:
-                labels = (torch.arange(counts[index]) + index * settings.batch) % classes
+                labels = deal_labels(settings.images, classes)[index * settings.batch :][: counts[index]]
                 store.add(index, *_make_shard(teachers, settings, full, labels, (seed, index), task))
         ranks.wait()
     except BaseException as stop:
@@ -139,6 +139,12 @@ def synthesize(
         losses=final,
         retried=sum(shard["attempts"] - 1 for shard in shards),
     )
+
+
+def deal_labels(images: int, classes: int) -> Tensor:
+    """Labels [images] of a set: each class as often as any other or, of more classes than images, every so many-th."""
+    positions = torch.arange(images)
+    return positions % classes if images >= classes else positions * classes // images
 
 
 def _identity(

@@ -255,6 +255,20 @@ def test_nothing_is_written_before_it_is_time(fresh: Callable[..., Checkpoint]) 
     assert not fresh().path.exists()
 
 
+def test_what_takes_long_to_write_is_written_less_often(
+    fresh: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("recipes.checkpoint.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("recipes.checkpoint.write_atomically", lambda *_: clock.__setitem__(0, clock[0] + 3))
+    checkpoint, offered = fresh(seconds=20.0), []
+    for second in range(200):
+        clock[0] += 1
+        if checkpoint.offer(lambda: State({"a": torch.ones(1)}, {})):
+            offered.append(second)
+    assert offered == [19, 79, 139, 199]  # 20 seconds, then 20 times the three that a write took
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_a_damaged_file_is_left_aside(content: bytes, fresh: Callable[..., Checkpoint]) -> None:
     fresh().path.write_bytes(content)

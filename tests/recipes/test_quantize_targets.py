@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from converters.classifier import Classifier
 from converters.layer_values import saturating_layers
 from converters.load import load_classifier
+from converters.runtime import Session
 from converters.targets import choose_target
 from recipes.account import Compression
 from recipes.images import ImageSet
@@ -226,3 +227,42 @@ def test_zero_points_of_portable_files(bits: int, act_bits: int | None, symmetri
     assert all(not zero.any() for zero in inner) == symmetric
     if act_bits is not None:
         assert not zeros[0].any()  # the ends have 8 bits
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1e-9, 0.0])
+@pytest.mark.parametrize("target", ["portable", "ort-cpu", "tensorrt"])
+def test_a_channel_that_is_dead_beside_its_bias_does_not_overflow_it(
+    target: str, factor: float, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """On the grid of its scale a bias may take more than 32 bits, which the runtime finds when it fuses."""
+    model = onnx.load(classifier_of("plain").path)
+    convs = [node for node in model.graph.node if node.op_type == "Conv"]
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in convs:  # BatchNorm comes behind, so the bias of the dead channels is its
+        weight = tensors[node.input[1]]
+        values = numpy_helper.to_array(weight).copy()
+        values[:4] *= factor
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            for index, first in ((2, 1.0), (3, 0.0)):
+                tensor = tensors[node.input[index]]
+                values = numpy_helper.to_array(tensor).copy()
+                values[:4] = first
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    source = tmp_path / "dead.onnx"
+    onnx.save(model, source)
+    output = tmp_path / f"{target}.onnx"
+    chosen = choose_target(target, None, 8)
+    result = quantize(load_classifier(source), calibration_images, output, recipe("nearest"), 8, 8, chosen)
+    assert result.fusion is None or result.fusion.counted == result.fusion.forecast
+    x = classifier_of("plain").spec.to_input(calibration_images.pixels).numpy()
+    fused, plain, reference = (
+        session.run(x)[0]
+        for session in (Session(output), Session(output, optimise=False), Session(source, optimise=False))
+    )
+    assert np.abs(fused - plain).max() < 0.05 * np.abs(reference).max()
+    assert decibels(reference, fused) > 25
+    if target == "ort-cpu":
+        written = {node.input[2] for node in onnx.load(output).graph.node if node.op_type == "Conv"}
+        assert all(name.endswith(".dequantized") for name in written)

@@ -261,3 +261,28 @@ def test_a_step_stays_within_what_a_clip_leaves(within: tuple[float, float], lar
     represented = bound(torch.linspace(-10, 200, 5000))
     assert within[0] - 1e-5 <= float(represented.min())
     assert float(represented.max()) <= max(within[1], 6.0) * (1 + 1e-6)
+
+
+def test_coarser_channels_are_rounded_again_and_others_stay() -> None:
+    weight = QuantizedWeight(
+        torch.randn(4, 3, 3, 3) * torch.tensor([1.0, 1e-6, 1.0, 1.0]).view(-1, 1, 1, 1), 0, 4, SIGMOID
+    )
+    weight.harden()
+    before, scale = weight.tensor(), weight.scale.clone()
+    weight.coarsen(torch.tensor([0.0, 0.5, 0.5, 0.0]) * scale.flatten().max())
+    assert torch.equal(weight.tensor()[[0, 2, 3]], before[[0, 2, 3]])
+    assert torch.equal(weight.scale[[0, 2, 3]], scale[[0, 2, 3]])
+    assert weight.scale[1] == 0.5 * scale.max()
+    assert not weight.tensor()[1].any()
+    again = QuantizedWeight(torch.randn(4, 3, 3, 3), 0, 4, SIGMOID)
+    again.restore(weight.state())
+    assert torch.equal(again.integers(), weight.integers())
+    assert torch.equal(again.zero, weight.zero)
+
+
+def test_a_channel_of_zeros_has_a_scale_like_the_others() -> None:
+    values = torch.randn(5, 3, 3, 3)
+    values[2] = 0
+    scale = QuantizedWeight(values, 0, 8, SIGMOID).scale.flatten()
+    assert scale[2] == scale[[0, 1, 3, 4]].median()
+    assert QuantizedWeight(torch.zeros(2, 3), 0, 8, SIGMOID).scale.flatten().tolist() == [1, 1]

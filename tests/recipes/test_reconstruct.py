@@ -17,14 +17,17 @@ from recipes.objective import BlockError, Objective, mean_square
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
 from recipes.reconstruct import (
+    Changes,
     DropMasks,
     Group,
     LearnedTensor,
     Loop,
     Reconstruction,
+    Stretch,
     block_error,
     reconstruct,
     run_batched,
+    walk_blocks,
 )
 from recipes.settings import load_recipe
 
@@ -340,3 +343,14 @@ def test_values_beyond_the_limit_lie_on_disk_and_train_alike(case: Case) -> None
         )
         learned.append([weight.tensor() for weight in weights.values()])
     assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
+
+
+def test_what_is_behind_is_let_go_of(module_of: Callable[[str], TorchClassifier]) -> None:
+    """A loop holds the last stretch while the next is computed; its tensors are as large as the images' activations."""
+    module = module_of("residual")
+    x = module.spec.to_input(torch.rand(4, 1, 28, 28))
+    last: Stretch | None = None
+    for stretch in walk_blocks(module, x, Changes((), {}), SETTINGS):
+        assert stretch.float_input.numel() == stretch.changed_input.numel() > 0
+        assert last is None or last.float_input.numel() == last.changed_input.numel() == last.target.numel() == 0
+        last = stretch

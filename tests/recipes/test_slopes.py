@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ SETTINGS = LoopSettings(logit_share=0.25, batch=4)
 
 def stretches(module: TorchClassifier, images: ImageSet) -> list[Stretch]:
     inputs = module.spec.to_input(images.pixels[:COUNT])
-    return list(walk_blocks(module, inputs, Changes((), {}), SETTINGS))
+    return [replace(stretch) for stretch in walk_blocks(module, inputs, Changes((), {}), SETTINGS)]
 
 
 def all_slopes(module: TorchClassifier, found: list[Stretch], settings: LoopSettings = SETTINGS) -> list[Tensor]:
