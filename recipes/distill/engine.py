@@ -154,6 +154,14 @@ class BatchStatistics:
         return mean.float(), variance.float()
 
 
+def whole_batches(x: Tensor, batch: int) -> list[Tensor]:
+    """`x` [N, ...] in batches, a last one of less than half joined to the one before it: it would stand for little."""
+    parts = list(x.split(batch))
+    if len(parts) > 1 and 2 * len(parts[-1]) < batch:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
 def batch_norm_over(
     part: Part, epsilon: float, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 ) -> Tensor:
@@ -258,7 +266,7 @@ class _Run:
         """Mean and variance of every BatchNorm over all images as they are, in batches of what it was trained on."""
         if not self.norms:
             return
-        parts = [part for part in self.images.pixels.split(self.settings.batch) if len(part) > 1]
+        parts = [part for part in whole_batches(self.images.pixels, self.settings.batch) if len(part) > 1]
         tensors, name = self._tensors(), self.student.input_name
         for part in parts:
             self.student.whole({name: self._input(self.student, part)}, tensors, bodies=self.norms)

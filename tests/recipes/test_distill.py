@@ -18,7 +18,7 @@ from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier, to_torch
 from recipes.account import Compression
-from recipes.distill.engine import BatchStatistics, distill, trainable
+from recipes.distill.engine import BatchStatistics, distill, trainable, whole_batches
 from recipes.distill.losses import likeness, likeness_loss
 from recipes.distill.settings import PACKAGE, DistillSettings
 from recipes.images import ImageSet
@@ -311,3 +311,12 @@ def test_batch_statistics_normalise_by_the_batch_and_gather_without_gradients() 
     everything = torch.cat([x, x[:2] + 2])
     torch.testing.assert_close(mean, everything.mean((0, 2, 3)))
     torch.testing.assert_close(variance, everything.var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(65, [65]), (128, [64, 64]), (159, [64, 95]), (160, [64, 64, 32]), (3, [3]), (1, [1])]
+)
+def test_a_small_rest_is_no_batch_of_its_own(count: int, sizes: list[int]) -> None:
+    parts = whole_batches(torch.arange(count), 64)
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), torch.arange(count))
