@@ -18,11 +18,14 @@ from recipes.least_squares import Moments
 from recipes.quantize import primitives as q
 
 
-def gptq(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def gptq(
+    rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: int, high: int, zeros: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rounded weights that make up for one another, and the bias change.
 
-    `rows` [G, R, K] are the weights by group, `scale` and `zero` [G, R]. Returns weights [G, R, K] that nearest
-    rounding takes to the chosen integers, and what to add to the bias [G, R].
+    `rows` [G, R, K] are the weights by group, `scale` and `zero` [G, R]; where `zeros` [G, R, K] says so, a weight is
+    zero and stays it, and others make up for that. Returns weights [G, R, K] that nearest rounding takes to the chosen
+    integers, and what to add to the bias [G, R].
     """
     factor = torch.linalg.cholesky(found.inverse.double(), upper=True).to(rows.dtype)
     left = found.solve(found.right_side(rows))
@@ -30,7 +33,8 @@ def gptq(rows: Tensor, found: Moments, scale: Tensor, zero: Tensor, low: int, hi
     for k in range(rows.shape[2]):
         column = left[:, :, k].clone()
         chosen[:, :, k] = column
-        rounded[:, :, k] = q.fake_quantize(column, scale, zero, low, high)
+        nearest = q.fake_quantize(column, scale, zero, low, high)
+        rounded[:, :, k] = nearest if zeros is None else torch.where(zeros[:, :, k], 0.0, nearest)
         error = (column - rounded[:, :, k]) / factor[:, k, k, None]
         left[:, :, k:] -= error[:, :, None] * factor[:, None, k, k:]
     return chosen, found.mean_difference(rows, rounded)

@@ -167,7 +167,8 @@ class QuantizedWeight:
     def compensate(self, layer: Layer, found: Moments) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
         scale, zero = (value.reshape(layer.groups, -1) for value in (self.scale, self.zero))
-        chosen, shift = gptq(to_rows(self.weight, layer), found, scale, zero, self.low, self.high)
+        zeros = None if self.zeros is None else to_rows(self.zeros, layer)
+        chosen, shift = gptq(to_rows(self.weight, layer), found, scale, zero, self.low, self.high, zeros)
         self.weight = from_rows(chosen, layer)
         return shift.flatten()
 

@@ -54,6 +54,24 @@ def test_it_answers_better_than_nearest_rounding(bits: int) -> None:
     assert error(chosen, shift[:, None, :]) <= error(chosen) + 1e-9  # the bias takes the mean that is left
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zeros_stay_and_others_make_up_for_that(bits: int) -> None:
+    clean, noisy, rows = problem(3, 8, 12)
+    zeros = torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    rows = torch.where(zeros, 0.0, rows)
+    low, high = q.signed_range(bits)
+    scale, zero = (value.view(3, 8) for value in q.search_range(rows.reshape(24, 12), low, high))
+    target = clean @ rows.mT
+
+    def error(known: Tensor | None) -> float:
+        chosen, shift = gptq(rows, moments([(clean, noisy)]), scale, zero, low, high, known)
+        rounded = q.fake_quantize(chosen, scale[:, :, None], zero[:, :, None], low, high)
+        answer = noisy @ torch.where(zeros, 0.0, rounded).mT + shift[:, None, :]
+        return float((answer - target).square().mean())
+
+    assert error(zeros) < 0.9 * error(None)
+
+
 @pytest.mark.parametrize("family", ["inverted", "plain"])
 def test_operand_vectors_times_weights_are_the_layer(family: str) -> None:
     """Conv with and without groups, strides and padding, and Gemm: the product gives back the layer's output."""
