@@ -24,7 +24,11 @@ Pass = Callable[[ir.Model], bool]
 
 BATCHNORM_EPSILON = 1e-5  # the operator's default
 RESIZE_MODES = 11
-"""The opset from which a Resize says which pixel lies where; Upsample before it had one way."""
+"""The opset from which a Resize says which pixel lies where.
+
+Before, there was one way, but for shrinking to the nearest pixel by odd factors, which onnxruntime rounds otherwise:
+such a file is refused, as is every one that answers otherwise when it is raised.
+"""
 FOLD_LIMIT = 1 << 26  # bytes: fold whatever is constant; the shape arithmetic of exporters is far below this
 
 

@@ -30,6 +30,12 @@ from converters.targets import PLAIN_IR, PLAIN_OPSET, Container, Target
 from converters.torch_module import OTHER_FLOAT_TOLERANCE, relative_difference
 
 BIAS = 2  # operand position
+RAISED_TOLERANCE = 1e-3
+"""Largest relative difference of logits at another opset.
+
+Ten times what a conversion may have, for models that magnify rounding; a shift of half a pixel before a global mean may
+be no more than twice of it.
+"""
 
 
 @dataclass(frozen=True)
@@ -151,14 +157,23 @@ def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
 
 
 def _prove_raised(classifier: Classifier, prepared: Classifier) -> None:
-    """Raise ConversionError where the graph, at another opset, does not answer as the file does."""
+    """Raise ConversionError where the graph, at another opset, does not answer as the file does.
+
+    A file that onnxruntime does not run, or not to finite numbers, is not judged here: whoever runs it says why.
+    """
     generator = torch.Generator().manual_seed(0)
     spec, count = classifier.spec, classifier.fixed_batch or 1
     pixels = torch.rand((count, spec.channel_count, *spec.size), generator=generator)
     x = classifier.as_stored(spec.to_input(pixels)).numpy()
-    expected, actual = (each.session(optimise=False).run(x)[0] for each in (classifier, prepared))
+    try:
+        expected = classifier.session(optimise=False).run(x)[0].astype(np.float32)
+    except ModelError:
+        return
+    if not np.isfinite(expected).all():
+        return
+    actual = prepared.session(optimise=False).run(x)[0]
     difference = relative_difference(actual.reshape(expected.shape), expected)
-    if not difference <= OTHER_FLOAT_TOLERANCE:  # rounding is not in question here: another meaning differs by more
+    if not difference <= (OTHER_FLOAT_TOLERANCE if classifier.other_floats else RAISED_TOLERANCE):
         raise ConversionError(
             f"{classifier.path}: at opset {prepared.opset} it answers otherwise than at its own, {classifier.opset}"
             f" (by {difference:.1e}): export it at opset {prepared.opset}, and please report it"

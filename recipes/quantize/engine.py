@@ -209,7 +209,6 @@ class _Run:
                 self.settings,
                 self.target.symmetric(plan.bits, plan.act_bits),
             )
-        self.ranks.spread([weight.zero for weight in self.quantizers.weights.values()])  # no part of a weight's state
         counts = Counter(plan.bits for plan in self.quantizers.plans)
         self.progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
         if self.act_bits is not None and not self.target.elsewhere:
@@ -330,12 +329,15 @@ class _Run:
         """
         start, count = stretch.block.input, len(stretch.changed_input)
         quantized = self._quantized_values(stretch)
-        after = self._between([start, *(name for name in quantized if name != start)])
+        names = [start, *(name for name in quantized if name != start)]
+        after = self._between(names)
         needed_last = {name: reader for reader, segment in after.items() for name in segment.inputs}
+        spans = [(names.index(name), names.index(needed_last.get(name, name))) for name in names]
+        at_once = max(sum(first <= index <= last for first, last in spans) for index in range(len(names)))
         known = {start: list(stretch.changed_input.split(self.settings.batch))}
         for name, bits in quantized.items():
             if name in after:
-                known[name] = self._parts(after[name], known)
+                known[name] = self._parts(after[name], known, self.settings.cache_limit / at_once)
             sample = torch.cat([_spread(part, count) for part in known[name]])
             self.quantizers.values[name] = self._activation(name, sample.to(self.module.device), bits)
             for done in [other for other in known if needed_last.get(other, name) == name]:
@@ -351,10 +353,10 @@ class _Run:
         return found
 
     @torch.no_grad()
-    def _parts(self, segment: Segment, known: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
-        """The segment's only output, batch by batch; on disk where it would take more than the limit as a whole."""
+    def _parts(self, segment: Segment, known: Mapping[str, Sequence[Tensor]], limit: float) -> list[Tensor]:
+        """The segment's only output, batch by batch; on disk where it takes more than `limit` gigabytes as a whole."""
         found, how = [], self.quantizers.changes.of(segment)
-        limit = self.settings.cache_limit / len(known[segment.inputs[0]])
+        limit /= len(known[segment.inputs[0]])
         for parts in zip(*(known[name] for name in segment.inputs), strict=True):
             given = {name: part.to(self.module.device) for name, part in zip(segment.inputs, parts, strict=True)}
             part = segment(given, **how)[segment.outputs[0]]

@@ -32,9 +32,8 @@ def gptq(
     chosen, rounded = torch.empty_like(left), torch.empty_like(left)
     for k in range(rows.shape[2]):
         column = left[:, :, k].clone()
-        chosen[:, :, k] = column
-        nearest = q.fake_quantize(column, scale, zero, low, high)
-        rounded[:, :, k] = nearest if zeros is None else torch.where(zeros[:, :, k], 0.0, nearest)
+        chosen[:, :, k] = column if zeros is None else torch.where(zeros[:, :, k], 0.0, column)
+        rounded[:, :, k] = q.fake_quantize(chosen[:, :, k], scale, zero, low, high)
         error = (column - rounded[:, :, k]) / factor[:, k, k, None]
         left[:, :, k:] -= error[:, :, None] * factor[:, None, k, k:]
     return chosen, found.mean_difference(rows, rounded)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from converters import writeback
 from converters.steps import Quantized
-from converters.targets import INT32_LIMIT, Target
+from converters.targets import INT32_LIMIT, MAX_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.account import LayerAccount, account_layer
 from recipes.checkpoint import Table
@@ -57,8 +57,9 @@ class Quantizers:
         for layer in layers:
             bias = self.bias(layer)
             if bias is not None and layer.input in self.values:
-                least = bias.value.abs() / (float(self.values[layer.input].scale) * BIAS_LIMIT)
-                self.weights[layer.weight].coarsen(least)
+                value = self.values[layer.input]
+                if value.bits <= MAX_BITS:  # of wider ones no kernel adds integers
+                    self.weights[layer.weight].coarsen(bias.value.abs() / (float(value.scale) * BIAS_LIMIT))
                 grid = self._bias_grid(layer)
                 bias.value = torch.round(bias.value / grid) * grid
 

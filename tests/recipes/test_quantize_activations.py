@@ -16,7 +16,7 @@ from recipes.budget import Budget
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import place_activations
-from recipes.quantize.engine import _Run, quantize
+from recipes.quantize.engine import _Run, _spread, quantize
 from recipes.quantize.plan import LayerPlan, plan_bits
 from recipes.quantize.quantizers import QuantizedActivation
 from recipes.quantize.settings import QuantizeSettings
@@ -127,7 +127,7 @@ def test_the_file_has_them(
     assert sum(each * (layer.bits or 32) * (layer.act_bits or 32) for each, layer in spent) <= budget.amount
 
 
-def test_calibration_computes_what_lies_between_once(
+def test_calibration_computes_what_lies_between_once_and_the_same(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dense block has layer behind layer: from its input anew for each value, steps would grow with their square."""
@@ -144,6 +144,13 @@ def test_calibration_computes_what_lies_between_once(
         inside = True
         calibrate(self, stretch)
         inside = False
+        for name, bits in self._quantized_values(stretch).items():
+            others = {other: value for other, value in self.quantizers.values.items() if other != name}
+            anew = self.module.segment([stretch.block.input], [name])
+            parameters = self.quantizers.changes.of(anew)["parameters"]
+            seen = anew({stretch.block.input: stretch.changed_input}, parameters, others)[name]
+            again, found = self._activation(name, _spread(seen, len(seen)), bits), self.quantizers.values[name]
+            assert (again.scale, again.zero) == (found.scale, found.zero)
 
     monkeypatch.setattr(Segment, "__call__", counting)
     monkeypatch.setattr(_Run, "_calibrate", watched)
