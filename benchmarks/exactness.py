@@ -69,7 +69,7 @@ def sources(only: Sequence[str], folder: Path) -> Iterator[tuple[str, Path, int]
 def export(build: Callable[[], nn.Module], side: int, path: Path, *, alive: bool) -> None:
     """Write the network, with the matrix's random weights where it is to be brought alive."""
     torch.manual_seed(0)
-    model = build().eval()
+    model = build()
     if alive:
         bring_alive(model, side)
     export_legacy(model.eval(), torch.zeros(1, 3, side, side), path)

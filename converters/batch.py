@@ -134,9 +134,10 @@ def _free_sizes(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _sizes(value: ir.Value) -> list[int] | None:
-    if value.shape is None or not all(isinstance(size, int) for size in value.shape):
+    if value.shape is None:
         return None
-    return [int(size) for size in value.shape]  # type: ignore[arg-type]
+    sizes = [size for size in value.shape if isinstance(size, int)]
+    return sizes if len(sizes) == len(value.shape) else None
 
 
 def _after(

@@ -95,8 +95,7 @@ class Classifier:
     @property
     def fixed_batch(self) -> int | None:
         """The batch size that the file insists on, or None where it takes any."""
-        image = graphs.image_input(self.original.graph)
-        return fixed_batch(image)
+        return fixed_batch(graphs.image_input(self.original.graph))
 
     def as_stored(self, x: Tensor) -> Tensor:
         """What the type of the image input keeps of `x`: whole numbers for uint8, fewer digits for 16 bits."""

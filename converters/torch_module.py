@@ -336,6 +336,13 @@ def to_torch(classifier: Classifier, *, check: bool = True) -> TorchClassifier:
     return module
 
 
+def seeded_input(classifier: Classifier, count: int, seed: int = 0) -> Tensor:
+    """`count` images of uniform noise through the input spec, as the type of the file's input keeps them."""
+    spec, generator = classifier.spec, torch.Generator().manual_seed(seed)
+    pixels = torch.rand(count, spec.channel_count, *spec.size, generator=generator)
+    return classifier.as_stored(spec.to_input(pixels)).contiguous()
+
+
 class _Expectation:
     """What onnxruntime makes of seeded noise through the input spec: logits of the file, optimisations off.
 
@@ -344,11 +351,7 @@ class _Expectation:
 
     def __init__(self, classifier: Classifier, seed: int = 0) -> None:
         self.classifier = classifier
-        height, width = classifier.spec.size
-        batch = classifier.fixed_batch or 1
-        generator = torch.Generator().manual_seed(seed)
-        pixels = torch.rand(2 * batch, classifier.spec.channel_count, height, width, generator=generator)
-        self.x = classifier.as_stored(classifier.spec.to_input(pixels)).contiguous()
+        self.x = seeded_input(classifier, 2 * (classifier.fixed_batch or 1), seed)
         self.logits = classifier.session(optimise=False).run_in_batches(self.x.numpy(), classifier.fixed_batch or 2)
         if not np.isfinite(self.logits.astype(np.float64)).all():
             raise ModelError(

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
@@ -27,7 +26,7 @@ from converters.input_spec import METADATA_PREFIX
 from converters.outputs import TEMPORARY, ensure_writable, write_atomically
 from converters.runtime import Session, fits_protobuf, serialise
 from converters.targets import PLAIN_IR, PLAIN_OPSET, Container, Target
-from converters.torch_module import OTHER_FLOAT_TOLERANCE, relative_difference
+from converters.torch_module import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 
 BIAS = 2  # operand position
 RAISED_TOLERANCE = 1e-3
@@ -161,10 +160,7 @@ def _prove_raised(classifier: Classifier, prepared: Classifier) -> None:
 
     A file that onnxruntime does not run, or not to finite numbers, is not judged here: whoever runs it says why.
     """
-    generator = torch.Generator().manual_seed(0)
-    spec, count = classifier.spec, classifier.fixed_batch or 1
-    pixels = torch.rand((count, spec.channel_count, *spec.size), generator=generator)
-    x = classifier.as_stored(spec.to_input(pixels)).numpy()
+    x = seeded_input(classifier, classifier.fixed_batch or 1).numpy()
     try:
         expected = classifier.session(optimise=False).run(x)[0].astype(np.float32)
     except ModelError:

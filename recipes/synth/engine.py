@@ -106,9 +106,9 @@ def synthesize(
     missing = ranks.deal(ranks.share([index for index in range(len(counts)) if index not in done]))
     try:
         with progress.task("synthesizing images", settings.steps * len(missing)) as task:
+            labels = deal_labels(settings.images, classes).split(settings.batch)
             for index in missing:
-                labels = deal_labels(settings.images, classes)[index * settings.batch :][: counts[index]]
-                store.add(index, *_make_shard(teachers, settings, full, labels, (seed, index), task))
+                store.add(index, *_make_shard(teachers, settings, full, labels[index], (seed, index), task))
         ranks.wait()
     except BaseException as stop:
         if ranks.leads:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -78,10 +79,9 @@ def test_images_are_enlarged_at_a_later_opset_as_they_were(op: str, opset: int, 
 
 
 def test_a_later_opset_that_means_something_else_is_not_written(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def negligent(model: object, _opset: int, **_: object) -> None:
-        graph = model.graph  # type: ignore[attr-defined]
-        next(node for node in graph if node.op_type == "Relu").op_type = "Tanh"
-        model.opset_imports[""] = _opset  # type: ignore[attr-defined]
+    def negligent(model: ir.Model, opset: int, **_: object) -> None:
+        next(node for node in model.graph if node.op_type == "Relu").op_type = "Tanh"
+        model.opset_imports[""] = opset
 
     classifier = load(models.conv(opset=9))
     monkeypatch.setattr("onnxscript.version_converter.convert_version", negligent)
