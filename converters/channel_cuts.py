@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converters import writeback
+from converters.edits import AttributeEdit, Edit, TensorEdit
 from converters.numbering import FIXED, Numbers
 from converters.torch_module import Layer
 
@@ -46,7 +46,7 @@ class Resize(Protocol):
         """Nothing is to be written where none of these loses a channel."""
         ...
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]: ...
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]: ...
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Regroup:
     def values(self) -> Sequence[str]:
         return [self.output]
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]:
         kept = lanes[self.output].kept(removed)
-        return [writeback.AttributeEdit(self.output, "group", int(kept.sum()) * self.groups // len(kept))]
+        return [AttributeEdit(self.output, "group", int(kept.sum()) * self.groups // len(kept))]
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Reshape:
     values: Sequence[str]
     sizes: Sequence[int]
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]:
         sizes, lane = np.array(self.sizes, np.int64), lanes.get(self.output)
         if lane is not None and sizes[lane.axis] != -1:
             sizes[lane.axis] = lane.kept(removed).sum()
-        return [writeback.TensorEdit(self.output, 1, sizes)]
+        return [TensorEdit(self.output, 1, sizes)]
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Expand:
     values: Sequence[str]
     sizes: Sequence[int]
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
-        return [writeback.TensorEdit(self.output, 1, np.array(self.sizes, np.int64))]
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]:
+        return [TensorEdit(self.output, 1, np.array(self.sizes, np.int64))]
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ class Split(_Pick):
 
     sizes: Sequence[int]
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]:
         kept = self.kept(lanes, removed)
         if kept is None:
             return []
         parts = np.split(kept, np.cumsum(self.sizes)[:-1])
-        return [writeback.TensorEdit(self.output, 1, np.array([part.sum() for part in parts], np.int64))]
+        return [TensorEdit(self.output, 1, np.array([part.sum() for part in parts], np.int64))]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Slice(_Pick):
 
     bounds: tuple[int, int]
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]:
         kept = self.kept(lanes, removed)
         if kept is None:
             return []
@@ -138,7 +138,7 @@ class Slice(_Pick):
         length = len(before) - 1
         places = [min(max(bound + length if bound < 0 else bound, 0), length) for bound in self.bounds]
         return [
-            writeback.TensorEdit(self.output, index, np.array([before[place]], np.int64))
+            TensorEdit(self.output, index, np.array([before[place]], np.int64))
             for index, place in zip((1, 2), places, strict=True)
         ]
 
@@ -152,8 +152,8 @@ class Pin:
     values: Sequence[str]
     constant: Tensor
 
-    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[writeback.Edit]:
-        return [writeback.TensorEdit(self.output, self.index, self.constant.cpu().numpy())]
+    def edits(self, lanes: Mapping[str, Lane], removed: Numbers) -> list[Edit]:
+        return [TensorEdit(self.output, self.index, self.constant.cpu().numpy())]
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Channels:
 
     def edits(
         self, removed: Numbers, tensors: Mapping[str, Tensor], original: Callable[[str], Tensor]
-    ) -> Sequence[writeback.Edit]:
+    ) -> Sequence[Edit]:
         """The cuts, with `tensors` by initializer name where they have changed, and `original` ones elsewhere."""
         cuts: dict[tuple[str, int], Tensor] = {}
         for slot in self.slots:
@@ -204,9 +204,7 @@ class Channels:
             if value is None:
                 value = tensors[slot.name] if slot.name in tensors else original(slot.name)
             cuts[key] = value.index_select(slot.axis, torch.from_numpy(np.flatnonzero(~gone)).to(value.device))
-        found: list[writeback.Edit] = [
-            writeback.TensorEdit(output, index, value.cpu().numpy()) for (output, index), value in cuts.items()
-        ]
+        found: list[Edit] = [TensorEdit(output, index, value.cpu().numpy()) for (output, index), value in cuts.items()]
         for resize in self.resizes:
             lanes = [self.lanes[value] for value in resize.values if value in self.lanes]
             if not all(lane.kept(removed).all() for lane in lanes):

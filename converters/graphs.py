@@ -78,14 +78,25 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorPro
     return value
 
 
+class Names:
+    """The names of a graph's values, read once by who adds many."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._taken = set(graph.initializers) | {value.name for value in graph.inputs} | set(value_names(graph))
+
+    def unused(self, name: str) -> str:
+        """`name`, or `name.N` with the least N that no value has; from now on it is taken."""
+        candidate, count = name, 0
+        while candidate in self._taken:
+            count += 1
+            candidate = f"{name}.{count}"
+        self._taken.add(candidate)
+        return candidate
+
+
 def unused_name(graph: ir.Graph, name: str) -> str:
     """`name`, or `name.N` with the least N that no value of the graph has."""
-    taken = set(graph.initializers) | {v.name for v in graph.inputs} | set(value_names(graph))
-    candidate, count = name, 0
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}.{count}"
-    return candidate
+    return Names(graph).unused(name)
 
 
 def node_names(graph: ir.Graph) -> dict[ir.Node, str]:

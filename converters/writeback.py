@@ -1,9 +1,4 @@
-"""Results go into a copy of the original graph: quantized weights, activation Q/DQ pairs, changed float tensors.
-
-A weight is replaced at the node that reads it, not at the initializer: DequantizeLinear of a new integer initializer
-is wired to that operand. Shared, Identity-hidden and Constant-node weights need no care of their own that way: others
-go on reading the old tensor, and what nobody reads any more is removed.
-"""
+"""What becomes of a file: the graph that changes are made in, and the changed one written, once it is proved."""
 
 from __future__ import annotations
 
@@ -18,80 +13,23 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from converters import graphs, passes, precision, steps
+from converters import passes, precision, steps
 from converters.classifier import Classifier, build, logits_session
+from converters.edits import Edit, apply_edits, dequantized_names
 from converters.endings import find_ending
 from converters.errors import ConversionError, ModelError, OutputError
 from converters.input_spec import METADATA_PREFIX
 from converters.outputs import TEMPORARY, ensure_writable, write_atomically
 from converters.runtime import Session, fits_protobuf, serialise
-from converters.targets import PLAIN_IR, PLAIN_OPSET, Container, Target
+from converters.targets import PLAIN_IR, PLAIN_OPSET, Target
 from converters.torch_module import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 
-BIAS = 2  # operand position
 RAISED_TOLERANCE = 1e-3
 """Largest relative difference of logits at another opset.
 
 Ten times what a conversion may have, for models that magnify rounding; a shift of half a pixel before a global mean may
 be no more than twice of it.
 """
-
-
-@dataclass(frozen=True)
-class WeightEdit:
-    """Integers for the weight of the node that writes `output`.
-
-    `values` has the weight's own shape; `scale` (float32, > 0) and `zero_point` have one entry a channel of `axis`.
-    The file holds `values`, which have `bits` bits, in `container`; real = (value - zero_point) * scale.
-    """
-
-    output: str
-    values: NDArray[np.int32]
-    scale: NDArray[np.float32]
-    zero_point: NDArray[np.int32]
-    axis: int
-    bits: int
-    container: Container
-    index: int = 1
-    """The weight's operand position."""
-
-
-@dataclass(frozen=True)
-class TensorEdit:
-    """A new constant for operand `index` of the node that writes `output`; a bias that was absent is added."""
-
-    output: str
-    index: int
-    values: NDArray[np.float32] | NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class BiasEdit:
-    """A bias as integers: `values` (int32) times `scale` (float32), both [C], for the node that writes `output`."""
-
-    output: str
-    values: NDArray[np.int32]
-    scale: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class AttributeEdit:
-    """Another number for an attribute of the node that writes `output`."""
-
-    output: str
-    name: str
-    value: int
-
-
-@dataclass(frozen=True)
-class ActivationEdit:
-    """QuantizeLinear and DequantizeLinear on the named value, per tensor, for everything that reads it."""
-
-    value: str
-    scale: float
-    zero_point: int
-    bits: int
-    container: Container
 
 
 @dataclass(frozen=True)
@@ -105,9 +43,6 @@ class Proof:
     """Largest relative difference."""
     quantized: steps.Quantized | None = None
     """What is compared instead, value by value, where logits differ by more and activations are quantized."""
-
-
-Edit = WeightEdit | TensorEdit | BiasEdit | AttributeEdit | ActivationEdit
 
 
 def prepare_for_quantization(
@@ -178,143 +113,8 @@ def _prove_raised(classifier: Classifier, prepared: Classifier) -> None:
 
 def edited_classifier(prepared: Classifier, edits: Iterable[Edit]) -> Classifier:
     """A prepared classifier with edits made, to go on with before anything is written."""
-    model = apply(prepared.original, edits)
+    model = apply_edits(prepared.original, edits)
     return build(prepared.path, model, prepared.spec, prepared.sha256, size_bytes=prepared.size_bytes)
-
-
-def apply(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
-    """A copy of `model` with the edits made. Raises KeyError for a value that the graph does not have."""
-    edited = model.clone()
-    graph = edited.graph
-    values = {str(v.name): v for node in graph for v in node.outputs} | {str(v.name): v for v in graph.inputs}
-    for edit in edits:
-        match edit:
-            case WeightEdit():
-                _wire(values[edit.output], edit.index, _dequantized_weight(graph, values[edit.output], edit))
-            case TensorEdit():
-                _replace_tensor(graph, values[edit.output], edit)
-            case BiasEdit():
-                _wire(values[edit.output], BIAS, _dequantized_bias(graph, values[edit.output], edit))
-            case AttributeEdit():
-                _producer(values[edit.output]).attributes[edit.name] = ir.AttrInt64(edit.name, edit.value)
-            case ActivationEdit():
-                _quantize_activation(graph, values[edit.value], edit)
-    common.RemoveUnusedNodesPass()(edited)
-    return edited
-
-
-def _replace_tensor(graph: ir.Graph, output: ir.Value, edit: TensorEdit) -> None:
-    """A tensor that only this operand reads keeps its name; others get a new one."""
-    node = _producer(output)
-    old = node.inputs[edit.index] if edit.index < len(node.inputs) else None
-    if old is not None and graphs.is_constant(old) and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value = ir.tensor(edit.values, name=old.name)
-        old.shape = ir.Shape(edit.values.shape)
-        return
-    name = str(old.name) if old is not None else f"{edit.output}.bias"
-    _wire(output, edit.index, graphs.add_initializer(graph, graphs.unused_name(graph, name), edit.values))
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    if node is None:
-        raise KeyError(f"{value.name} is an input, not a node's output")
-    return node
-
-
-def _operand_name(node: ir.Node, index: int) -> str | None:
-    operand = node.inputs[index] if index < len(node.inputs) else None
-    return str(operand.name) if operand is not None else None
-
-
-def _wire(output: ir.Value, index: int, new: ir.Value) -> None:
-    node = _producer(output)
-    if index >= len(node.inputs):
-        node.resize_inputs(index + 1)
-    node.replace_input_with(index, new)
-
-
-def _integers(graph: ir.Graph, name: str, values: np.ndarray, container: Container, bits: int) -> ir.Value:
-    """An initializer of the container's type. Raises ValueError when a value does not fit in `bits` bits."""
-    low, high = container.bounds(bits)
-    if values.min(initial=0) < low or values.max(initial=0) > high:
-        raise ValueError(f"{name}: integers outside [{low}, {high}]")
-    tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=graphs.unused_name(graph, name))
-    return graphs.add_initializer(graph, str(tensor.name), tensor)
-
-
-def _dequantized_weight(graph: ir.Graph, output: ir.Value, edit: WeightEdit) -> ir.Value:
-    node = _producer(output)
-    name = _operand_name(node, edit.index) or f"{edit.output}.weight"
-    operands = [
-        _integers(graph, f"{name}.q", edit.values, edit.container, edit.bits),
-        graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.scale"), edit.scale),
-        _integers(graph, f"{name}.zero", edit.zero_point, edit.container, edit.bits),
-    ]
-    return _dequantize_before(graph, node, operands, edit.axis, name, f"{node.name or edit.output}/weight/DQ")
-
-
-def _dequantized_bias(graph: ir.Graph, output: ir.Value, edit: BiasEdit) -> ir.Value:
-    """Zero point 0, as integer kernels ask for, is what DequantizeLinear has without one."""
-    node = _producer(output)
-    name = _operand_name(node, BIAS) or f"{edit.output}.bias"
-    operands = [
-        graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.q"), edit.values),
-        graphs.add_initializer(graph, graphs.unused_name(graph, f"{name}.scale"), edit.scale),
-    ]
-    return _dequantize_before(graph, node, operands, 0, name, f"{node.name or edit.output}/bias/DQ")
-
-
-def _dequantize_before(
-    graph: ir.Graph, node: ir.Node, operands: list[ir.Value], axis: int, value: str, name: str
-) -> ir.Value:
-    dequantize = ir.node("DequantizeLinear", operands, attributes={"axis": axis}, name=name)
-    dequantize.outputs[0].name = graphs.unused_name(graph, f"{value}.dequantized")
-    graph.insert_before(node, dequantize)
-    return dequantize.outputs[0]
-
-
-def _dequantizer_of(value: str) -> str:
-    """The name of the node that a quantized value is read from."""
-    return f"{value}/DQ"
-
-
-def _dequantized(graph: ir.Graph, names: Iterable[str]) -> dict[str, str]:
-    """What those values are read as, once quantized."""
-    nodes = {str(node.name): node for node in graph if node.op_type == "DequantizeLinear"}
-    return {name: str(nodes[_dequantizer_of(name)].outputs[0].name) for name in names}
-
-
-def _quantize_activation(graph: ir.Graph, value: ir.Value, edit: ActivationEdit) -> None:
-    readers = [(node, index) for node, index in value.uses()]
-    scale = np.array(edit.scale, np.float32)
-    parameters = [
-        graphs.add_initializer(graph, graphs.unused_name(graph, f"{edit.value}.scale"), scale),
-        _integers(graph, f"{edit.value}.zero", np.array(edit.zero_point), edit.container, edit.bits),
-    ]
-    first, inserted = value, []
-    if edit.bits < edit.container.bits:  # saturate to the bits first
-        bounds = tuple(end - edit.zero_point for end in edit.container.bounds(edit.bits))
-        names = (f"{edit.value}.low", f"{edit.value}.high")
-        operands = [
-            graphs.add_initializer(graph, graphs.unused_name(graph, name), np.array(bound * scale, np.float32))
-            for name, bound in zip(names, bounds, strict=True)
-        ]
-        inserted.append(ir.node("Clip", [value, *operands], name=f"{edit.value}/Clip"))
-        first = inserted[0].outputs[0]
-        first.name = graphs.unused_name(graph, f"{edit.value}.clipped")
-    quantize = ir.node("QuantizeLinear", [first, *parameters], name=f"{edit.value}/Q")
-    quantize.outputs[0].name = graphs.unused_name(graph, f"{edit.value}.q")
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=_dequantizer_of(edit.value))
-    dequantize.outputs[0].name = graphs.unused_name(graph, f"{edit.value}.dequantized")
-    inserted += [quantize, dequantize]
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(next(iter(graph)), inserted)
-    else:
-        graph.insert_after(producer, inserted)
-    for node, index in readers:
-        node.replace_input_with(index, dequantize.outputs[0])
 
 
 def save(
@@ -374,7 +174,7 @@ def save_proved(
             raise ConversionError(
                 f"{path}: the written model differs from the computed one by {difference:.1e}: please report it"
             )
-        values = _dequantized(model.graph, proof.quantized.steps)
+        values = dequantized_names(model.graph, proof.quantized.steps)
         logits = str(find_ending(model.graph, path).logits.name)
         batch = proof.inputs[np.arange(proof.batch) % len(proof.inputs)]
         steps.hold(model, values, logits, batch, proof.quantized, path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.edits import Edit, apply_edits
 from converters.outputs import ensure_writable
 from converters.runtime import fits_protobuf
 from converters.steps import Quantized
@@ -66,7 +67,7 @@ class Result:
 
     prepared: Classifier
     """The graph that `edits` are made in."""
-    edits: Sequence[writeback.Edit]
+    edits: Sequence[Edit]
     sample: Tensor
     logits: Tensor
     """What the file has to give on `sample`: those of the changed model in torch."""
@@ -98,7 +99,7 @@ class Result:
 
         `started` is when work on it began, by `time.perf_counter`.
         """
-        model = writeback.apply(self.prepared.original, self.edits)
+        model = apply_edits(self.prepared.original, self.edits)
         proof = writeback.Proof(
             inputs=self.sample.cpu().contiguous().numpy(),
             logits=self.logits.cpu().numpy(),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.edits import Edit, TensorEdit
 from converters.errors import MixMixError
 from converters.ops.registry import Body
 from converters.torch_module import Step, TorchClassifier, to_torch
@@ -282,11 +283,11 @@ class _Run:
         """Logits of the trained student in torch, with its stored statistics."""
         return self.student.whole({self.student.input_name: inputs}, self._tensors())[self.student.logits_name]
 
-    def edits(self) -> list[writeback.Edit]:
+    def edits(self) -> list[Edit]:
         """What to write into the student's graph."""
         tensors = self._tensors()
         return [
-            writeback.TensorEdit(output, index, tensors[name].cpu().numpy())
+            TensorEdit(output, index, tensors[name].cpu().numpy())
             for name, places in self.places.items()
             for output, index in places
         ]

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from converters import writeback
 from converters.channel_cuts import Channels, LayerChannels
 from converters.channels import find_channels
+from converters.edits import Edit
 from converters.errors import MixMixError
 from converters.numbering import FIXED
 from converters.torch_module import Layer, TorchClassifier
@@ -28,7 +28,7 @@ from recipes.prune.settings import PruneSettings
 WANTED = "missed more than others"
 """Why a layer stays as it is that could give something up."""
 
-Cut = Callable[[Mapping[str, Tensor]], Sequence[writeback.Edit]]
+Cut = Callable[[Mapping[str, Tensor]], Sequence[Edit]]
 """Edits that make operands smaller, from the tensors that have changed by initializer name."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.edits import BIAS, Edit, TensorEdit
 from converters.torch_module import Layer, TorchClassifier, to_torch
 from recipes.account import Compression, LayerAccount, account_layer, share_of_zeros
 from recipes.checkpoint import Checkpoint
@@ -126,14 +127,14 @@ def _as_it_was(module: TorchClassifier, layer: Layer) -> LayerAccount:
     return account_layer(layer.name, module.constant(layer.weight), module.constant(layer.weight))
 
 
-def _edits(module: TorchClassifier, tensors: Mapping[str, Tensor], cut: choice.Cut) -> list[writeback.Edit]:
+def _edits(module: TorchClassifier, tensors: Mapping[str, Tensor], cut: choice.Cut) -> list[Edit]:
     """What to write: the cuts, and the changed tensors of the layers that they leave whole."""
     found = list(cut(tensors))
-    done = {(edit.output, edit.index) for edit in found if isinstance(edit, writeback.TensorEdit)}
+    done = {(edit.output, edit.index) for edit in found if isinstance(edit, TensorEdit)}
     for layer in module.layers():
-        for name, index in ((layer.weight, layer.operand), (layer.bias, writeback.BIAS)):
+        for name, index in ((layer.weight, layer.operand), (layer.bias, BIAS)):
             if name is not None and name in tensors and (layer.output, index) not in done:
-                found.append(writeback.TensorEdit(layer.output, index, tensors[name].cpu().numpy()))
+                found.append(TensorEdit(layer.output, index, tensors[name].cpu().numpy()))
     return found
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from converters import writeback
 from converters.channel_cuts import Channels
+from converters.edits import apply_edits
 from converters.errors import MixMixError
 from converters.runtime import Session, time_in_turn
 from converters.torch_module import TorchClassifier
@@ -46,7 +46,7 @@ def clock(module: TorchClassifier, channels: Channels) -> Share:
 
     def share(removed: Removed) -> float:
         edits = channels.edits(removed.numbers, {}, module.constant)
-        model = writeback.apply(prepared.original, edits)
+        model = apply_edits(prepared.original, edits)
         of_whole, left = time_in_turn((whole, Session(model, name=str(prepared.path), rests=True)), batch)
         return left / of_whole
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from converters.channel_cuts import Slot
+from converters.edits import TensorEdit
 from converters.scalings import find_scalings
 from converters.torch_module import TorchClassifier
 from converters.units import STEPS_PER_OCTAVE, Rescaled
-from converters.writeback import TensorEdit
 from recipes.quantize.primitives import broadcast
 from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import batches

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from converters import writeback
+from converters.edits import BIAS, ActivationEdit, BiasEdit, Edit, TensorEdit, WeightEdit, apply_edits
 from converters.steps import Quantized
 from converters.targets import INT32_LIMIT, MAX_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
@@ -71,13 +72,13 @@ class Quantizers:
         """The quantized activations, for the proof of the file; None where all are float."""
         return quantized_values(self.module, self.values, self.changes) if self.values else None
 
-    def edits(self) -> list[writeback.Edit]:
+    def edits(self) -> list[Edit]:
         """What to write into the graph."""
-        found: list[writeback.Edit] = []
+        found: list[Edit] = []
         for plan in self.plans:
             layer, weight = plan.layer, self.weights[plan.layer.weight]
             found.append(
-                writeback.WeightEdit(
+                WeightEdit(
                     output=layer.output,
                     values=weight.integers().cpu().numpy().astype("int32"),
                     scale=weight.current_scale().flatten().cpu().numpy(),
@@ -91,10 +92,10 @@ class Quantizers:
             found += self._bias_edits(layer)
         for name, value in self.values.items():
             container = self.target.activation_container(value.bits)
-            found.append(writeback.ActivationEdit(name, float(value.scale), int(value.zero), value.bits, container))
+            found.append(ActivationEdit(name, float(value.scale), int(value.zero), value.bits, container))
         return found
 
-    def _bias_edits(self, layer: Layer) -> list[writeback.Edit]:
+    def _bias_edits(self, layer: Layer) -> list[Edit]:
         """What to write for a layer's bias: integers for integer kernels, nothing where it is as it was."""
         if layer.bias is None:
             return []
@@ -103,10 +104,10 @@ class Quantizers:
             grid = self._bias_grid(layer).cpu()
             integers = torch.round(bias.double() / grid.double())
             if bool((integers.abs() <= INT32_LIMIT).all()):
-                return [writeback.BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
+                return [BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
         if torch.equal(bias, self.module.constant(layer.bias).cpu()):
             return []
-        return [writeback.TensorEdit(layer.output, writeback.BIAS, bias.numpy())]
+        return [TensorEdit(layer.output, BIAS, bias.numpy())]
 
     def layer_accounts(self) -> list[LayerAccount]:
         return [
@@ -131,18 +132,16 @@ def file_size(
     metadata: Mapping[str, str],
 ) -> int:
     """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""
-    edits: list[writeback.Edit] = []
+    edits: list[Edit] = []
     for plan in plans:
         layer, container = plan.layer, target.weight_container(plan.bits)
         zeros = np.zeros(layer.shape[layer.axis], np.int32)
         empty, scale = np.zeros(layer.shape, np.int32), np.ones(len(zeros), np.float32)
-        edits.append(
-            writeback.WeightEdit(layer.output, empty, scale, zeros, layer.axis, plan.bits, container, layer.operand)
-        )
+        edits.append(WeightEdit(layer.output, empty, scale, zeros, layer.axis, plan.bits, container, layer.operand))
         if layer.bias is not None and target.integer_kernels and plan.act_bits is not None:
-            edits.append(writeback.BiasEdit(layer.output, zeros, scale))
+            edits.append(BiasEdit(layer.output, zeros, scale))
     for name, bits in plan_values(module, plans, act_bits, target).items():
-        edits.append(writeback.ActivationEdit(name, 1.0, 0, bits, target.activation_container(bits)))
-    model = writeback.apply(module.classifier.original, edits)
+        edits.append(ActivationEdit(name, 1.0, 0, bits, target.activation_container(bits)))
+    model = apply_edits(module.classifier.original, edits)
     writeback.stamp(model, metadata)
     return writeback.stored_size(model)

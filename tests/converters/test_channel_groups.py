@@ -17,6 +17,7 @@ from converters import writeback
 from converters.channel_cuts import Channels
 from converters.channels import find_channels
 from converters.classifier import Classifier
+from converters.edits import apply_edits
 from converters.load import load_classifier
 from converters.numbering import FIXED
 from tests import models
@@ -41,7 +42,7 @@ def check_each(classifier: Classifier) -> Channels:
 def cut_graph(classifier: Classifier, channels: Channels, removed: list[int]) -> onnx.GraphProto:
     module = prepared_module(classifier)
     edits = channels.edits(np.array(removed), {}, module.constant)
-    return onnx.load_from_string(writeback.serialise(writeback.apply(module.classifier.original, edits))).graph
+    return onnx.load_from_string(writeback.serialise(apply_edits(module.classifier.original, edits))).graph
 
 
 def grouped(inputs: int, outputs: int, groups: int = 4) -> onnx.ModelProto:

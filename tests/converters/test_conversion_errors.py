@@ -13,6 +13,7 @@ import torch
 
 from converters import torch_module, writeback
 from converters.classifier import Classifier
+from converters.edits import WeightEdit, apply_edits
 from converters.errors import ConversionError, ModelError, UnsupportedOperatorError
 from converters.load import load_classifier
 from converters.ops import registry
@@ -141,11 +142,11 @@ def test_output_that_turns_out_to_be_a_map(load: Load) -> None:
 def test_quantized_file_is_read_and_not_quantized_again(load: Load, tmp_path: Path, bits: int) -> None:
     ready = writeback.prepare_for_quantization(load(models.conv()), PORTABLE, bits)
     values = np.random.default_rng(0).integers(-8, 8, (4, 3, 3, 3))
-    edit = writeback.WeightEdit(
+    edit = WeightEdit(
         "features", values, np.full(4, 0.1, np.float32), np.arange(4) - 2, 0, bits, PORTABLE.weight_container(bits)
     )
     path, x = tmp_path / "quantized.onnx", models.images()
-    writeback.save(writeback.apply(ready.original, [edit]), path, {})
+    writeback.save(apply_edits(ready.original, [edit]), path, {})
     classifier = load_classifier(path)
     expected = Session(path, optimise=False).run(x)[0]
     oracle.assert_close(to_torch(classifier)(torch.from_numpy(x)).numpy(), expected, 1e-5)

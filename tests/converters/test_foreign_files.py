@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
+from converters.edits import WeightEdit, apply_edits
 from converters.errors import ConversionError, ModelError, OutputError, SpecError
 from converters.layer_values import read_layers
 from converters.load import load_classifier
@@ -22,13 +23,7 @@ from converters.outputs import ensure_makeable
 from converters.runtime import Session, serialise
 from converters.targets import PORTABLE
 from converters.torch_module import relative_difference, to_torch
-from converters.writeback import (
-    WeightEdit,
-    apply,
-    prepare_for_pruning,
-    prepare_for_quantization,
-    prepare_for_training,
-)
+from converters.writeback import prepare_for_pruning, prepare_for_quantization, prepare_for_training
 from tests import models
 
 Load = Callable[[onnx.ModelProto], Classifier]
@@ -50,7 +45,7 @@ def test_weights_that_are_inputs_too_do_not_stay_beside_their_integers(load: Loa
         zeros = np.zeros(layer.shape[0], np.int32)
         ones, container = np.ones(layer.shape[0], np.float32), PORTABLE.weight_container(4)
         edit = WeightEdit(layer.output, np.zeros(layer.shape, np.int32), ones, zeros, 0, 4, container)
-        written = apply(prepared.original, [edit])
+        written = apply_edits(prepared.original, [edit])
         assert [value.name for value in written.graph.inputs] == ["image"]
         sizes.append(len(serialise(written)))
     assert sizes[0] == sizes[1]

@@ -14,10 +14,11 @@ import pytest
 
 from converters import runtime
 from converters.classifier import Classifier
+from converters.edits import WeightEdit, apply_edits
 from converters.errors import ConversionError, ModelError, OutputError
 from converters.load import load_classifier
 from converters.targets import PORTABLE
-from converters.writeback import Proof, WeightEdit, apply, prepare_for_quantization, save, save_proved
+from converters.writeback import Proof, prepare_for_quantization, save, save_proved
 from tests import models
 from tests.converters import oracle
 
@@ -151,7 +152,7 @@ def test_names_metadata_and_axes_survive(embedded: Classifier, tmp_path: Path, b
         str(layer.outputs[0].name), ones, np.ones(shape[0], np.float32), zeros, 0, bits, PORTABLE.weight_container(bits)
     )
     path = tmp_path / "out.onnx"
-    save(apply(ready.original, [edit]), path, {"mixmix.quantize": "{}"})
+    save(apply_edits(ready.original, [edit]), path, {"mixmix.quantize": "{}"})
 
     before, after = ir.to_proto(ready.original), onnx.load(path)
     assert after.graph.input == before.graph.input
@@ -172,7 +173,7 @@ def test_names_metadata_and_axes_survive(embedded: Classifier, tmp_path: Path, b
 
 def test_nodes_keep_the_files_names(embedded: Classifier, write: Callable[[onnx.ModelProto], Path]) -> None:
     """Without any edit, the graph that comes out is the graph that went in."""
-    path = write(ir.to_proto(apply(embedded.original, [])))
+    path = write(ir.to_proto(apply_edits(embedded.original, [])))
     before, after = onnx.load(embedded.path), onnx.load(path)
     assert [node.name for node in after.graph.node] == [node.name for node in before.graph.node]
     assert [t.name for t in after.graph.initializer] == [t.name for t in before.graph.initializer]

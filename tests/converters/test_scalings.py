@@ -10,6 +10,7 @@ import pytest
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.edits import TensorEdit
 from converters.scalings import Scaling, find_scalings
 from converters.targets import PORTABLE
 from converters.torch_module import TorchClassifier, relative_difference, to_torch
@@ -41,7 +42,7 @@ def scaled(module: TorchClassifier, scalings: list[Scaling], seed: int = 0) -> C
                     tensors.get(key, module.constant(slot.name).numpy().astype(np.float64)), slot.axis, -1
                 )
                 tensors[key] = np.moveaxis(tensor * each[slot.numbers], -1, slot.axis)
-    edits = [writeback.TensorEdit(*key, tensor.astype(np.float32)) for key, tensor in tensors.items()]
+    edits = [TensorEdit(*key, tensor.astype(np.float32)) for key, tensor in tensors.items()]
     return writeback.edited_classifier(module.classifier, edits)
 
 

@@ -14,20 +14,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from converters.classifier import Classifier
+from converters.edits import BIAS, ActivationEdit, BiasEdit, TensorEdit, WeightEdit, apply_edits
 from converters.errors import ModelError
 from converters.runtime import Session, serialise
 from converters.targets import INT8, PORTABLE, UINT8, UINT16, Container, choose_target
 from converters.torch_module import to_torch
-from converters.writeback import (
-    BIAS,
-    ActivationEdit,
-    BiasEdit,
-    TensorEdit,
-    WeightEdit,
-    apply,
-    difference_from,
-    prepare_for_quantization,
-)
+from converters.writeback import difference_from, prepare_for_quantization
 from tests import models
 from tests.converters import oracle
 
@@ -80,7 +72,7 @@ def test_weight_edit(load: Load, case: str, bits: int) -> None:
     model, output, weight, axis = CASES[case]
     edit = random_edit(output, tuple(tensor_of(model, weight).dims), axis, bits)
     ready = prepare_for_quantization(load(model), PORTABLE, bits)
-    edited = apply(ready.original, [edit])
+    edited = apply_edits(ready.original, [edit])
     onnx.checker.check_model(oracle.proto(edited), full_check=True)
     x = models.images()
     expected = oracle.run(replaced(model, weight, dequantized(edit)), x)
@@ -94,7 +86,9 @@ def test_integers_lie_packed_in_the_file(load: Load, bits: int) -> None:
     model = models.conv()
     edit = random_edit("features", (4, 3, 3, 3), 0, bits)
     ready = prepare_for_quantization(load(model), PORTABLE, bits)
-    tensors = {t.name: t for t in onnx.load_from_string(serialise(apply(ready.original, [edit]))).graph.initializer}
+    tensors = {
+        t.name: t for t in onnx.load_from_string(serialise(apply_edits(ready.original, [edit]))).graph.initializer
+    }
     weight, zeros = tensors["conv.weight.q"], tensors["conv.weight.zero"]
     kind = TensorProto.INT4 if bits <= 4 else TensorProto.INT8
     assert (weight.data_type, zeros.data_type) == (kind, kind)
@@ -110,7 +104,7 @@ def test_only_the_edited_reader_of_a_shared_weight_changes(load: Load, edited: s
     expected = replaced(proto, "square", tensor_array(proto, "square"))
     expected.graph.initializer.append(numpy_helper.from_array(dequantized(edit), "new"))
     next(node for node in expected.graph.node if node.output[0] == edited).input[1] = "new"
-    model = apply(load(proto).original, [edit])
+    model = apply_edits(load(proto).original, [edit])
     oracle.assert_close(oracle.run(model, x), oracle.run(expected, x), ROUNDING)
     assert "square" in model.graph.initializers
 
@@ -121,7 +115,7 @@ def tensor_array(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
 
 def test_weight_in_a_constant_node(load: Load) -> None:
     x, edit = models.images(), random_edit("features", (4, 3, 3, 3), 0, 8)
-    model = apply(load(models.hidden_weight("Constant")).original, [edit])
+    model = apply_edits(load(models.hidden_weight("Constant")).original, [edit])
     expected = replaced(models.hidden_weight(), "conv.weight", dequantized(edit))
     oracle.assert_close(oracle.run(model, x), oracle.run(expected, x), ROUNDING)
     assert all(node.op_type != "Constant" for node in model.graph)
@@ -138,20 +132,20 @@ def test_bias_that_was_absent_is_added(load: Load, model: onnx.ModelProto, outpu
     expected.CopyFrom(model)
     expected.graph.initializer.append(numpy_helper.from_array(values, "b"))
     next(node for node in expected.graph.node if node.output[0] == output).input.append("b")
-    edited = apply(load(model).original, [TensorEdit(output, BIAS, values)])
+    edited = apply_edits(load(model).original, [TensorEdit(output, BIAS, values)])
     oracle.assert_close(oracle.run(edited, x), oracle.run(expected, x), 0)
 
 
 @pytest.mark.parametrize(("index", "name"), [(1, "conv.weight"), (BIAS, "conv.bias")])
 def test_float_edit(load: Load, index: int, name: str) -> None:
     x, values = models.images(), models.random(*tensor_array(models.conv(), name).shape, seed=5)
-    edited = apply(load(models.conv()).original, [TensorEdit("features", index, values)])
+    edited = apply_edits(load(models.conv()).original, [TensorEdit("features", index, values)])
     oracle.assert_close(oracle.run(edited, x), oracle.run(replaced(models.conv(), name, values), x), 0)
 
 
 def test_edits_of_one_node_come_together(load: Load) -> None:
     x, edit, bias = models.images(), random_edit("features", (4, 3, 3, 3), 0, 6), models.random(4, seed=5)
-    edited = apply(load(models.conv(bias=False)).original, [edit, TensorEdit("features", BIAS, bias)])
+    edited = apply_edits(load(models.conv(bias=False)).original, [edit, TensorEdit("features", BIAS, bias)])
     expected = replaced(replaced(models.conv(), "conv.weight", dequantized(edit)), "conv.bias", bias)
     oracle.assert_close(oracle.run(edited, x), oracle.run(expected, x), ROUNDING)
 
@@ -174,14 +168,14 @@ def test_every_reader_sees_the_quantized_value(load: Load, bits: int) -> None:
     )
     features = oracle.values(proto, x, ["features"])["features"]
     ready = prepare_for_quantization(load(proto), PORTABLE, bits)
-    model = apply(ready.original, [edit])
+    model = apply_edits(ready.original, [edit])
     oracle.assert_close(oracle.run(model, x), oracle.run(rest, fake_quantized(features, edit)), ROUNDING)
 
 
 @pytest.mark.parametrize("value", ["image", "active"])
 def test_activation_edit_of_input_and_last_map(load: Load, value: str) -> None:
     x, edit = models.images(), ActivationEdit(value, scale=0.02, zero_point=100, bits=8, container=UINT8)
-    model = apply(load(models.conv()).original, [edit])
+    model = apply_edits(load(models.conv()).original, [edit])
     if value == "image":
         expected = oracle.run(models.conv(), fake_quantized(x, edit))
     else:
@@ -194,7 +188,7 @@ def test_activation_edit_of_input_and_last_map(load: Load, value: str) -> None:
 def test_activation_edit_of_the_output_changes_no_reader(load: Load) -> None:
     """Nobody reads the logits, so the file stays as it is."""
     x = models.images()
-    model = apply(load(models.conv()).original, [ActivationEdit("logits", 0.1, 0, 8, UINT8)])
+    model = apply_edits(load(models.conv()).original, [ActivationEdit("logits", 0.1, 0, 8, UINT8)])
     assert [node.op_type for node in model.graph] == [node.op_type for node in models.conv().graph.node]
     oracle.assert_close(oracle.run(model, x), oracle.run(models.conv(), x), 0)
 
@@ -209,7 +203,7 @@ def test_values_out_of_range(load: Load, bits: int, bad: int) -> None:
     weight[1, 2, 0, 1] = zero[3] = bad
     for values, zeros in ((weight, good.zero_point), (good.values, zero)):
         with pytest.raises(ValueError, match=r"conv\.weight\.\w+: integers outside \[-"):
-            apply(
+            apply_edits(
                 original, [WeightEdit("features", values, good.scale, zeros, 0, bits, PORTABLE.weight_container(bits))]
             )
 
@@ -217,13 +211,13 @@ def test_values_out_of_range(load: Load, bits: int, bad: int) -> None:
 @pytest.mark.parametrize(("bits", "zero"), [(4, 16), (4, -1), (8, 256), (8, -1)])
 def test_activation_zero_point_out_of_range(load: Load, bits: int, zero: int) -> None:
     with pytest.raises(ValueError, match=r"active\.zero: integers outside \[0, "):
-        apply(load(models.conv()).original, [ActivationEdit("active", 0.1, zero, bits, UINT8)])
+        apply_edits(load(models.conv()).original, [ActivationEdit("active", 0.1, zero, bits, UINT8)])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "image"])
 def test_edit_of_no_node(load: Load, name: str) -> None:
     with pytest.raises(KeyError, match=name):
-        apply(load(models.conv()).original, [TensorEdit(name, 1, models.random(1))])
+        apply_edits(load(models.conv()).original, [TensorEdit(name, 1, models.random(1))])
 
 
 def test_the_original_is_left_as_it_was(embedded: Classifier) -> None:
@@ -232,7 +226,7 @@ def test_the_original_is_left_as_it_was(embedded: Classifier) -> None:
     shapes = [tuple(node.inputs[1].shape.numpy()) for node in nodes]  # type: ignore[union-attr]  # or the test fails
     names = [str(node.outputs[0].name) for node in nodes]
     edits = [random_edit(name, shape, 0, 8) for name, shape in zip(names, shapes, strict=True)]
-    edited = apply(embedded.original, [*edits, ActivationEdit(names[0], 0.1, 3, 8, UINT8)])
+    edited = apply_edits(embedded.original, [*edits, ActivationEdit(names[0], 0.1, 3, 8, UINT8)])
     assert serialise(edited) != before
     assert serialise(embedded.original) == before
 
@@ -243,7 +237,7 @@ def test_four_bit_file_means_the_same_when_optimised(load: Load, optimise: bool)
     model, output, weight, axis = CASES["Conv"]
     edit, x = random_edit(output, (4, 3, 3, 3), axis, 4), models.images()
     ready = prepare_for_quantization(load(model), PORTABLE, 4)
-    actual = Session(serialise(apply(ready.original, [edit])), optimise=optimise).run(x)[0]
+    actual = Session(serialise(apply_edits(ready.original, [edit])), optimise=optimise).run(x)[0]
     oracle.assert_close(actual, oracle.run(replaced(model, weight, dequantized(edit)), x), 2e-6)
 
 
@@ -271,7 +265,7 @@ def test_difference_is_that_of_the_logits(load: Load, op: str) -> None:
 def test_two_bits_in_the_container_that_was_asked_for(load: Load, container: str, kind: int, size: int) -> None:
     model, target = models.conv(), choose_target("portable", container)
     edit = replace(random_edit("features", (4, 3, 3, 3), 0, 2), container=target.weight_container(2))
-    edited = apply(prepare_for_quantization(load(model), target, 2).original, [edit])
+    edited = apply_edits(prepare_for_quantization(load(model), target, 2).original, [edit])
     weight = next(t for t in onnx.load_from_string(serialise(edited)).graph.initializer if t.name == "conv.weight.q")
     assert (weight.data_type, len(weight.raw_data)) == (kind, size)
     for optimise in (True, False):
@@ -286,9 +280,9 @@ def test_bias_edit(load: Load, bias: bool) -> None:
     generator = np.random.default_rng(0)
     integers = generator.integers(-1000, 1000, 4, dtype=np.int32)
     scale = generator.uniform(1e-4, 1e-3, 4).astype(np.float32)
-    edited = apply(load(model).original, [BiasEdit("features", integers, scale)])
+    edited = apply_edits(load(model).original, [BiasEdit("features", integers, scale)])
     onnx.checker.check_model(oracle.proto(edited), full_check=True)
-    plain = apply(load(model).original, [TensorEdit("features", 2, integers.astype(np.float32) * scale)])
+    plain = apply_edits(load(model).original, [TensorEdit("features", 2, integers.astype(np.float32) * scale)])
     oracle.assert_close(oracle.run(edited, x), oracle.run(plain, x), ROUNDING)
 
 
@@ -304,4 +298,4 @@ def test_other_activation_containers(load: Load, bits: int, container: Container
     tail = models.assemble(models.head("active"), models.head_tensors(4), inputs={"active": ("batch", 4, 6, 6)})
     expected = oracle.run(tail, (levels * np.float32(edit.scale)).astype(np.float32))
     ready = prepare_for_quantization(load(models.conv()), PORTABLE, 8, bits)
-    oracle.assert_close(oracle.run(apply(ready.original, [edit]), models.images()), expected, ROUNDING)
+    oracle.assert_close(oracle.run(apply_edits(ready.original, [edit]), models.images()), expected, ROUNDING)
