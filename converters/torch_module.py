@@ -387,7 +387,7 @@ class _Expectation:
         tolerance = OTHER_FLOAT_TOLERANCE if self.classifier.other_floats else TOLERANCE
         if any(step.op == "QuantizeLinear" for step in module.whole.steps):
             tolerance = FLIP_TOLERANCE
-        if difference <= tolerance or difference <= min(ROUNDING * _rounding(module, self.x, actual), MOST_ROUNDING):
+        if difference <= tolerance or is_rounding(difference, module, self.x):
             return difference
         name, worst = _first_difference(module, self.x[: self.classifier.fixed_batch or 1])
         raise ConversionError(
@@ -396,14 +396,20 @@ class _Expectation:
         )
 
 
-def _rounding(module: TorchClassifier, x: Tensor, actual: np.ndarray) -> float:
-    """How far float32 alone takes the module from its own output in float64, as a relative difference; 0 if unknown."""
+@torch.no_grad()
+def is_rounding(difference: float, module: TorchClassifier, x: Tensor) -> bool:
+    """Whether a relative difference of logits is about what float32 alone makes on `x`, and not too much at that.
+
+    That is how far the module is from its own output in float64; some models make much of the last digits.
+    """
     try:
-        return relative_difference(actual, module.double()(x.double()).numpy())
+        single = module(x).numpy()
+        alone = relative_difference(single, module.double()(x.double()).numpy())
     except Exception:  # a Cast in the graph brings float32 back, which some operators do not mix
-        return 0.0
+        return False
     finally:
         module.float()
+    return difference <= min(ROUNDING * alone, MOST_ROUNDING)
 
 
 def find_operators(classifier: Classifier) -> list[registry.Found]:

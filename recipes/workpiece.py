@@ -16,7 +16,7 @@ from converters.edits import Edit, apply_edits
 from converters.outputs import ensure_writable
 from converters.runtime import fits_protobuf
 from converters.steps import Quantized
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier, is_rounding, to_torch
 from recipes.account import Compression, LayerAccount, share_of_zeros
 from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet
@@ -92,6 +92,10 @@ class Result:
         """The smaller model, to go on with before anything is written."""
         return writeback.edited_classifier(self.prepared, self.edits)
 
+    def _is_rounding(self, difference: float) -> bool:
+        """Judged by the model before its change: both make as much of the last digits."""
+        return is_rounding(difference, to_torch(self.prepared, check=False), self.sample.cpu().contiguous())
+
     def write(
         self, source: Classifier, output: Path, facts: Mapping[str, str], started: float, *, overwrite: bool
     ) -> Compression:
@@ -106,6 +110,7 @@ class Result:
             batch=self.prepared.fixed_batch or PROOF_BATCH,
             tolerance=self.tolerance,
             quantized=self.quantized,
+            is_rounding=self._is_rounding,
         )
         metadata = {**source.spec.to_metadata(), **facts}
         size, difference = writeback.save_proved(model, output, metadata, proof, overwrite=overwrite)

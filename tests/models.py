@@ -132,6 +132,19 @@ def conv(
     )
 
 
+def chaotic() -> onnx.ModelProto:
+    """Sin of large numbers makes much of the last digit of a Sigmoid, which onnxruntime computes in another way."""
+    tensors = {"loud": np.float32(1e4), "fc.weight": weights(CLASSES, PIXELS)}
+    nodes = [
+        node("Sigmoid", "image", "gate"),
+        node("Mul", "gate loud", "large"),
+        node("Sin", "large", "chaos"),
+        node("Flatten", "chaos", "flat"),
+        node("Gemm", "flat fc.weight", "logits", transB=1),
+    ]
+    return assemble(nodes, tensors)
+
+
 def depthwise() -> onnx.ModelProto:
     """A Conv with one group a channel and two outputs a group."""
     first = node("Conv", "image conv.weight", "features", group=CHANNELS)

@@ -89,16 +89,7 @@ def test_wrong_last_operator_is_found(load: Load, monkeypatch: pytest.MonkeyPatc
 
 
 def test_float_noise_that_the_model_amplifies_is_no_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sin of large numbers makes much of the last digit of a Sigmoid, which onnxruntime computes in another way."""
-    tensors = {"loud": np.float32(1e4), "fc.weight": models.weights(models.CLASSES, models.PIXELS)}
-    nodes = [
-        models.node("Sigmoid", "image", "gate"),
-        models.node("Mul", "gate loud", "large"),
-        models.node("Sin", "large", "chaos"),
-        models.node("Flatten", "chaos", "flat"),
-        models.node("Gemm", "flat fc.weight", "logits", transB=1),
-    ]
-    classifier = load(models.assemble(nodes, tensors))
+    classifier = load(models.chaotic())
     to_torch(classifier)
     monkeypatch.setattr(torch_module, "ROUNDING", 0.0)
     with pytest.raises(ConversionError, match="first at value 'chaos'"):
