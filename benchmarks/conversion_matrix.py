@@ -1,7 +1,7 @@
 """Which classifiers convert: architecture by exporter by opset, each held against onnxruntime.
 
     pip install -e '.[bench]'
-    python benchmarks/conversion_matrix.py -o docs/conversion.md         # everything; about half an hour on one core
+    python benchmarks/conversion_matrix.py -o docs/conversion.md         # everything; about 40 minutes on one core
     python benchmarks/conversion_matrix.py -o matrix.md --only resnet18 --only vit
 
 Rows go to the file one by one.

@@ -38,7 +38,7 @@ OUTCOMES = ("right", "right but for the channel order", "assumed", "wrong")
 
 
 def specs() -> dict[str, InputSpec]:
-    """The normalisations in use, and ImageNet's and Caffe's in their other channel order."""
+    """The normalisations in use, and ImageNet's in BGR."""
     wanted = {known.name: known.keys(known.orders[0]) for known in KNOWN}
     wanted["ImageNet, BGR"] = KNOWN[0].keys("bgr")
     return {name: InputSpec(size=(SIDE, SIDE), **keys) for name, keys in wanted.items()}

@@ -49,6 +49,7 @@ class Row:
 
     method: str
     images: Source
+    overrides: tuple[str, ...] = ()
 
 
 REAL = Source("real")
@@ -58,6 +59,7 @@ TABLES = {
         "AdaRound": Row("adaround", REAL),
         "BRECQ": Row("brecq", REAL),
         "default": Row("qdrop", REAL),
+        "default, logit_share=0": Row("qdrop", REAL, ("logit_share=0",)),
     },
     "images": {
         "real images": Row("qdrop", REAL),
@@ -68,7 +70,7 @@ TABLES = {
 
 
 def settings_of(row: Row) -> QuantizeSettings:
-    return load_recipe(QuantizeSettings, PACKAGE, row.method)
+    return load_recipe(QuantizeSettings, PACKAGE, row.method, overrides=row.overrides)
 
 
 def measure(target: str, bits: int, act_bits: int | None, row: Row, seed: int, folder: Path) -> list[float]:

@@ -1,6 +1,6 @@
 """Train the embedded zoo on Fashion-MNIST and export it (Debian: `apt-get install dataset-fashion-mnist`).
 
-    python benchmarks/train_zoo.py -o recipes/embedded            # all six families, then the images beside them
+    python benchmarks/train_zoo.py -o recipes/embedded            # all seven families, then the images beside them
     python benchmarks/train_zoo.py -o recipes/embedded inverted   # one family; the others are left as they are
 
 Each family is trained for 10 epochs (AdamW, one-cycle rate, flips and shifts by up to 2 pixels), judged on the 10,000

@@ -1,6 +1,6 @@
 """The small families of the embedded zoo, as torch modules (input [N, 1, 28, 28], 10 logits).
 
-Each takes one idea of a published architecture at 60k to 130k parameters: VGG (plain), ResNet (residual), MobileNetV2
+Each takes one idea of a published architecture at 58k to 127k parameters: VGG (plain), ResNet (residual), MobileNetV2
 (inverted residual), ShuffleNetV2 (shuffle), DenseNet (dense) and MobileNetV3 (squeeze-excite); and ViT (attention),
 which has no BatchNorm.
 """

@@ -10,7 +10,7 @@ import click
 from mixmix_cli import __version__
 
 COMMANDS = {
-    "demo": "Run the whole job on the embedded zoo: images from models, 4-bit files, one table.",
+    "demo": "Run the whole job on the embedded zoo: images from models, low-bit and sparse files, one table.",
     "inspect": "Say what a model is and what can be done with it.",
     "synth": "Make calibration images from models alone.",
     "quantize": "Write a smaller model with low-bit weights (and activations).",

@@ -69,7 +69,7 @@ class LoopSettings(Settings):
     logit_directions: int = Field(default=1280, ge=1)
     """Largest logits that `logit_share` is measured in, about so many over all images, one to ten an image."""
     bias_rate: float = Field(default=0.0, ge=0)
-    """Learning rate of biases relative to their layer's typical output step; 0 leaves them as they are."""
+    """Learning rate of biases relative to the mean size of their layer's; 0 leaves them as they are."""
     compensate: bool = False
     """Begin from weights that make up for one another in closed form: rounded so (GPTQ), or taken out (OBS)."""
     compensate_places: int = Field(default=256, ge=1)

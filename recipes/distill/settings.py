@@ -15,7 +15,7 @@ class DistillSettings(Settings):
     steps: int = Field(ge=1)
     """Training steps."""
     images: int = Field(default=1024, ge=2)
-    """How many to make, where none are given: new images help a student more than anything else that was tried."""
+    """How many to make, where none are given: more images help a student, and better ones more."""
     batch: int = Field(default=64, ge=2)
     """Images a step; at least two, as BatchNorm takes its statistics from them."""
     rate: float = Field(default=3e-3, gt=0)

@@ -47,7 +47,8 @@ class QuantizeSettings(LoopSettings):
     end_bits: int = Field(default=8, ge=2, le=8)
     """Fewest bits of the inputs of the first and the last layer."""
     extra_share: float = Field(default=0.10, ge=0, le=1)
-    """How much may be added to the bits asked for, of what lies between them and the widest for all weights."""
+    """How much may be added to the bits asked for, of what lies between them and 8 bits: over all weights, and over all
+    inputs of layers."""
     enough_snr: float = Field(default=25.0)
     """Nothing is added beyond the logits' signal-to-noise ratio (dB) of nearest rounding, layer noise added up."""
     sensitive_images: int = Field(default=16, ge=1)
