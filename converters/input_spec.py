@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from torch import Tensor
 
 from converters.errors import SpecError, nearest
+from converters.outputs import beside
 
 METADATA_PREFIX = "mixmix.input."
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -140,7 +141,7 @@ class Detection:
 
 def read_sidecar(model_path: Path) -> dict[str, Any] | None:
     """Table `[input]` of `MODEL.toml` beside `MODEL.onnx`, or None where there is no such file."""
-    path = model_path.with_suffix(".toml")
+    path = beside(model_path, "toml")
     try:
         if not path.is_file():
             return None
@@ -212,7 +213,7 @@ def resolve(
     for key in ("mean", "std"):  # one number is that of every channel
         numbers = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
         values[key] = tuple(numbers) * count if len(numbers) == 1 else tuple(numbers)
-    where = f"{model_path.with_suffix('.toml')}" if sidecar is not None and not given else f"{model_path}"
+    where = f"{beside(model_path, 'toml')}" if sidecar is not None and not given else f"{model_path}"
     if "source" in stated:
         raise SpecError(f"{where}: the input spec has no key source: remove it")
     try:

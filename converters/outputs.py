@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from converters.errors import ModelError, OutputError
@@ -16,21 +17,38 @@ TEMPORARY = ".mixmix-"
 
 
 def ensure_model(path: Path) -> None:
-    """Raise ModelError where no file is."""
+    """Raise ModelError where no file is, or one that onnxruntime cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"{path} has a name that is not UTF-8, as onnxruntime wants it: rename it") from None
     if path.is_dir():
         raise ModelError(f"{path} is a folder: name the .onnx file in it")
     if not path.is_file():
         raise ModelError(f"{path} does not exist: check the path")
 
 
-def ensure_writable(path: Path, *, overwrite: bool) -> None:
-    """Raise OutputError, before any work is done, when the file exists or its folder cannot be written to."""
-    folder = path.parent
+def beside(model: Path, ending: str) -> Path:
+    """`model.ENDING` for `model.onnx`; only that suffix goes, as `net-1.5` has another than it seems."""
+    return model.with_name(f"{model.stem if model.suffix == '.onnx' else model.name}.{ending}")
+
+
+def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise OutputError, before any work is done, when no file can be written to `path`.
+
+    That is where a file exists, where anything else does, where it is one of the `inputs`, and where its folder cannot
+    be written to. What a link points to is what is written.
+    """
     try:
         if path.is_dir():
             raise OutputError(f"{path} is a folder: name a file")
-        if path.exists() and not overwrite:
+        if any(_target(path) == _target(given) for given in inputs):
+            raise OutputError(f"{path} is one of the inputs, which are never replaced: choose another name")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is no regular file: choose another output")
+        if os.path.lexists(path) and not overwrite:
             raise OutputError(f"{path} exists: choose another name, or pass --force to replace it")
+        folder = _target(path).parent
         if not folder.is_dir():
             raise OutputError(f"{folder} is not a folder: create it or choose another output")
         with tempfile.TemporaryFile(dir=folder):
@@ -51,8 +69,14 @@ def ensure_makeable(folder: Path) -> None:
         raise OutputError(f"{folder} cannot be written to ({error.strerror}): choose another output") from error
 
 
+def _target(path: Path) -> Path:
+    """Where a link points, and its links, all the way."""
+    return Path(os.path.realpath(path))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, flush to disk, rename."""
+    """Write under a temporary name in the same folder, flush to disk, rename; what a link points to is replaced."""
+    path = _target(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -200,6 +201,7 @@ def data_beside(path: Path) -> Path:
 
 def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> int:
     """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it; bytes of both."""
+    path = Path(os.path.realpath(path))
     data = data_beside(path)
     ensure_writable(data, overwrite=overwrite)
     try:

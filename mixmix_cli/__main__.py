@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
@@ -18,7 +20,7 @@ FEWER_AT_ONCE = {"synth": "--batch 8 or fewer"} | dict.fromkeys(("quantize", "pr
 """How to make the batch smaller, by command; others hold what they were given."""
 EXHAUSTED = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "not enough memory")
 """What torch's allocators, CUDA and onnxruntime say in errors of no type of their own."""
-DONE, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,6 +69,10 @@ def _sentence(error: Exception, arguments: list[str]) -> str:
         return f"Error: the {memory} has too little memory left: {remedy}"
     if isinstance(error, MixMixError):
         return f"Error: {error}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"Error: {error.filename} cannot be used ({error.strerror}): check the path, and who may use it"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"Error: output cannot be written ({error.strerror}): free some, or send it elsewhere"
     return f"Error: unexpected {type(error).__name__}: {error} (--traceback shows where; please report it)"
 
 
@@ -84,6 +90,9 @@ def _exhausted(error: BaseException | None) -> str | None:
 
 def run() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's letters cannot spell is no error
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from mixmix_cli.pipes import hush, while_read
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 FILE_WIDTH = 200
 """Columns of what goes to a file or a pipe, where nothing has to be broken."""
-
+LEAST_WIDTH = 20
+"""Columns of a terminal that says the truth about itself."""
 
 WIDE = 100
 """Columns of a terminal that has room for a bar beside everything else."""
@@ -54,7 +56,8 @@ class Terminal:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
         self.errors = _Printer(stderr=True, highlight=False, emoji=False)
         self.results = _Printer(highlight=False, emoji=False, soft_wrap=True)
-        if not self.results.is_terminal and "COLUMNS" not in os.environ:
+        self.on_screen = sys.stdout.isatty()  # colours may be forced on what is not
+        if self.results.width < LEAST_WIDTH or not (self.on_screen or "COLUMNS" in os.environ):
             self.results.width = FILE_WIDTH
         self._bars: Progress | None = None
         self._warn_of_installation()
@@ -77,16 +80,18 @@ class Terminal:
                 self._bars.remove_task(part)
             return
         self._bars = Progress(
-            TextColumn("{task.description}", table_column=_whole()),
+            TextColumn("{task.description}", markup=False, table_column=_whole()),
             BarColumn(bar_width=24 if self.errors.width >= WIDE else 8, table_column=_whole()),
             MofNCompleteColumn(table_column=_whole()),
             TimeElapsedColumn(table_column=_whole()),
             TimeRemainingColumn(elapsed_when_finished=False, table_column=_whole()),
-            TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
             console=self.errors,
             expand=True,
             transient=not self.verbose,
-            disable=self.quiet or not self.errors.is_terminal,
+            disable=self.quiet or not self.errors.file.isatty(),
         )
         try:
             with self._bars as bars:
@@ -130,7 +135,7 @@ class Terminal:
         """A result for people, on stdout."""
         if isinstance(content, str):
             self.results.print(content, markup=False)
-        elif self.results.is_terminal:
+        elif self.on_screen:
             self.results.print(content)
         else:  # a file needs no blanks up to the width of a terminal
             with self.results.capture() as captured:
@@ -159,11 +164,12 @@ def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, texts: Sequence[str] = ()
 ) -> Table:
     """A table whose first column and those named in `texts` are text, and whose others are figures."""
-    built = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    built = Table(title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    built.title = None if title is None else Text(title, "table.title")
     for index, column in enumerate(columns):
         built.add_column(column, justify="left" if index == 0 or column in texts else "right", overflow="fold")
     for row in rows:
-        built.add_row(*row)
+        built.add_row(*map(Text, row))  # brackets in names are no markup
     return built
 
 

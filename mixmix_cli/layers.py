@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from mixmix_cli.console import Terminal, percent, table
@@ -40,7 +39,7 @@ def layer_json(layer: LayerNoise) -> dict[str, Any]:
 def layers_table(candidate: Candidate, layers: Sequence[LayerNoise], *, scales: bool = True) -> Table:
     """One row a layer, the noisiest on their own first; no columns for what all of them have in float."""
     columns: dict[str, list[str]] = {
-        "layer": [escape(_name(layer)) for layer in layers],
+        "layer": [_name(layer) for layer in layers],
         "op": [layer.op for layer in layers],
         "own SNR": [_decibels(layer.own_snr) for layer in layers],
         "SNR": [_decibels(layer.snr) for layer in layers],
@@ -58,7 +57,7 @@ def layers_table(candidate: Candidate, layers: Sequence[LayerNoise], *, scales: 
         left_out |= {"bits", "stored as", "scale"}
     shown = [name for name in columns if name not in left_out]
     rows = list(zip(*(columns[name] for name in shown), strict=True))
-    title = f"layers of {escape(str(candidate.path))}, the noisiest on their own first"
+    title = f"layers of {candidate.path}, the noisiest on their own first"
     return table(shown, rows, title, ["op", "stored as"])
 
 

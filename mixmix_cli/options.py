@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,6 +28,36 @@ class ImagesPath(click.Path):
 
 
 IMAGES = ImagesPath(path_type=Path)
+
+
+class OutputPath(click.Path):
+    """A file to write."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).endswith(os.sep):
+            self.fail(f"{value} names a folder: name a file", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+OUTPUT = OutputPath(path_type=Path)
+
+
+class Fraction(click.FloatRange):
+    """A number from 0 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number from 0 to 1", param, ctx)
+        return found
+
+
+FRACTION = Fraction()
+SEED = click.IntRange(min=0, max=2**63 - 1)
+"""What every generator of random numbers takes."""
 
 BITS = click.IntRange(2, 8)
 WIDE = 16
@@ -61,15 +94,24 @@ def common(function: F) -> F:
     )
 
 
+def device(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N", param=parameter)
+    return value
+
+
+seed = click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of all chance.")
+
+
 def compute(function: F) -> F:
     """--device, --seed."""
     return _apply(
         function,
         [
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option(
-                "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance."
+                "--device", default="auto", show_default=True, callback=device, help="auto, cpu, cuda or cuda:N."
             ),
+            seed,
         ],
     )
 
@@ -105,9 +147,10 @@ class ListOption(click.Option):
 
 
 class CommandWithLists(click.Command):
-    """A command with one argument, whose list options take what a shell makes of `models/*.onnx`.
+    """A command whose list options take what a shell makes of `models/*.onnx`.
 
-    `--zoo a.onnx b.onnx` is `--zoo a.onnx --zoo b.onnx`; where no word is left for the argument, the last one is it.
+    `--zoo a.onnx b.onnx` is `--zoo a.onnx --zoo b.onnx`; where words are missing for the arguments, the last ones are
+    those.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -117,22 +160,34 @@ class CommandWithLists(click.Command):
         options = {name: p for p in self.params if isinstance(p, click.Option) for name in p.opts}
         spread: list[str] = []
         listing: str | None = None  # the list option whose values are being read
-        last: int | None = None  # where it was repeated
-        owed = free = False
+        repeated: list[int] = []  # where it was
+        missing = sum(isinstance(p, click.Argument) for p in self.params)
+        owed = False
         for word in words:
             if word.startswith("-") and not owed:
-                option = options.get(word)
+                option = options.get(_last_option(word, options))
                 owed = option is not None and not option.is_flag
                 listing = word if isinstance(option, ListOption) else None
             elif listing and not owed:
-                last = len(spread)
+                repeated.append(len(spread))
                 spread.append(listing)
             else:
-                free, owed = free or not owed, False
+                missing, owed = missing - (not owed), False
             spread.append(word)
-        if not free and last is not None:
-            del spread[last]
+        for place in reversed(repeated[-missing:] if missing > 0 else []):
+            del spread[place]
         return spread
+
+
+def _last_option(word: str, options: dict[str, click.Option]) -> str:
+    """Which option the next word is for: `-n` in `-qn`, and none where the value stands in the word, as in `-n4`."""
+    if word.startswith("--") or word in options:
+        return word
+    for index, letter in enumerate(word[1:], 2):
+        option = options.get(f"-{letter}")
+        if option is None or not option.is_flag:
+            return f"-{letter}" if index == len(word) else ""
+    return ""
 
 
 def smaller(function: F) -> F:
@@ -147,12 +202,12 @@ def smaller(function: F) -> F:
                 multiple=True,
                 type=MODEL,
                 metavar="MODELS",
-                help="Models to make images from when there is no --data.",
+                help="Models to make images from when there is no --data; what the command works on may come last.",
             ),
             click.option("-n", "--images", type=click.IntRange(min=1), help="Use or make this many images."),
             click.option(
                 "--max-drop",
-                type=click.FloatRange(0, 1),
+                type=FRACTION,
                 help="Exit with status 1 when top-1 falls by more than this fraction.",
             ),
             click.option(
@@ -221,6 +276,6 @@ def input_spec(function: F) -> F:
 def spec_from(values: dict[str, Any]) -> dict[str, Any]:
     """Take the input-spec options out of a command's keyword arguments."""
     spec = {key: values.pop(key, None) for key in ("mean", "std", "scale", "layout", "channels")}
-    if isinstance(spec["channels"], str) and spec["channels"].isdigit():
+    if isinstance(spec["channels"], str) and spec["channels"].isdecimal():
         spec["channels"] = int(spec["channels"])
     return {key: value for key, value in spec.items() if value is not None}

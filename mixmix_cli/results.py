@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mixmix_cli.console import Terminal, percent, pixels, size, table
 from mixmix_cli.layers import layer_json
@@ -443,9 +443,10 @@ def files_page(facts: ZooFacts) -> Table:
 
 def _page(title: str, rows: list[tuple[str, str]]) -> Table:
     """Facts, one a row, under a title."""
-    page = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    page = Table(title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    page.title = Text(title, "table.title")
     page.add_column(style="bold")
     page.add_column(overflow="fold")
     for key, value in rows:
-        page.add_row(key, escape(value))
+        page.add_row(key, Text(value))
     return page

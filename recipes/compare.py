@@ -83,7 +83,9 @@ def compare(module: TorchClassifier, a: ImageSet, b: ImageSet, *, permutations: 
     """Compare two image sets. Raises MixMixError for a set too small or of other channels than the model's."""
     for images in (a, b):
         if len(images) < FEWEST:
-            raise MixMixError(f"{images.source} holds {len(images)} images: a comparison needs at least {FEWEST}")
+            raise MixMixError(
+                f"{len(images)} images of {images.source} are too few: a comparison needs at least {FEWEST}"
+            )
     layers = module.layers()
     if not layers:
         raise MixMixError(f"{module.classifier.path} has no layer with constant weights to take features from")

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +36,7 @@ from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE as QUANTIZE
 from recipes.quantize.settings import QuantizeSettings
-from recipes.refusals import check_empty
+from recipes.refusals import check_empty, is_set
 from recipes.settings import load_recipe
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
@@ -43,7 +46,7 @@ TARGET = "inverted"
 NEAREST, NOISE, SINGLE, ZOO, REAL = "nearest", "noise", "single model", "mixed zoo", "real images"
 COLUMNS = (NEAREST, NOISE, SINGLE, ZOO, REAL)
 IMAGES = 128
-RESULTS = "results.json"
+RESULTS, SINGLE_IMAGES, ZOO_IMAGES = "results.json", "images-single", "images-zoo"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Cell:
         return f"{TARGET}.{self.row.word}.{self.column.replace(' ', '-')}.onnx"
 
 
+CELLS = [Cell(row, column) for row in ROWS for column in COLUMNS]
+
+
 @dataclass
 class Demo:
     """The table: float accuracy, and top-1 of each cell by (row, column)."""
@@ -103,20 +109,22 @@ def run_demo(
     reference = load_classifier(zoo.model_path(TARGET))
     sets = {
         NOISE: gaussian_noise(IMAGES, 1, reference.spec.size, seed),
-        SINGLE: _synthesize([TARGET], directory / "images-single", seed, progress),
-        ZOO: _synthesize(zoo.FAMILIES, directory / "images-zoo", seed, progress),
+        SINGLE: _synthesize([TARGET], directory / SINGLE_IMAGES, seed, progress),
+        ZOO: _synthesize(zoo.FAMILIES, directory / ZOO_IMAGES, seed, progress),
         REAL: load_images(zoo.calibration_images_path(), IMAGES),
     }
-    shutil.copy(directory / "images-zoo" / PREVIEW, directory / PREVIEW)
+    shutil.copy(directory / ZOO_IMAGES / PREVIEW, directory / PREVIEW)
     made = time.perf_counter()
-    cells = [Cell(row, column) for row in ROWS for column in COLUMNS]
-    _compress_all(cells, sets, directory, seed, workers, progress)
+    with progress.task(f"making {TARGET} smaller {len(CELLS)} times", len(CELLS)) as task:
+        jobs = [(cell, sets[ZOO if cell.column == NEAREST else cell.column], directory, seed) for cell in CELLS]
+        for index in side_by_side(compress_cell, jobs, workers):
+            task.advance(1, f"{CELLS[index].row.name} {CELLS[index].column}")
     compressed = time.perf_counter()
-    candidates = [load_classifier(directory / cell.file_name) for cell in cells]
+    candidates = [load_classifier(directory / cell.file_name) for cell in CELLS]
     validation = validate(reference, candidates, load_images(zoo.test_images_path()), progress=progress)
     top1 = {
         (cell.row.name, cell.column): judged.top1 or 0.0
-        for cell, judged in zip(cells, validation.candidates, strict=True)
+        for cell, judged in zip(CELLS, validation.candidates, strict=True)
     }
     seconds = {
         "synthesis": made - started,
@@ -144,16 +152,23 @@ def to_json(demo: Demo) -> dict[str, object]:
 
 
 def _make_room(directory: Path, overwrite: bool) -> None:
-    if not overwrite:
+    """Clear away what an earlier demo wrote, and nothing else, if the user said so."""
+    if not overwrite or not directory.is_dir():
         check_empty(directory)
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        if not directory.is_dir() or not ((directory / RESULTS).is_file() or (directory / "images-single").is_dir()):
-            raise OutputError(f"{directory} was not written by the demo, so --force will not clear it: remove it first")
-        shutil.rmtree(directory)
+    elif any(directory.iterdir()) and not is_set(directory / SINGLE_IMAGES):
+        raise OutputError(f"{directory} was not written by the demo, so --force will not clear it: remove it first")
     try:
+        for cell in CELLS:
+            for path in directory.glob(f"{cell.file_name}*"):  # an interrupted one's state too
+                path.unlink()
+        for name in (RESULTS, PREVIEW):
+            (directory / name).unlink(missing_ok=True)
+        for name in (ZOO_IMAGES, SINGLE_IMAGES):  # by the last one it is known
+            if (directory / name).is_dir():
+                shutil.rmtree(directory / name)
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{directory} cannot be created ({error.strerror}): choose another output") from error
+        raise OutputError(f"{directory} cannot be made ready ({error.strerror}): choose another output") from error
 
 
 def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Progress) -> ImageSet:
@@ -164,24 +179,34 @@ def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Prog
     return load_images(directory)
 
 
-def _compress_all(
-    cells: Sequence[Cell], sets: dict[str, ImageSet], directory: Path, seed: int, workers: int, progress: Progress
-) -> None:
-    """Every cell, side by side in processes of one thread each: small layers gain nothing from more threads."""
+def side_by_side(work: Callable[..., object], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
+    """Do `work(*job)` for each of the jobs in processes of one thread each; the index of each that is done, as it is.
+
+    Small layers gain nothing from more threads. Where one fails, or the caller is interrupted, the others end at once.
+    """
     context = get_context("spawn")
-    with (
-        progress.task(f"making {TARGET} smaller {len(cells)} times", len(cells)) as task,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        futures = {
-            pool.submit(
-                compress_cell, cell, sets[ZOO if cell.column == NEAREST else cell.column], directory, seed
-            ): cell
-            for cell in cells
-        }
-        for future in as_completed(futures):
-            future.result()
-            task.advance(1, f"{futures[future].row.name} {futures[future].column}")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with _deaf_to_interrupts():
+            futures = {pool.submit(work, *job): index for index, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
+            raise
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started here never hear of Ctrl-C, which a terminal sends to all: this one ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def compress_cell(cell: Cell, images: ImageSet, directory: Path, seed: int) -> None:

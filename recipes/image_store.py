@@ -98,10 +98,6 @@ class ImageStore:
             except OtherSetError:
                 if not overwrite:
                     raise
-        if not (self.directory / MANIFEST).is_file():
-            raise OutputError(
-                f"{self.directory} was not written by synth, so --force will not clear it: remove it first"
-            )
         try:
             for name in ("images", RECORDS):
                 if (self.directory / name).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,11 +37,18 @@ def check_compression(
     for path in given:
         ensure_model(path)
     if output is not None:
-        if output.resolve() in {path.resolve() for path in given}:
-            raise OutputError(f"{output} is the model itself, which is never replaced: choose another name with -o")
-        ensure_writable(output, overwrite=overwrite)
+        ensure_writable(output, overwrite=overwrite, inputs=[*given, *([data] if data else [])])
     if data is None and max_drop is not None:
         raise GateError("--max-drop needs real labels: give labelled images with --data")
+
+
+def is_set(directory: Path) -> bool:
+    """Whether synth wrote what is in the folder: other programs have manifests too."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.keys() >= {"format", "identity"}
 
 
 def check_set_folder(directory: Path, *, resume: bool, overwrite: bool) -> None:
@@ -50,7 +58,7 @@ def check_set_folder(directory: Path, *, resume: bool, overwrite: bool) -> None:
             f"{directory} is not a folder, which images are written to: name one, and make an .npz of what is in it"
             " with mixmix data export"
         )
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
+    if directory.is_dir() and any(directory.iterdir()) and not is_set(directory):
         raise OutputError(f"{directory} is not empty, and not a set that synth wrote: choose another folder with -o")
     if not (resume or overwrite):
         check_empty(directory, "pass --resume to go on, or --force to replace it")
@@ -58,6 +66,8 @@ def check_set_folder(directory: Path, *, resume: bool, overwrite: bool) -> None:
 
 def check_empty(directory: Path, advice: str = "choose another with -o, or pass --force to replace it") -> None:
     """Raise OutputError where a folder holds something already, or cannot be made."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"{directory} is not a folder: choose another with -o")
+    if directory.exists() and any(directory.iterdir()):
         raise OutputError(f"{directory} is not empty: {advice}")
     ensure_makeable(directory)

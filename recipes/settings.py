@@ -113,12 +113,14 @@ def load_recipe(
             raise SettingsError(f"{where}: [effort.{name}] must be a table of keys: correct it")
         _known_keys(kind, table, f"{where}, effort {name}")
     values |= efforts.get(effort, {})
+    given = set()
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise SettingsError(f"--set {override}: write it as key=value")
         _known_keys(kind, {key: value}, "--set")
         values[key] = _parse(value)
+        given.add(key)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -131,6 +133,7 @@ def load_recipe(
             raise SettingsError(
                 f"{where}: unknown key {key!r}{nearest(str(first['loc'][-1]), known)}: correct or remove it"
             ) from error
+        where = "--set" if first["loc"] and first["loc"][0] in given else where
         raise SettingsError(f"{where}: {key} cannot be {first['input']!r} ({first['msg']}): correct it") from error
 
 
@@ -140,17 +143,18 @@ def recipe_text(package: str, recipe: str) -> tuple[str, str]:
     Raises SettingsError, naming the nearest recipe.
     """
     path = Path(recipe)
-    if recipe.endswith(".toml") or path.is_file():
+    shipped = recipe in recipe_names(package)  # which a file of that name does not take the place of
+    if not shipped and (recipe.endswith(".toml") or path.is_file()):
         if not path.is_file():
             raise SettingsError(f"recipe {recipe} does not exist: name a .toml file or one of {_listed(package)}")
         try:
-            return path.read_text(), str(path)
+            return path.read_text(encoding="utf-8"), str(path)
         except (OSError, UnicodeDecodeError):
             raise SettingsError(f"recipe {recipe} is not a readable text file: name a .toml file") from None
-    if recipe not in recipe_names(package):
+    if not shipped:
         hint = nearest(recipe, recipe_names(package))
         raise SettingsError(f"there is no recipe {recipe!r}{hint}: choose one of {_listed(package)}")
-    return resources.files(package).joinpath(f"{recipe}.toml").read_text(), f"recipe {recipe}"
+    return resources.files(package).joinpath(f"{recipe}.toml").read_text(encoding="utf-8"), f"recipe {recipe}"
 
 
 def _known_keys(kind: type[Settings], values: dict[str, Any], where: str) -> None:

@@ -166,7 +166,8 @@ def require_labels(images: ImageSet, gates: Gates) -> None:
     asked = [n for n, v in (("--max-drop", gates.max_drop), ("--min-top1", gates.min_top1)) if v is not None]
     if asked and images.label_kind != "real":
         raise GateError(
-            f"{images.source} has no real labels, which {asked[0]} needs: give labelled images, or use --min-agreement"
+            f"{images.source} has no real labels, which {asked[0]} needs: give labelled images, or hold its"
+            " agreement instead (mixmix validate --min-agreement)"
         )
 
 

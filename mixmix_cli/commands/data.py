@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,7 +22,7 @@ def command() -> None:
 @command.command("export")
 @click.argument("data", type=options.IMAGES)
 @click.option("--model", required=True, type=options.MODEL, help="The model that is to take the tensors.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
+@click.option("-o", "--output", required=True, type=options.OUTPUT, help="The .npz file to write.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Only this many images.")
 @click.option("--size", callback=options.pixels, help="Height and width where the file leaves them open.")
 @options.input_spec
@@ -34,12 +33,13 @@ def export(**given: Any) -> int:
 
     Example: mixmix data export data/ --model model.onnx -o calib.npz
     """
-    from converters.outputs import ensure_writable
+    from converters.outputs import ensure_model, ensure_writable
 
     output = given["output"]
     if output.suffix != ".npz" and not output.is_dir():
         raise click.UsageError(f"{output} does not end in .npz, as what is written does: choose another name")
-    ensure_writable(output, overwrite=given["force"])
+    ensure_model(given["model"])
+    ensure_writable(output, overwrite=given["force"], inputs=[given["data"], given["model"]])
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal, size
     from recipes.calibration import export_calibration
@@ -78,6 +78,9 @@ def compare_sets(**given: Any) -> int:
 
     Example: mixmix data compare data/ images/ --model model.onnx
     """
+    from converters.outputs import ensure_model
+
+    ensure_model(given["model"])
     from converters.load import load_classifier
     from converters.torch_module import to_torch
     from mixmix_cli.console import Terminal

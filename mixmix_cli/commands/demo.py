@@ -15,7 +15,7 @@ from mixmix_cli import options
 @click.option(
     "-o", "--output", default=Path("mixmix-demo"), show_default=True, type=click.Path(path_type=Path), help="Folder."
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance.")
+@options.seed
 @options.force
 @options.common
 def command(**given: Any) -> int:

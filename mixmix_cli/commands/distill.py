@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.outputs import beside
 from mixmix_cli import options
 
 if TYPE_CHECKING:
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 def output_path(student: Path) -> Path:
     """`student.distilled.onnx`, beside the student."""
-    return student.with_suffix(".distilled.onnx")
+    return beside(student, "distilled.onnx")
 
 
 @click.command("distill", cls=options.CommandWithLists)
 @click.argument("model", metavar="TEACHER", type=options.MODEL)
 @click.argument("student", type=options.MODEL)
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps, instead of the recipe's.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: STUDENT.distilled.onnx beside it.")
+@click.option("-o", "--output", type=options.OUTPUT, help="Default: STUDENT.distilled.onnx beside it.")
 @options.smaller
 @options.input_spec
 @options.recipe("default", "distillation")

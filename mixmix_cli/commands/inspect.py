@@ -23,15 +23,16 @@ def command(**given: Any) -> int:
     Example: mixmix inspect model.onnx
     """
     from converters.errors import MixMixError
+    from recipes.patterns import parse_n_of_m
+
+    pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal
     from mixmix_cli.results import inspection_json, inspection_page, pattern_page
     from recipes.inspect import inspect_model
-    from recipes.patterns import parse_n_of_m
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     spec = {**options.spec_from(given), "size": given["size"]}
-    pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
     results, errors = [], []
     with terminal.task("inspecting", len(given["models"])) as task:
         for path in given["models"]:
@@ -48,7 +49,7 @@ def command(**given: Any) -> int:
             if pattern is not None:
                 terminal.show(pattern_page(result, pattern.name))
     for earlier in errors[:-1]:
-        click.echo(f"Error: {earlier}", err=True)
+        terminal.annotate(f"Error: {earlier}")
     if errors:
         raise errors[-1]
     return 0 if pattern is None or all(result.has_pattern for result in results) else 1

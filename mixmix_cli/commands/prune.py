@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +30,7 @@ METHODS = ("one-shot", "one-stage", "two-stage", "obs")
 @click.option("--bits", type=options.BITS, help="Then quantize what is left to this many bits, into one file.")
 @options.act_bits
 @options.target
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.s50.onnx beside the input.")
+@click.option("-o", "--output", type=options.OUTPUT, help="Default: MODEL.s50.onnx beside the input.")
 @click.option(
     "--method",
     type=click.Choice(METHODS),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.outputs import beside
 from mixmix_cli import options
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CONTAINERS = ("int2", "int4", "int8")
 def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
     """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input; `model.mixed.onnx` by budget."""
     weights = f"w{bits}" if isinstance(bits, int) else "mixed"
-    return model.with_suffix(f".{weights}{'' if act_bits is None else f'a{act_bits}'}.onnx")
+    return beside(model, f"{weights}{'' if act_bits is None else f'a{act_bits}'}.onnx")
 
 
 @click.command("quantize", cls=options.CommandWithLists)
@@ -40,7 +41,7 @@ def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
     type=click.Choice(CONTAINERS),
     help="Narrowest type that weights are stored in (default: int4, or what the target runs).",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: MODEL.w4.onnx beside the input.")
+@click.option("-o", "--output", type=options.OUTPUT, help="Default: MODEL.w4.onnx beside the input.")
 @click.option("--method", type=click.Choice(METHODS), default="qdrop", show_default=True, help="How to round.")
 @options.smaller
 @options.input_spec

@@ -17,7 +17,7 @@ from mixmix_cli import options
     "--output",
     default=Path("report.html"),
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=options.OUTPUT,
     help="The page to write.",
 )
 @options.force
@@ -31,12 +31,10 @@ def command(**given: Any) -> int:
     Example: mixmix report data/ quantize.json validate.json -o report.html
     """
     from converters.outputs import ensure_writable
-    from mixmix_cli.report.documents import ReportError, read_source
+    from mixmix_cli.report.documents import read_source
 
     output = given["output"]
-    if any(path.resolve() == output.resolve() for path in given["inputs"]):
-        raise ReportError(f"{output} is one of the inputs: choose another output with -o")
-    ensure_writable(output, overwrite=given["force"])
+    ensure_writable(output, overwrite=given["force"], inputs=given["inputs"])
     sources = [read_source(path) for path in given["inputs"]]
 
     from mixmix_cli.console import Terminal, size

@@ -42,8 +42,11 @@ def command(**given: Any) -> int:
 
     Example: mixmix synth models/*.onnx -o data/
     """
+    from converters.outputs import ensure_model
     from recipes.refusals import check_set_folder
 
+    for path in given["models"]:
+        ensure_model(path)
     check_set_folder(given["output"], resume=given["resume"], overwrite=given["force"])
     from recipes.synth.settings import load_synth_recipe
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from mixmix_cli import options
-
-FRACTION = click.FloatRange(0, 1)
 
 
 @click.command("validate")
@@ -18,10 +15,10 @@ FRACTION = click.FloatRange(0, 1)
 @click.option("--data", required=True, type=options.IMAGES, help="Images: a folder, synth output or .npz.")
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Use N images only, as many of each class.")
 @click.option("--layers", is_flag=True, help="Signal-to-noise ratio of every layer's output, what hurts most first.")
-@click.option("--max-drop", type=FRACTION, help="Gate: top-1 may fall by this fraction.")
-@click.option("--min-top1", type=FRACTION, help="Gate: least top-1, a fraction.")
-@click.option("--min-agreement", type=FRACTION, help="Gate: least share of images with the reference's answer.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write the gates as a JUnit file.")
+@click.option("--max-drop", type=options.FRACTION, help="Gate: top-1 may fall by this fraction.")
+@click.option("--min-top1", type=options.FRACTION, help="Gate: least top-1, a fraction.")
+@click.option("--min-agreement", type=options.FRACTION, help="Gate: least share of images with the reference's answer.")
+@click.option("--junit", type=options.OUTPUT, help="Write the gates as a JUnit file.")
 @click.option("--github", is_flag=True, help="Print GitHub annotations for failed gates.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of onnxruntime (0: all cores).")
 @click.option("--size", callback=options.pixels, help="Height and width where the file leaves them open.")
@@ -33,10 +30,13 @@ def command(**given: Any) -> int:
 
     Example: mixmix validate model.onnx model.w4.onnx --data images/ --max-drop 0.01
     """
-    if given["junit"]:
-        from converters.outputs import ensure_writable
+    from converters.outputs import ensure_model, ensure_writable
 
-        ensure_writable(given["junit"], overwrite=given["force"])
+    for path in (given["reference"], *given["candidates"]):
+        ensure_model(path)
+    if given["junit"]:
+        inputs = [given["reference"], *given["candidates"], given["data"]]
+        ensure_writable(given["junit"], overwrite=given["force"], inputs=inputs)
     from converters.load import load_classifier
     from mixmix_cli.console import Terminal, counted
     from mixmix_cli.layers import layers_note, layers_table
@@ -76,5 +76,11 @@ def command(**given: Any) -> int:
         for candidate in result.candidates:
             for verdict in candidate.verdicts:
                 if not verdict.passed:
-                    terminal.annotate(f"::error title=mixmix {verdict.gate}::{candidate.path}: {verdict.reason}")
+                    reason = _on_one_line(f"{candidate.path}: {verdict.reason}")
+                    terminal.annotate(f"::error title=mixmix {verdict.gate}::{reason}")
     return 0 if result.passed else 1
+
+
+def _on_one_line(text: str) -> str:
+    """As the CI server's commands want it."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

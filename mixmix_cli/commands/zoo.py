@@ -97,14 +97,14 @@ def export(**given: Any) -> int:
 
     Example: mixmix zoo export mixmix-mobile -o models/
     """
+    if given["zoo"] == "embedded" and given["untrained"]:
+        raise click.UsageError("the embedded zoo comes with its weights: leave --untrained out")
     from mixmix_cli.console import Terminal
     from recipes.zoo import export_embedded, export_zoo, find_zoo
 
     terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
     output, overwrite = given["output"], given["force"]
     if given["zoo"] == "embedded":
-        if given["untrained"]:
-            raise click.UsageError("the embedded zoo comes with its weights: leave --untrained out")
         done = export_embedded(output, overwrite=overwrite)
     else:
         zoo, trained = find_zoo(given["zoo"]), not given["untrained"]

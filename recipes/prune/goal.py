@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import MixMixError
+from converters.outputs import beside
 from recipes.patterns import CHANNEL, NofM, Pattern, Unstructured, WholeChannels, parse_n_of_m
 
 if TYPE_CHECKING:
@@ -101,4 +102,4 @@ def output_path(model: Path, goal: Goal, bits: int | None = None, act_bits: int 
         parts.append(f"{letter}{round(100 * goal.sparsity, 6):g}")
     if bits is not None:
         parts.append(f"w{bits}{'' if act_bits is None else f'a{act_bits}'}")
-    return model.with_suffix(f".{'.'.join(parts)}.onnx")
+    return beside(model, f"{'.'.join(parts)}.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,24 @@ def test_existing_file_is_replaced_when_asked(model: ir.Model, tmp_path: Path) -
     save(model, path, {}, overwrite=True)
     assert onnx.load(path).graph.node[0].name == "features/Conv"
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_what_a_link_points_to_is_written(model: ir.Model, tmp_path: Path) -> None:
+    link, there = tmp_path / "link.onnx", tmp_path / "folder" / "there.onnx"
+    there.parent.mkdir()
+    link.symlink_to(there)
+    assert_refused(model, link)  # though nothing is there yet
+    assert not there.exists()
+    save(model, link, {}, overwrite=True)
+    assert link.is_symlink()
+    assert load_classifier(there).opset == load_classifier(link).opset
+
+
+def test_only_files_are_replaced(model: ir.Model, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="no regular file"):
+        save(model, tmp_path / "pipe", {}, overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_folder_that_is_not_there(model: ir.Model, tmp_path: Path) -> None:

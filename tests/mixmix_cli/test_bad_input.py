@@ -150,7 +150,7 @@ class TestBadInput:
     ) -> None:
         before = model.read_bytes()
         err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "-o", model, "--force")
-        assert "the model itself" in err
+        assert "one of the inputs" in err
         assert model.read_bytes() == before
 
     def test_output_that_is_a_folder(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
@@ -233,15 +233,12 @@ class TestBadInput:
         teacher, data = zoo.model_path("plain"), ("--data", images)
         assert "Missing argument" in self.refused(capsys, tmp_path, "distill", teacher)
         assert "no.onnx does not exist" in self.refused(capsys, tmp_path, "distill", teacher, "no.onnx", *data)
-        assert "the model itself" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "-o", model)
+        assert "one of the inputs" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "-o", model)
         assert "'default'" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "--recipe", "defalt")
         assert "'mixing'" in self.refused(capsys, tmp_path, "distill", teacher, model, *data, "--set", "mixin=1")
         assert run(capsys, "quantize", model, "--bits", 4, *data, "--method", "nearest")[0] == 0
         quantized = model.with_name("model.w4.onnx")
         assert "quantized already" in self.refused(capsys, tmp_path, "distill", teacher, quantized, *data)
-
-    def test_a_pattern_to_inspect(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
-        assert "not a pattern" in self.refused(capsys, tmp_path, "inspect", model, "--pattern", "half")
 
     def test_misspelt_setting(self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
         err = self.refused(capsys, tmp_path, "quantize", "--bits", 4, model, "--set", "stepps=3")
@@ -258,12 +255,16 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
     """Importing torch takes seconds."""
     for name in ("m.onnx", "m.w4.onnx", "m.2of4.w4.onnx", "m.distilled.onnx", "there.npz", "there.xml"):
         (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "other" / "manifest.json").write_text('{"name": "of a browser\'s extension"}')
     exists, missing, both = "exists: choose another name", "gone does not exist", "--zoo makes images, and --data gives"
     calls = {
         "quantize m.onnx --bits 4": exists,
         "quantize m.onnx --bits 4 -o gone/out.onnx": "gone is not a folder",
         "quantize m.onnx --bits 4 -o /sys/kernel/out.onnx": "cannot be written",
-        "quantize m.onnx --bits 4 -o m.onnx": "the model itself",
+        "quantize m.onnx --bits 4 -o m.onnx": "one of the inputs",
         "quantize m.onnx --mixed small": "not a budget",
         "quantize m.onnx --bits 3 --data gone": missing,
         "quantize m.onnx --bits 3 --data there.npz --zoo m.onnx": both,
@@ -292,7 +293,26 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "validate m.onnx m.onnx --data gone": missing,
         "validate m.onnx m.onnx --data there.npz --junit there.xml": exists,
         "data export gone --model m.onnx -o new.npz": missing,
-        "data export there.npz --model m.onnx -o there.npz": exists,
+        "validate m.onnx gone.onnx --data there.npz": "gone.onnx does not exist",
+        "validate m.onnx m.onnx --data there.npz --min-agreement nan": "not a number from 0 to 1",
+        "data export there.npz --model m.onnx -o there.npz --force": "one of the inputs",
+        "validate m.onnx m.onnx --data there.npz --junit m.onnx --force": "one of the inputs",
+        "quantize m.onnx --bits 3 --data there.npz -o there.npz --force": "one of the inputs",
+        "quantize m.onnx --bits 3 -o new/": "names a folder",
+        "quantize m.onnx --bits 3 -o pipe --force": "no regular file",
+        "quantize m.onnx --bits 3 -o link": exists,
+        "quantize m.onnx --bits 3 --device gpu": "not auto, cpu, cuda or cuda:N",
+        "quantize m.onnx --bits 3 --seed 18446744073709551616": "not in the range",
+        "quantize m.onnx --bits 3 --set steps=x": "--set: steps cannot be 'x'",
+        f"quantize {300 * 'm'}.onnx --bits 3": "File name too long",
+        "quantize m\udcff.onnx --bits 3": "not UTF-8",
+        "synth gone.onnx -o new": "gone.onnx does not exist",
+        "synth m.onnx -o other --force": "not a set that synth wrote",
+        "inspect m.onnx --pattern half": "not a pattern",
+        "zoo export embedded -o new --untrained": "leave --untrained out",
+        "demo -o m.onnx": "not a folder",
+        "distill --zoo m.onnx m.onnx m.onnx": "m.distilled.onnx exists",
+        "quantize --bits 4 -qn 4 --zoo there.npz m.onnx": "m.w4.onnx exists",
         "data compare there.npz gone --model m.onnx": missing,
         "report there.xml -o m.onnx": exists,
         "zoo show m.onnx mixmix": "not both",

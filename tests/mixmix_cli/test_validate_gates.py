@@ -58,3 +58,17 @@ def test_every_gate_is_named(capsys: pytest.CaptureFixture[str], model: Path) ->
     )
     assert status == 1
     assert "failed: min-agreement; passed: min-top1, finite, optimisations" in out
+
+
+def test_names_that_reports_cannot_hold(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    """XML has no control characters, and an annotation one line."""
+    odd = tmp_path / "o\x1bd\nd 100%.onnx"
+    odd.write_bytes(zoo.model_path("plain").read_bytes())
+    status, _, err = run(
+        capsys, "validate", model, odd, "--data", zoo.calibration_images_path(), "--min-agreement", 1.0,
+        "--junit", tmp_path / "gates.xml", "--github",
+    )  # fmt: skip
+    assert status == 1
+    assert [line for line in err.splitlines() if "::error" in line and "d%0Ad 100%25.onnx: " in line]
+    (suite,) = ElementTree.parse(tmp_path / "gates.xml").getroot()
+    assert {Path(case.get("classname", "")).name for case in suite} == {"o\ufffdd\ufffdd 100%.onnx"}

@@ -212,3 +212,14 @@ def test_options_of_the_user_win_over_overrides() -> None:
     settings = synth.load_synth_recipe("default", "fast", ["images=3", "rate=0.5"], 10, changes)
     assert (settings.images, settings.rate, settings.steps) == (7, 0.5, 10)
     assert settings.batch == synth.load_synth_recipe("default", "fast", [], None, {}).batch
+
+
+def test_a_file_does_not_take_the_place_of_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nearest").touch()
+    assert load_recipe(quantize.QuantizeSettings, quantize.PACKAGE, "nearest").unit == "none"
+
+
+def test_the_override_is_blamed_and_not_the_recipe() -> None:
+    with pytest.raises(SettingsError, match=r"^--set: steps cannot be 'x'"):
+        load_recipe(quantize.QuantizeSettings, quantize.PACKAGE, "nearest", overrides=["steps=x"])

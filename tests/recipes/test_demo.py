@@ -1,0 +1,64 @@
+"""The demo's folder, and its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from converters.errors import OutputError
+from recipes.demo import CELLS, SINGLE_IMAGES, _make_room, side_by_side
+from recipes.refusals import MANIFEST
+
+
+def test_only_what_a_demo_wrote_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "main.py").write_text("mine")
+    with pytest.raises(OutputError, match="was not written by the demo"):
+        _make_room(tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match="not empty"):
+        _make_room(tmp_path, overwrite=False)
+    (tmp_path / SINGLE_IMAGES).mkdir()
+    (tmp_path / SINGLE_IMAGES / MANIFEST).write_text(json.dumps({"format": 2, "identity": {}}))
+    for name in (CELLS[0].file_name, f"{CELLS[1].file_name}.quantize-1.partial"):
+        (tmp_path / name).touch()
+    link = tmp_path.with_name("link")
+    link.symlink_to(tmp_path)
+    _make_room(link, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert (tmp_path / "src" / "main.py").read_text() == "mine"
+
+
+def test_each_job_is_done_once() -> None:
+    assert sorted(side_by_side(divmod, [(7, 2), (8, 3), (9, 4)], 2)) == [0, 1, 2]
+
+
+def test_what_fails_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(divmod, [(7, 0)], 1))
+
+
+def test_an_interrupt_ends_all_processes() -> None:
+    """A terminal sends it to every process of the group, while they start or work."""
+    code = (
+        "import time; from recipes.demo import side_by_side\n"
+        "if __name__ == '__main__':\n"
+        "    jobs = side_by_side(time.sleep, [(0,), (600,), (600,)], 2)\n"
+        "    print(next(jobs), flush=True)\n"
+        "    try: next(jobs)\n"
+        "    except KeyboardInterrupt: print('ended')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (out, err) == ("ended\n", "")
