@@ -30,6 +30,7 @@ from mixmix_cli.pipes import hush, while_read
 if TYPE_CHECKING:
     from converters.classifier import Classifier
     from converters.input_spec import InputSpec
+    from recipes.ranks import Ranks
 
 
 FILE_WIDTH = 200
@@ -142,6 +143,12 @@ class Terminal:
                 self.results.print(content)
             lines = "\n".join(line.rstrip() for line in captured.get().splitlines())
             self.results.print(lines, markup=False)
+
+
+def terminal_for(given: dict[str, Any], ranks: Ranks | None = None) -> Terminal:
+    """The terminal as the user wants it; of several processes, the first one alone says anything."""
+    heard = ranks is None or ranks.leads
+    return Terminal(as_json=given["as_json"], quiet=given["quiet"] or not heard, verbose=given["verbose"] and heard)
 
 
 def _whole() -> Column:

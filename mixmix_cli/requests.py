@@ -24,12 +24,6 @@ LOW = 0.5
 """Agreement, or top-1 as a share of the reference's, below which something is said of it."""
 
 
-def terminal_for(given: dict[str, Any], ranks: Ranks | None = None) -> Terminal:
-    """The terminal as the user wants it; of several processes, the first one alone says anything."""
-    heard = ranks is None or ranks.leads
-    return Terminal(as_json=given["as_json"], quiet=given["quiet"] or not heard, verbose=given["verbose"] and heard)
-
-
 def refuse_early(given: dict[str, Any], output: Path | None) -> None:
     """Say what cannot work before torch is imported, which takes seconds. `output` is None where it depends on more."""
     from recipes.refusals import check_compression

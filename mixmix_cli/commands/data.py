@@ -41,11 +41,11 @@ def export(**given: Any) -> int:
     ensure_model(given["model"])
     ensure_writable(output, overwrite=given["force"], inputs=[given["data"], given["model"]])
     from converters.load import load_classifier
-    from mixmix_cli.console import Terminal, size
+    from mixmix_cli.console import size, terminal_for
     from recipes.calibration import export_calibration
     from recipes.images import load_images
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     classifier = load_classifier(given["model"], {**options.spec_from(given), "size": given["size"]})
     terminal.tell_choices(classifier)
     images = load_images(given["data"], given["images"], size=classifier.spec.size)
@@ -83,13 +83,13 @@ def compare_sets(**given: Any) -> int:
     ensure_model(given["model"])
     from converters.load import load_classifier
     from converters.torch_module import to_torch
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import terminal_for
     from mixmix_cli.results import comparison_json, comparison_page
     from recipes.compare import compare
     from recipes.devices import choose_device
     from recipes.images import load_images
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     device = choose_device(given["device"])
     classifier = load_classifier(given["model"], {**options.spec_from(given), "size": given["size"]})
     terminal.tell_choices(classifier)

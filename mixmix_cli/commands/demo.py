@@ -27,10 +27,10 @@ def command(**given: Any) -> int:
         from recipes.refusals import check_empty
 
         check_empty(given["output"])
-    from mixmix_cli.console import Terminal, percent, table
+    from mixmix_cli.console import percent, table, terminal_for
     from recipes.demo import COLUMNS, ROWS, run_demo, to_json
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     demo = run_demo(
         given["output"],
         seed=given["seed"],

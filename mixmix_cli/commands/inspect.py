@@ -27,11 +27,11 @@ def command(**given: Any) -> int:
 
     pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
     from converters.load import load_classifier
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import terminal_for
     from mixmix_cli.results import inspection_json, inspection_page, pattern_page
     from recipes.inspect import inspect_model
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     spec = {**options.spec_from(given), "size": given["size"]}
     results, errors = [], []
     with terminal.task("inspecting", len(given["models"])) as task:

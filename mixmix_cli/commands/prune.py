@@ -47,6 +47,8 @@ METHODS = ("one-shot", "one-stage", "two-stage", "obs")
 def command(**given: Any) -> int:
     """Remove --sparsity of MODEL's weights. Without --data, images are made from --zoo, or from MODEL itself.
 
+    --recipe, --set and --method are of pruning; --bits quantizes what is left by the recipe qdrop.
+
     Example: mixmix prune --sparsity 0.5 model.onnx
     """
     bits, act_bits = given["bits"], given["act_bits"]
@@ -73,11 +75,11 @@ def command(**given: Any) -> int:
     recipe = given["recipe"] or given["method"]
     settings = load_recipe(PruneSettings, PACKAGE, recipe, given["effort"], given["overrides"])
 
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import terminal_for
     from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, pruning, pruning_then_quantizing
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     write = pruning(settings, goal)
     if bits is not None:
         tell_storage(terminal, target, bits)

@@ -86,7 +86,8 @@ def _quantize(
     ranks: Ranks, given: dict[str, Any], bits: int | Budget, target: Target, settings: QuantizeSettings
 ) -> int:
     """What each process does; the first one alone says anything."""
-    from mixmix_cli.requests import request_from, show_result, tell_storage, terminal_for
+    from mixmix_cli.console import terminal_for
+    from mixmix_cli.requests import request_from, show_result, tell_storage
     from mixmix_cli.results import placement_line
     from recipes.pipeline import compress, quantizing
 

@@ -26,10 +26,10 @@ def list_recipes(**given: Any) -> int:
 
     Example: mixmix recipe list
     """
-    from mixmix_cli.console import Terminal, table
+    from mixmix_cli.console import table, terminal_for
     from recipes.catalogue import KINDS, read_recipe
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     rows = [
         (command, name, name == kind.default, read_recipe(kind, name).about)
         for command, kind in KINDS.items()
@@ -59,7 +59,7 @@ def show(**given: Any) -> int:
              mixmix recipe show synth default > mine.toml
     """
     from converters.errors import nearest
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import terminal_for
     from recipes.catalogue import KINDS, read_recipe
 
     kind = KINDS.get(given["for_command"])
@@ -67,7 +67,7 @@ def show(**given: Any) -> int:
         hint = nearest(given["for_command"], KINDS)
         raise click.UsageError(f"{given['for_command']} has no recipes{hint}: choose one of {', '.join(KINDS)}")
     recipe = read_recipe(kind, given["recipe"])
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     if terminal.as_json:
         names = {"command": given["for_command"], "recipe": given["recipe"], "about": recipe.about}
         keys = {key.name: {"value": key.value, "about": key.about, "words": key.words} for key in recipe.keys}

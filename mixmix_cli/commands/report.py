@@ -37,13 +37,13 @@ def command(**given: Any) -> int:
     ensure_writable(output, overwrite=given["force"], inputs=given["inputs"])
     sources = [read_source(path) for path in given["inputs"]]
 
-    from mixmix_cli.console import Terminal, size
+    from mixmix_cli.console import counted, size, terminal_for
     from mixmix_cli.report.models import summarise
     from mixmix_cli.report.page import render
     from mixmix_cli.report.sections import section_of, title_of
     from recipes.records import write_text
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     with terminal.task("drawing", len(sources)) as task:
         sections = []
         for source in sources:
@@ -55,6 +55,7 @@ def command(**given: Any) -> int:
         told = [{"kind": section.kind, "title": section.title, "source": section.source} for section in sections]
         terminal.document({"output": output, "sections": told})
     else:
-        count = f"{len(sections)} section{'s' * (len(sections) != 1)}"
-        terminal.show(f"{output}: {count}, {size(output.stat().st_size)}; open it in a browser")
+        terminal.show(
+            f"{output}: {counted(len(sections), 'section')}, {size(output.stat().st_size)}; open it in a browser"
+        )
     return 0

@@ -38,13 +38,13 @@ def command(**given: Any) -> int:
         inputs = [given["reference"], *given["candidates"], given["data"]]
         ensure_writable(given["junit"], overwrite=given["force"], inputs=inputs)
     from converters.load import load_classifier
-    from mixmix_cli.console import Terminal, counted
+    from mixmix_cli.console import counted, terminal_for
     from mixmix_cli.layers import layers_note, layers_table
     from mixmix_cli.results import show_failures, validation_json, validation_table
     from recipes.images import load_images
     from recipes.validate import Gates, validate
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     spec = {**options.spec_from(given), "size": given["size"]}
     reference = load_classifier(given["reference"], spec)
     candidates = [load_classifier(path, spec) for path in given["candidates"]]

@@ -28,10 +28,10 @@ def list_zoos(**given: Any) -> int:
 
     Example: mixmix zoo list
     """
-    from mixmix_cli.console import Terminal, table
+    from mixmix_cli.console import table, terminal_for
     from recipes.zoo import EMBEDDED, FAMILIES, named_zoos
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     zoos = named_zoos().values()
     rows = [(zoo.name, len(zoo.members), sum(member.installed for member in zoo.members), zoo.about) for zoo in zoos]
     rows.append(("embedded", len(FAMILIES), len(FAMILIES), f"small Fashion-MNIST classifiers, in {EMBEDDED}"))
@@ -56,11 +56,11 @@ def show(**given: Any) -> int:
     files = [name for name in names if name.endswith(".onnx")]
     if files and len(files) < len(names):
         raise click.UsageError("name zoos or files, not both")
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import terminal_for
     from mixmix_cli.results import files_json, files_page, zoo_json, zoo_page
     from recipes.zoo import embedded_files, find_zoo, show_files
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     if files or names == ("embedded",):
         facts = show_files(_load(names) if files else embedded_files(), terminal)
         if terminal.as_json:
@@ -99,10 +99,10 @@ def export(**given: Any) -> int:
     """
     if given["zoo"] == "embedded" and given["untrained"]:
         raise click.UsageError("the embedded zoo comes with its weights: leave --untrained out")
-    from mixmix_cli.console import Terminal
+    from mixmix_cli.console import terminal_for
     from recipes.zoo import export_embedded, export_zoo, find_zoo
 
-    terminal = Terminal(as_json=given["as_json"], quiet=given["quiet"], verbose=given["verbose"])
+    terminal = terminal_for(given)
     output, overwrite = given["output"], given["force"]
     if given["zoo"] == "embedded":
         done = export_embedded(output, overwrite=overwrite)
