@@ -12,6 +12,7 @@ from pathlib import Path
 
 from converters.errors import ModelError, OutputError
 
+SUFFIXES = (".onnx", ".ort", ".pb")
 TEMPORARY = ".mixmix-"
 """How names of files begin that are being written; one that is left over is from a process that was killed."""
 
@@ -29,8 +30,8 @@ def ensure_model(path: Path) -> None:
 
 
 def beside(model: Path, ending: str) -> Path:
-    """`model.ENDING` for `model.onnx`; only that suffix goes, as `net-1.5` has another than it seems."""
-    return model.with_name(f"{model.stem if model.suffix == '.onnx' else model.name}.{ending}")
+    """`model.ENDING` for `model.onnx`; a model's suffix alone goes, as that of `net-1.5` is none."""
+    return model.with_name(f"{model.stem if model.suffix.lower() in SUFFIXES else model.name}.{ending}")
 
 
 def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ class Proof:
     quantized: steps.Quantized | None = None
     """What is compared instead, value by value, where logits differ by more and activations are quantized."""
     is_rounding: Callable[[float], bool] = lambda difference: False
-    """Whether a larger difference is what the model makes of the last digits, where none are."""
+    """Whether a larger difference is what the model makes of the last digits, where no activations are quantized."""
 
 
 def prepare_for_quantization(
@@ -199,11 +198,18 @@ def data_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+def ensure_writable_with_data(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where a model cannot be written to `path` and its weights beside it."""
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link, and the weights of so large a model lie beside its file: name the file")
+    ensure_writable(path, overwrite=overwrite)
+    ensure_writable(data_beside(path), overwrite=overwrite)
+
+
 def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> int:
     """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it; bytes of both."""
-    path = Path(os.path.realpath(path))
+    ensure_writable_with_data(path, overwrite=overwrite)
     data = data_beside(path)
-    ensure_writable(data, overwrite=overwrite)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY) as folder:
             written = Path(folder) / path.name

@@ -56,8 +56,9 @@ class Terminal:
     def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
         self.errors = _Printer(stderr=True, highlight=False, emoji=False)
-        self.results = _Printer(highlight=False, emoji=False, soft_wrap=True)
-        self.on_screen = sys.stdout.isatty()  # colours may be forced on what is not
+        self.on_screen = sys.stdout is not None and sys.stdout.isatty()  # colours may be forced
+        plain = None if self.on_screen else False
+        self.results = _Printer(highlight=False, emoji=False, soft_wrap=True, force_terminal=plain)
         if self.results.width < LEAST_WIDTH or not (self.on_screen or "COLUMNS" in os.environ):
             self.results.width = FILE_WIDTH
         self._bars: Progress | None = None

@@ -95,7 +95,7 @@ def common(function: F) -> F:
 
 
 def device(_context: click.Context, parameter: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
         raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N", param=parameter)
     return value
 

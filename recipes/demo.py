@@ -25,6 +25,7 @@ import torch
 from converters.classifier import Classifier
 from converters.errors import OutputError
 from converters.load import load_classifier
+from converters.outputs import TEMPORARY
 from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.images import PREVIEW, ImageSet, gaussian_noise, load_images
@@ -161,6 +162,8 @@ def _make_room(directory: Path, overwrite: bool) -> None:
         for cell in CELLS:
             for path in directory.glob(f"{cell.file_name}*"):  # an interrupted one's state too
                 path.unlink()
+        for path in directory.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in (RESULTS, PREVIEW):
             (directory / name).unlink(missing_ok=True)
         for name in (ZOO_IMAGES, SINGLE_IMAGES):  # by the last one it is known
@@ -186,6 +189,7 @@ def side_by_side(work: Callable[..., object], jobs: Sequence[tuple[Any, ...]], w
     """
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        others = set(active_children())
         with _deaf_to_interrupts():
             futures = {pool.submit(work, *job): index for index, job in enumerate(jobs)}
         try:
@@ -194,7 +198,7 @@ def side_by_side(work: Callable[..., object], jobs: Sequence[tuple[Any, ...]], w
                 yield futures[future]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in active_children():
+            for worker in set(active_children()) - others:
                 worker.terminate()
             raise
 
@@ -202,11 +206,11 @@ def side_by_side(work: Callable[..., object], jobs: Sequence[tuple[Any, ...]], w
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
     """Processes started here never hear of Ctrl-C, which a terminal sends to all: this one ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def compress_cell(cell: Cell, images: ImageSet, directory: Path, seed: int) -> None:

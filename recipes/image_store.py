@@ -19,11 +19,9 @@ from torch import Tensor
 from converters.errors import OutputError
 from converters.outputs import TEMPORARY, write_atomically
 from recipes.images import METADATA, PREVIEW, contact_sheet, encode_image, to_bytes
-from recipes.refusals import MANIFEST, check_set_folder
+from recipes.refusals import MANIFEST, RECORDS, check_set_folder
 
 PREVIEW_IMAGES = 64
-RECORDS = "shards"
-
 
 SHOWN = 24
 """Characters up to which a value is said."""

@@ -70,7 +70,7 @@ def gaussian_noise(count: int, channels: int, size: tuple[int, int], seed: int) 
 
 
 def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] | None = None) -> ImageSet:
-    """Read an image set, or `limit` images of it, as many of each class where there are folders of classes.
+    """Read an image set, or `limit` images of it: spread evenly over folders of classes, and else the first.
 
     In a folder of folders, one a class, the label is a folder's name where all of them are numbers, and otherwise its
     place in their sorted list. With `size` (height, width), image files of other sizes are brought to it: shorter side

@@ -11,6 +11,8 @@ from converters.outputs import ensure_makeable, ensure_model, ensure_writable
 
 MANIFEST = "manifest.json"
 """In a folder that synth writes: what it was made of."""
+RECORDS = "shards"
+"""There: what is finished."""
 
 
 class DataError(MixMixError):
@@ -43,11 +45,11 @@ def check_compression(
 
 
 def is_set(directory: Path) -> bool:
-    """Whether synth wrote what is in the folder: other programs have manifests too."""
+    """Whether synth wrote what is in the folder: other programs have manifests too, and its own may be damaged."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return (directory / MANIFEST).is_file() and (directory / RECORDS).is_dir()
     return isinstance(manifest, dict) and manifest.keys() >= {"format", "identity"}
 
 

@@ -126,6 +126,7 @@ def load_recipe(
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        where = "--set" if first["loc"] and first["loc"][0] in given else where
         if first["type"] == "missing":
             raise SettingsError(f"{where}: the key {key!r} is missing: add it") from error
         if first["type"] == "extra_forbidden":
@@ -133,7 +134,6 @@ def load_recipe(
             raise SettingsError(
                 f"{where}: unknown key {key!r}{nearest(str(first['loc'][-1]), known)}: correct or remove it"
             ) from error
-        where = "--set" if first["loc"] and first["loc"][0] in given else where
         raise SettingsError(f"{where}: {key} cannot be {first['input']!r} ({first['msg']}): correct it") from error
 
 

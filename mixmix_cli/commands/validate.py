@@ -13,7 +13,7 @@ from mixmix_cli import options
 @click.argument("reference", type=options.MODEL)
 @click.argument("candidates", nargs=-1, required=True, type=options.MODEL)
 @click.option("--data", required=True, type=options.IMAGES, help="Images: a folder, synth output or .npz.")
-@click.option("-n", "--images", type=click.IntRange(min=1), help="Use N images only, as many of each class.")
+@click.option("-n", "--images", type=click.IntRange(min=1), help="Use N images only, evenly over folders of classes.")
 @click.option("--layers", is_flag=True, help="Signal-to-noise ratio of every layer's output, what hurts most first.")
 @click.option("--max-drop", type=options.FRACTION, help="Gate: top-1 may fall by this fraction.")
 @click.option("--min-top1", type=options.FRACTION, help="Gate: least top-1, a fraction.")

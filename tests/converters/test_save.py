@@ -218,6 +218,9 @@ def test_a_model_too_large_for_one_file_has_its_weights_beside_it(
     with pytest.raises(ZeroDivisionError):
         save(model, path, {}, overwrite=True, check=lambda: print(1 / 0))
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx.data"]
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "there.onnx")
+    with pytest.raises(OutputError, match="is a link"):
+        save(model, tmp_path / "link.onnx", {}, overwrite=True)
 
 
 def test_the_spec_in_a_file_is_the_last_one_that_was_said(model: ir.Model, tmp_path: Path) -> None:

@@ -312,6 +312,7 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "zoo export embedded -o new --untrained": "leave --untrained out",
         "demo -o m.onnx": "not a folder",
         "distill --zoo m.onnx m.onnx m.onnx": "m.distilled.onnx exists",
+        "distill m.onnx --zoo m.onnx m.onnx": "m.distilled.onnx exists",
         "quantize --bits 4 -qn 4 --zoo there.npz m.onnx": "m.w4.onnx exists",
         "data compare there.npz gone --model m.onnx": missing,
         "report there.xml -o m.onnx": exists,

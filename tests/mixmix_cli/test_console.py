@@ -57,6 +57,7 @@ def test_colours_that_are_forced_make_no_screen(
 ) -> None:
     """As CI servers do: no bars in the log, no lines broken, no blanks at their ends."""
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     terminal, name = Terminal(), "folder/" * 20 + "model.onnx"
     with terminal.task("work", 1) as task:
         task.advance(1)
@@ -64,7 +65,16 @@ def test_colours_that_are_forced_make_no_screen(
     out, err = capsys.readouterr()
     assert err == ""
     assert name in out
+    assert "\x1b" not in out
     assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_no_stdout_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mixmix recipe list >&-`."""
+    monkeypatch.setattr("sys.stdout", None)
+    terminal = Terminal()
+    assert not terminal.on_screen
+    terminal.show(table(["file"], [["a"]]))
 
 
 @pytest.mark.parametrize("width", ["0", "1"])

@@ -12,6 +12,7 @@ def test_quantized_models_are_named_after_the_bits() -> None:
     assert quantize.output_path(Path("a/model.onnx"), 4, None) == Path("a/model.w4.onnx")
     assert quantize.output_path(Path("a/model.v2.onnx"), 2, 8) == Path("a/model.v2.w2a8.onnx")
     assert quantize.output_path(Path("a/net-1.5"), 4, None) == Path("a/net-1.5.w4.onnx")
+    assert quantize.output_path(Path("a/net.ONNX"), 4, None) == Path("a/net.w4.onnx")
 
 
 def test_models_within_a_budget_are_named_mixed() -> None:

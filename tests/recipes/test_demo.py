@@ -17,22 +17,25 @@ from recipes.refusals import MANIFEST
 
 
 def test_only_what_a_demo_wrote_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}")
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "main.py").write_text("mine")
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "results.json").write_text("{}")
+    (folder / "src").mkdir()
+    (folder / "src" / "main.py").write_text("mine")
     with pytest.raises(OutputError, match="was not written by the demo"):
-        _make_room(tmp_path, overwrite=True)
+        _make_room(folder, overwrite=True)
     with pytest.raises(OutputError, match="not empty"):
-        _make_room(tmp_path, overwrite=False)
-    (tmp_path / SINGLE_IMAGES).mkdir()
-    (tmp_path / SINGLE_IMAGES / MANIFEST).write_text(json.dumps({"format": 2, "identity": {}}))
+        _make_room(folder, overwrite=False)
+    (folder / SINGLE_IMAGES).mkdir()
+    (folder / SINGLE_IMAGES / MANIFEST).write_text(json.dumps({"format": 2, "identity": {}}))
     for name in (CELLS[0].file_name, f"{CELLS[1].file_name}.quantize-1.partial"):
-        (tmp_path / name).touch()
-    link = tmp_path.with_name("link")
-    link.symlink_to(tmp_path)
+        (folder / name).touch()
+    (folder / ".mixmix-left").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
     _make_room(link, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
-    assert (tmp_path / "src" / "main.py").read_text() == "mine"
+    assert [path.name for path in folder.iterdir()] == ["src"]
+    assert (folder / "src" / "main.py").read_text() == "mine"
 
 
 def test_each_job_is_done_once() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from converters.errors import OutputError
 from recipes.image_store import ImageStore, differences
 from recipes.images import from_bytes, load_images, to_bytes
+from recipes.refusals import check_set_folder
 
 IDENTITY = {"models": ["a"], "seed": 0, "size": (6, 5)}
 
@@ -254,3 +255,16 @@ def test_shards_of_several_processes_meet_in_one_manifest(tmp_path: Path) -> Non
     add(alone, 0)
     add(alone, 1)
     assert snapshot(tmp_path / "two") == snapshot(tmp_path / "one")
+
+
+def test_what_was_damaged_may_be_replaced(tmp_path: Path) -> None:
+    """But no folder of another program, which may have a manifest too."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for folder, name in ((ours, "shards"), (other, "images")):
+        (folder / name).mkdir(parents=True)
+        (folder / "manifest.json").write_text('{"cut off')
+    check_set_folder(ours, resume=False, overwrite=True)
+    for folder, manifest in ((other, '{"cut off'), (ours, '{"name": "of another program"}')):
+        (folder / "manifest.json").write_text(manifest)
+        with pytest.raises(OutputError, match="not a set that synth wrote"):
+            check_set_folder(folder, resume=False, overwrite=True)
