@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.outputs import beside
 from mixmix_cli import options
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 def output_path(student: Path) -> Path:
     """`student.distilled.onnx`, beside the student."""
+    from converters.outputs import beside
+
     return beside(student, "distilled.onnx")
 
 

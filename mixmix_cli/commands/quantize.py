@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.outputs import beside
 from mixmix_cli import options
 
 if TYPE_CHECKING:
@@ -22,6 +21,8 @@ CONTAINERS = ("int2", "int4", "int8")
 
 def output_path(model: Path, bits: int | Budget, act_bits: int | None) -> Path:
     """`model.w4.onnx`, or `model.w4a8.onnx` with activation bits, beside the input; `model.mixed.onnx` by budget."""
+    from converters.outputs import beside
+
     weights = f"w{bits}" if isinstance(bits, int) else "mixed"
     return beside(model, f"{weights}{'' if act_bits is None else f'a{act_bits}'}.onnx")
 

@@ -24,8 +24,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """A Python process with these arguments, on one thread, that can be interrupted.
+def start(*arguments: object, alone: bool = False) -> subprocess.Popen[str]:
+    """A Python process with these arguments, on one thread, that can be interrupted; `alone` in a group of its own.
 
     What a shell starts in the background ignores interrupts, and so do its children, if nobody says otherwise.
     """
@@ -34,7 +34,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler is SIG_DFL in a new process
     try:
-        return subprocess.Popen(command, text=True, env=environment, **pipes)
+        return subprocess.Popen(command, text=True, env=environment, start_new_session=alone, **pipes)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from converters.errors import OutputError
 from recipes.demo import CELLS, SINGLE_IMAGES, _make_room, side_by_side
 from recipes.refusals import MANIFEST
+from tests.mixmix_cli.command import start
 
 
 def test_only_what_a_demo_wrote_is_cleared(tmp_path: Path) -> None:
@@ -57,9 +56,7 @@ def test_an_interrupt_ends_all_processes() -> None:
         "    try: next(jobs)\n"
         "    except KeyboardInterrupt: print('ended')"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start("-c", code, alone=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "0\n"
     os.killpg(process.pid, signal.SIGINT)

@@ -65,8 +65,10 @@ def test_every_layer_runs_in_integers_as_forecast(
     assert float(np.square(fused.astype(np.float64) - plain).sum()) < 0.1 * compression
 
 
-@pytest.mark.parametrize(("bits", "act_bits"), [(8, 8), (4, 8), (4, 4)])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "bits", "act_bits"),
+    [*((model, 8, 8) for model in MODELS), *((m, 4, a) for m in ("inverted", "dense", "attention") for a in (8, 4))],
+)
 def test_portable_files_run_in_integers_as_forecast(model: str, bits: int, act_bits: int, made_for: Quantizer) -> None:
     fusion = made_for(model, "portable", bits, act_bits).fusion
     assert fusion is not None
