@@ -199,7 +199,7 @@ def test_pruning_what_is_pruned_already(capsys: pytest.CaptureFixture[str], mode
     assert "nothing to remove" not in run(capsys, "prune", pruned, "--sparsity", 0.6, *few)[2]
 
 
-@pytest.mark.parametrize(("target", "bits", "said"), [("tensorrt", 4, True), ("tensorrt", 8, False), (None, 4, False)])
+@pytest.mark.parametrize(("target", "bits", "said"), [("tensorrt", 4, True), (None, 4, False)])
 def test_bits_that_are_stored_in_more(
     target: str | None, bits: int, said: bool, capsys: pytest.CaptureFixture[str], model: Path, images: Path
 ) -> None:

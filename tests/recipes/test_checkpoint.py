@@ -157,9 +157,7 @@ def test_a_run_that_was_interrupted_is_gone_on_with(
     assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == [output, tmp_path / "whole.onnx"]
 
 
-@pytest.mark.parametrize(
-    ("bits", "act_bits"), [(3, None), (3, 3), (Budget("bits", 3), None), (Budget("bops", 9e7), 3)], ids=str
-)
+@pytest.mark.parametrize(("bits", "act_bits"), [(3, 3), (Budget("bits", 3), None), (Budget("bops", 9e7), 3)], ids=str)
 def test_noise_is_measured_once(
     bits: int | Budget,
     act_bits: int | None,

@@ -94,7 +94,7 @@ def test_where_it_is_used(
     assert [KEY in {entry.key for entry in file.metadata_props} for file in files] == [False, differs]
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "dense"])
+@pytest.mark.parametrize("name", ["plain", "dense"])
 def test_layers_are_compared_in_the_original_units(
     name: str, classifier_of: Callable[[str], Classifier], calibration_images: ImageSet, tmp_path: Path
 ) -> None:

@@ -151,8 +151,9 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no
         return next(self._batches, None)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("name", ["plain", "inverted_folded", "attention"])
+@pytest.mark.parametrize(
+    ("name", "per_channel"), [("plain", False), ("inverted_folded", True), ("attention", False), ("attention", True)]
+)
 def test_a_file_of_onnxruntime(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path, name: str, per_channel: bool
 ) -> None:

@@ -279,8 +279,15 @@ class TestPrunedWeight:
         assert pruned.tensor().tolist() == [[5, 0, 0, 0]]
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", None)])
-@pytest.mark.parametrize("method", ["one-stage", "two-stage", "obs"])
+@pytest.mark.parametrize(
+    ("method", "pattern", "sparsity"),
+    [
+        ("one-stage", "unstructured", 0.7),
+        ("two-stage", "2:4", None),
+        ("obs", "unstructured", 0.7),
+        ("obs", "2:4", None),
+    ],
+)
 def test_pruning_a_sparse_model_fills_no_zero(
     method: str, pattern: str, sparsity: float | None, pruned: Pruner, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
@@ -392,8 +399,9 @@ def test_uniform_advice_helps(sparsity: float, changes: dict[str, object], tmp_p
     assert sum(layer.parameters * found.get(layer.output, 0) for layer in layers) == pytest.approx(sparsity * 128)
 
 
-@pytest.mark.parametrize("unit", ["macs", "weights"])
-@pytest.mark.parametrize("model", ["inverted", "residual", "attention"])
+@pytest.mark.parametrize(
+    ("model", "unit"), [("inverted", "macs"), ("residual", "weights"), ("attention", "macs"), ("attention", "weights")]
+)
 def test_whole_channels(
     model: str, unit: str, classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
@@ -447,8 +455,8 @@ def test_a_model_without_removable_channels_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o.onnx").exists()
 
 
-@pytest.mark.parametrize("multiple", [1, 4, 8])
-@pytest.mark.parametrize("model", ["residual", "inverted", "excite", "dense"])
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("model", ["residual", "excite", "dense"])
 def test_layers_keep_a_multiple_of_channels(
     model: str, multiple: int, module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
 ) -> None:

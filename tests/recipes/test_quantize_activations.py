@@ -45,8 +45,8 @@ def average_bits(module: TorchClassifier, plans: Sequence[LayerPlan], asked: int
     return sum(size * (widths[name] or 0) for name, size in sizes.items()) / sum(sizes.values())
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
-@pytest.mark.parametrize("act_bits", [2, 3, 4])
+@pytest.mark.parametrize("share", [0.02, 0.5])
+@pytest.mark.parametrize("act_bits", [2, 3])
 @pytest.mark.parametrize("model", ["excite", "dense"])
 def test_bits_are_added_within_the_share(
     model: str, act_bits: int, share: float, module_of: Modules, calibration_images: ImageSet

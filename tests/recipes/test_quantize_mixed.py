@@ -171,8 +171,10 @@ def test_bits_of_weights_and_inputs_are_chosen_together(module_of: Modules, cali
     assert harm(plans, open_values) < 0.8 * harm(alone, dict.fromkeys(open_values, 3))
 
 
-@pytest.mark.parametrize(("container", "act_bits"), [("int4", None), ("int2", None), ("int4", 8)])
-@pytest.mark.parametrize("model", ["inverted", "attention"])
+@pytest.mark.parametrize(
+    ("model", "container", "act_bits"),
+    [("inverted", "int4", None), ("attention", "int2", None), ("inverted", "int4", 8)],
+)
 def test_the_written_file_has_the_size_that_was_asked_for(
     model: str,
     container: str,
