@@ -86,13 +86,17 @@ def choose_by_latency(
         return fast_enough(steps[1:], latency, timed).numbers
 
 
+MOST_ASKED = 0.99
+"""The largest share, of two digits, that may be asked for."""
+
+
 def _require(module: TorchClassifier, steps: Sequence[Removed], latency: float, limits: Limits, share: Share) -> None:
     """Raise MixMixError where the last of ever narrower steps takes clearly more than `latency`."""
     path = module.classifier.path
     if len(steps) == 1:
         raise MixMixError(f"{path} has no channels that can be removed, as {kept_anyway(limits)}{way_to_less(limits)}")
     least = share(steps[-1])
-    if least >= 1:
+    if least > MOST_ASKED:
         raise MixMixError(
             f"{path} gets no faster here without channels (as {kept_anyway(limits)}, the narrowest takes {least:.1%} of"
             " its time): give --macs or --sparsity instead"

@@ -48,8 +48,7 @@ def made_for(
     return ask
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "bits"), [*((model, 8) for model in MODELS), ("inverted", 4), ("dense", 4)])
 def test_every_layer_runs_in_integers_as_forecast(
     model: str, bits: int, made_for: Quantizer, classifier_of: Classifiers, calibration_images: ImageSet
 ) -> None:
