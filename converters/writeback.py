@@ -198,17 +198,16 @@ def data_beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def ensure_writable_with_data(path: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where a model cannot be written to `path` and its weights beside it."""
+def ensure_data_writable(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where the weights of a model cannot be written beside its file `path`."""
     if path.is_symlink():
         raise OutputError(f"{path} is a link, and the weights of so large a model lie beside its file: name the file")
-    ensure_writable(path, overwrite=overwrite)
     ensure_writable(data_beside(path), overwrite=overwrite)
 
 
 def _save_with_external_data(model: ir.Model, path: Path, check: Callable[[], None] | None, *, overwrite: bool) -> int:
     """The weights of a model that is too large for one file go to `NAME.onnx.data` beside it; bytes of both."""
-    ensure_writable_with_data(path, overwrite=overwrite)
+    ensure_data_writable(path, overwrite=overwrite)
     data = data_beside(path)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=TEMPORARY) as folder:

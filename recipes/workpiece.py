@@ -32,7 +32,7 @@ def begin(prepared: Classifier, output: Path, device: torch.device | None, *, ov
     """The module to change, once it is sure that `output` can be written. Raises MixMixError where it cannot."""
     ensure_writable(output, overwrite=overwrite)
     if not fits_protobuf(prepared.original):
-        writeback.ensure_writable_with_data(output, overwrite=overwrite)
+        writeback.ensure_data_writable(output, overwrite=overwrite)
     module = to_torch(prepared).to(device or torch.device("cpu"))
     if module.device.type == "cpu":
         keep_freed_memory()
