@@ -110,7 +110,7 @@ def test_quantize_max_drop_is_a_gate(capsys: pytest.CaptureFixture[str], model: 
 def test_kernels_of_this_machine_are_no_gate_for_a_file_that_is_for_others(
     target: str, expected: int, capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.validate.CHANGED_SHARE", -1.0)  # nothing passes
+    monkeypatch.setattr("recipes.validate.FUSION_SHARE", -1.0)  # nothing passes
     monkeypatch.setattr("recipes.validate.FUSION_FLOOR", -1.0)
     status, out, err = run(
         capsys, "quantize", "--bits", 8, "--act-bits", 8, "--target", target, model, "-n", 16, "--method", "nearest",

@@ -158,7 +158,7 @@ def test_a_file_that_fails_for_it_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With no change let pass, every file whose optimised answers differ in the last digit fails."""
-    monkeypatch.setattr("recipes.validate.CHANGED_SHARE", -1.0)
+    monkeypatch.setattr("recipes.validate.FUSION_SHARE", -1.0)
     monkeypatch.setattr("recipes.validate.FUSION_FLOOR", -1.0)
     written = load_classifier(made_for("inverted", "tensorrt", 8).output)
     (candidate,) = validate(classifier_of("inverted"), [written], calibration_images).candidates
