@@ -257,9 +257,7 @@ def _optimisations(expected: Logits, fused: Run, plain: Run) -> Verdict:
     floor = FUSION_FLOOR * float(np.square(plain.logits).sum())
     noise, total = (float(np.square(run.logits - expected).sum()) for run in (plain, fused))
     change, added = float(np.square(fused.logits - plain.logits).sum()), max(0.0, total - noise)
-    passed = not (
-        added > max(FUSION_SHARE * noise, floor) or change > max((1 + FUSION_SHARE) * (noise + total), floor)
-    )
+    passed = not (added > max(FUSION_SHARE * noise, floor) or change > max((1 + FUSION_SHARE) * (noise + total), floor))
     reason = (
         f"graph optimisations change the logits by {change:.2g}, and add {added:.2g} to {noise:.2g} of noise (squared)"
     )
