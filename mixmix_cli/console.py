@@ -25,11 +25,11 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from mixmix_cli.phrases import pixels
 from mixmix_cli.pipes import hush, while_read
 
 if TYPE_CHECKING:
     from converters.classifier import Classifier
-    from converters.input_spec import InputSpec
     from recipes.ranks import Ranks
 
 
@@ -179,28 +179,6 @@ def table(
     for row in rows:
         built.add_row(*map(Text, row))  # brackets in names are no markup
     return built
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
-def pixels(spec: InputSpec) -> str:
-    """What is done to pixel values in [0, 1]."""
-    scale = f"x {spec.scale:g}, " if spec.scale != 1 else ""
-    return f"{scale}mean {_listed(spec.mean)}, std {_listed(spec.std)}"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from mixmix_cli.console import Terminal, percent, table
+from mixmix_cli.console import Terminal, table
+from mixmix_cli.phrases import percent
 
 if TYPE_CHECKING:
     from recipes.layer_noise import LayerNoise

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mixmix_cli import __version__, options
-from mixmix_cli.console import Terminal, counted, percent, size
+from mixmix_cli.console import Terminal
 from mixmix_cli.layers import show_worst_layers
+from mixmix_cli.phrases import counted, percent, size
 from mixmix_cli.results import compression_json, fusion_line, show_failures, slower_because, validation_table
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from mixmix_cli.console import Terminal, percent, pixels, size, table
+from mixmix_cli.console import Terminal, table
 from mixmix_cli.layers import layer_json
+from mixmix_cli.phrases import counted, likeness, percent, pixels, size
 
 if TYPE_CHECKING:
     from converters.input_spec import Detection, InputSpec
@@ -101,10 +102,12 @@ def placement_line(result: Compression) -> str:
 def _weights_line(result: Compression) -> str:
     if result.bits is None:
         used = sorted({layer.bits for layer in result.layers if layer.bits is not None})
-        counts = [f"{_layers(sum(layer.bits == bits for layer in result.layers))} at {bits} bits" for bits in used]
+        counts = [
+            f"{counted(sum(layer.bits == bits for layer in result.layers), 'layer')} at {bits} bits" for bits in used
+        ]
         return f"{result.spending}: {', '.join(counts)}"
     if not result.kept:
-        return f"all {_layers(len(result.layers))} at {result.bits} bits"
+        return f"all {counted(len(result.layers), 'layer')} at {result.bits} bits"
     reasons: dict[str | None, dict[int | None, list[str]]] = {}
     for layer in result.kept:
         reasons.setdefault(layer.reason, {}).setdefault(layer.bits, []).append(layer.name)
@@ -112,7 +115,8 @@ def _weights_line(result: Compression) -> str:
     for reason, widths in reasons.items():
         groups = [f"{bits} bits for {_named(names)}" for bits, names in widths.items()]
         parts.append(f"{'; '.join(groups)} ({reason})")
-    return f"{len(result.kept)} of {_layers(len(result.layers))} have other bits than {result.bits}: {'; '.join(parts)}"
+    layers = counted(len(result.layers), "layer")
+    return f"{len(result.kept)} of {layers} have other bits than {result.bits}: {'; '.join(parts)}"
 
 
 def _inputs_line(result: Compression) -> str:
@@ -122,11 +126,11 @@ def _inputs_line(result: Compression) -> str:
             others.setdefault(layer.act_bits, []).append(layer.name)
     groups = [f"{bits} bits for {_named(names)}" for bits, names in sorted(others.items())]
     count = sum(len(names) for names in others.values())
-    return f"inputs of {_layers(count)} have other bits than {result.act_bits}: {'; '.join(groups)}" if others else ""
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
+    return (
+        f"inputs of {counted(count, 'layer')} have other bits than {result.act_bits}: {'; '.join(groups)}"
+        if others
+        else ""
+    )
 
 
 def _named(names: Sequence[str]) -> str:
@@ -361,14 +365,12 @@ def comparison_json(a: Path, b: Path, result: Comparison) -> dict[str, Any]:
 
 
 def comparison_page(a: Path, b: Path, result: Comparison) -> Table:
-    least = 1 / (result.permutations + 1)
-    verdict = "one distribution cannot be ruled out" if result.p_value > 0.05 else "they differ"
     stored = result.to_stored
     worst = max(result.layers, key=lambda layer: layer[1])
     rows = [
         ("images", f"{result.counts[0]} of {a}, {result.counts[1]} of {b}"),
         ("MMD^2", f"{result.mmd2:.4f} in {result.features}, the input of the last layer"),
-        ("p-value", f"{result.p_value:.3f} (least possible {least:.3f}): {verdict}"),
+        ("p-value", f"{result.p_value:.3f} {likeness(result.p_value, result.permutations)}"),
         ("distance", f"{result.distance:.3f} of the spread, mean over {len(result.layers)} layers of their statistics"),
         ("farthest", f"{worst[1]:.3f} in {worst[0]}"),
         *([("to training", f"{stored[0]:.3f} and {stored[1]:.3f} from the stored statistics")] if stored else []),

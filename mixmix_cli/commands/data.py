@@ -41,7 +41,8 @@ def export(**given: Any) -> int:
     ensure_model(given["model"])
     ensure_writable(output, overwrite=given["force"], inputs=[given["data"], given["model"]])
     from converters.load import load_classifier
-    from mixmix_cli.console import size, terminal_for
+    from mixmix_cli.console import terminal_for
+    from mixmix_cli.phrases import size
     from recipes.calibration import export_calibration
     from recipes.images import load_images
 

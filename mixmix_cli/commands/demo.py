@@ -27,7 +27,8 @@ def command(**given: Any) -> int:
         from recipes.refusals import check_empty
 
         check_empty(given["output"])
-    from mixmix_cli.console import percent, table, terminal_for
+    from mixmix_cli.console import table, terminal_for
+    from mixmix_cli.phrases import percent
     from recipes.demo import COLUMNS, ROWS, run_demo, to_json
 
     terminal = terminal_for(given)

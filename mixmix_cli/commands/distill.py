@@ -60,7 +60,8 @@ def command(**given: Any) -> int:
 
 def _distill(ranks: Ranks, given: dict[str, Any], settings: DistillSettings) -> int:
     """What each process does; the first one alone says anything."""
-    from mixmix_cli.console import counted, percent, terminal_for
+    from mixmix_cli.console import terminal_for
+    from mixmix_cli.phrases import counted, percent
     from mixmix_cli.requests import request_from, show_result
     from recipes.pipeline import compress, distilling
 

@@ -100,7 +100,7 @@ def command(**given: Any) -> int:
 
 def _account(result: Compression) -> str:
     """How much is gone, and which layers gave most and least."""
-    from mixmix_cli.console import percent
+    from mixmix_cli.phrases import percent
 
     ordered = sorted(result.layers, key=lambda layer: layer.sparsity)
     least, most = ordered[0], ordered[-1]

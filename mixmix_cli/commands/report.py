@@ -37,7 +37,8 @@ def command(**given: Any) -> int:
     ensure_writable(output, overwrite=given["force"], inputs=given["inputs"])
     sources = [read_source(path) for path in given["inputs"]]
 
-    from mixmix_cli.console import counted, size, terminal_for
+    from mixmix_cli.console import terminal_for
+    from mixmix_cli.phrases import counted, size
     from mixmix_cli.report.models import summarise
     from mixmix_cli.report.page import render
     from mixmix_cli.report.sections import section_of, title_of

@@ -62,7 +62,8 @@ def command(**given: Any) -> int:
 def _synth(ranks: Ranks, given: dict[str, Any], how: Asked) -> int:
     """What each process does; the first one alone says anything."""
     from converters.load import load_classifier
-    from mixmix_cli.console import counted, terminal_for
+    from mixmix_cli.console import terminal_for
+    from mixmix_cli.phrases import counted
     from mixmix_cli.results import synthesis_json
     from recipes.devices import choose_device
     from recipes.pipeline import choose_models, convert_all, load_suitable_recipe

@@ -38,8 +38,9 @@ def command(**given: Any) -> int:
         inputs = [given["reference"], *given["candidates"], given["data"]]
         ensure_writable(given["junit"], overwrite=given["force"], inputs=inputs)
     from converters.load import load_classifier
-    from mixmix_cli.console import counted, terminal_for
+    from mixmix_cli.console import terminal_for
     from mixmix_cli.layers import layers_note, layers_table
+    from mixmix_cli.phrases import LABELS, counted
     from mixmix_cli.results import show_failures, validation_json, validation_table
     from recipes.images import load_images
     from recipes.validate import Gates, validate
@@ -57,12 +58,7 @@ def command(**given: Any) -> int:
         terminal.document(validation_json(result))
     else:
         terminal.show(validation_table(result))
-        meaning = {
-            "real": "accuracy against real labels",
-            "targets": "labels are synthesis targets, not ground truth: agreement is reported, not accuracy",
-            "none": "no labels: agreement is reported, not accuracy",
-        }
-        terminal.show(f"{counted(result.images, 'image')} of {images.source}; {meaning[result.labels]}")
+        terminal.show(f"{counted(result.images, 'image')} of {images.source}; {LABELS[result.labels]}")
         for candidate in result.candidates:
             show_failures(terminal, candidate)
             if candidate.layers is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+from mixmix_cli.phrases import LABELS
 from mixmix_cli.report import plots
 from mixmix_cli.report.documents import (
     Candidate,
@@ -36,11 +37,6 @@ from mixmix_cli.report.page import (
     text_columns,
 )
 
-LABELS = {
-    "real": "Accuracy is measured against real labels.",
-    "targets": "Labels are what images were synthesized for, not ground truth: agreement is told, not accuracy.",
-    "none": "There are no labels: agreement with the reference is told, not accuracy.",
-}
 ERROR_FORM = ".3g"
 ALWAYS = ("finite", "optimisations")
 """Gates that nobody has to ask for."""
@@ -198,7 +194,7 @@ def _judgement(content: Validation) -> list[Block]:
 
 
 def _measured(content: Validation) -> str:
-    sentence = f"On {content.images:,} images. {LABELS[content.labels]}"
+    sentence = f"On {content.images:,} images; {LABELS[content.labels]}."
     top1 = content.reference.top1
     if content.labels == "real" and top1 is not None and content.images:
         spread = 100 * math.sqrt(top1 * (1 - top1) / content.images)

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mixmix_cli import __version__
-from mixmix_cli.console import percent, size
+from mixmix_cli.phrases import percent, size
 from mixmix_cli.report.documents import Source, clean
 
 if TYPE_CHECKING:

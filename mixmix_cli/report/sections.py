@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mixmix_cli.phrases import likeness, pixels
 from mixmix_cli.report import plots
 from mixmix_cli.report.documents import (
     Comparison,
@@ -210,16 +211,12 @@ def _inspection(source: Source, content: Sequence[Inspection]) -> Section:
 
 
 def _pixels(spec: ModelInput) -> str:
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (spec.mean, spec.std))
     certain = "" if spec.confidence is None else f", confidence {spec.confidence:.2f}"
-    scale = f"x {spec.scale:g}, " if spec.scale != 1 else ""
-    return f"{scale}mean {mean}, std {std} ({spec.source}{certain})"
+    return f"{pixels(spec)} ({spec.source}{certain})"
 
 
 def _comparison(source: Source, content: Comparison) -> Section:
     a, b = content.a, content.b
-    verdict = "one distribution cannot be ruled out" if content.p_value > 0.05 else "they differ"
-    least = 1 / (content.permutations + 1)
     facts = [
         ("first set", text(a.path)),
         ("its images", number(a.images)),
@@ -227,7 +224,7 @@ def _comparison(source: Source, content: Comparison) -> Section:
         ("its images", number(b.images)),
         ("in the eyes of", text(content.model)),
         ("MMD²", number(content.mmd2, ".4f")),
-        ("p-value", number(content.p_value, ".3f", f" (least possible {least:.3f}): {verdict}")),
+        ("p-value", number(content.p_value, ".3f", f" {likeness(content.p_value, content.permutations)}")),
         ("distance of statistics", number(content.distance, ".3f", " of the spread, mean over layers")),
         ("first to training", number(a.distance_to_stored, ".3f", " from the stored statistics")),
         ("second to training", number(b.distance_to_stored, ".3f", " from the stored statistics")),
