@@ -7,7 +7,6 @@ import io
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 
 import click
@@ -26,8 +25,6 @@ DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status as in the contract: 0, 1 gate failed, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not {"-v", "--verbose"} & set(arguments):
-        warnings.simplefilter("ignore")  # libraries' remarks to developers
     try:
         result = cli.main(arguments, prog_name="mixmix", standalone_mode=False)
         return int(result or DONE)

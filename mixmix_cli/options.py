@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -81,14 +82,32 @@ def _apply(function: F, decorators: list[Callable[[F], F]]) -> F:
     return function
 
 
+def _quiet(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    return _one_of_two(value, context.params.get("verbose", False))
+
+
+def _verbose(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    if not value:
+        warnings.simplefilter("ignore")  # libraries' remarks to developers
+    return _one_of_two(value, context.params.get("quiet", False))
+
+
+def _one_of_two(value: bool, other: bool) -> bool:
+    if value and other:
+        raise click.UsageError("give -q or -v, not both")
+    return value
+
+
 def common(function: F) -> F:
     """--json, -q, -v, --traceback."""
     return _apply(
         function,
         [
             click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."),
-            click.option("-q", "--quiet", is_flag=True, help="No progress and no messages, only results."),
-            click.option("-v", "--verbose", is_flag=True, help="More detail on stderr."),
+            click.option(
+                "-q", "--quiet", is_flag=True, callback=_quiet, help="No progress and no messages, only results."
+            ),
+            click.option("-v", "--verbose", is_flag=True, callback=_verbose, help="More detail on stderr."),
             click.option("--traceback", is_flag=True, help="Show the traceback of an error."),
         ],
     )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,23 @@ def test_traceback_keeps_the_exit_status(capsys: pytest.CaptureFixture[str], tmp
     assert status == 2
     assert "Traceback" in err
     assert "does not exist" in err
+
+
+@pytest.mark.parametrize("words", [("-q", "-v"), ("--verbose", "--quiet"), ("-vq",)])
+def test_quiet_or_verbose(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    status, out, err = run(capsys, "recipe", "list", *words)
+    assert (status, out) == (2, "")
+    assert "give -q or -v, not both" in err
+
+
+@pytest.mark.parametrize(("words", "heard"), [((), False), (("-v",), True), (("--json", "--verbose"), True)])
+def test_remarks_of_libraries_are_heard_where_more_is_asked_for(
+    words: tuple[str, ...], heard: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        assert run(capsys, "recipe", "list", *words)[0] == 0
+        warnings.warn("a remark to developers", RuntimeWarning, stacklevel=1)
+    assert bool(caught) == heard
 
 
 def exhaust_torch() -> None:
