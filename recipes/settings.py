@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from converters.errors import MixMixError, nearest
 
@@ -26,6 +27,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Jitter = tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]]
 """Largest change of brightness, contrast, saturation (as shares) and hue (of the circle)."""
 
+LARGEST = 2**63 - 1
+
 
 class SettingsError(MixMixError):
     """A recipe that does not exist, an unknown key, or a value that does not fit."""
@@ -35,6 +38,14 @@ class Settings(BaseModel):
     """Base of all settings: frozen, and strict about keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        """Whole numbers count images, steps or elements, in torch's 64 bits."""
+        if isinstance(value, int) and value > LARGEST:
+            raise PydanticCustomError("countable", "Input should be at most {most}", {"most": LARGEST})
+        return value
 
     def changed(self) -> dict[str, Any]:
         """The keys that are not at their defaults, as JSON has them: what a written file says of how it was made."""

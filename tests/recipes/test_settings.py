@@ -137,6 +137,8 @@ def test_a_misspelt_key_of_a_stage_names_the_nearest_known_one(tmp_path: Path) -
         ("rate=NaN", "rate"),
         ("batch=0", "batch"),
         ("batch=2.5", "batch"),
+        ("batch=9223372036854775808", "batch"),
+        ('stages=[{"scale": 1, "steps": 1e20}]', "stages.0.steps"),
         ("mixing=some", "mixing"),
         ("box=[0.1]", "box"),
         ("jitter=0.1", "jitter"),
