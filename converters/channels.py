@@ -36,6 +36,7 @@ from converters.channel_cuts import (
     Slot,
     Split,
 )
+from converters.endings import read_beside
 from converters.numbering import FIXED, Numbering, Numbers, along
 from converters.sizes import Sizes
 from converters.torch_module import Layer, Step, TorchClassifier
@@ -113,11 +114,25 @@ class _Trace:
         """Every grid varies along one axis at most, and not all of a value can be removed."""
         numbering = self.numbering
         self._freeze(self.module.logits_name)
+        self._freeze_beside()
         for grid in self.grids.values():
             numbering.level(grid, numbering.varying(grid)[:-1])
         for grid in self.grids.values():
             if not numbering.varying(grid):
                 numbering.fix(grid)
+
+    def _freeze_beside(self) -> None:
+        """What other outputs of the file come of stays as it is: nobody asked for other ones."""
+        original = self.module.classifier.original.graph
+        makers = {str(value.name): node for node in original for value in node.outputs}
+        waiting, seen = list(read_beside(original, str(self.module.classifier.ending.logits.name))), set[str]()
+        while waiting:
+            name = waiting.pop()
+            if name in self.grids:
+                self._freeze(name)
+            elif name in makers and name not in seen:  # what the passes have put away: where it came from
+                seen.add(name)
+                waiting += [str(value.name) for value in makers[name].inputs if value is not None]
 
     def _lane(self, grid: Numbers) -> Lane | None:
         axes = self.numbering.varying(grid)

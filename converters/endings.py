@@ -63,6 +63,17 @@ def find_ending(graph: ir.Graph, path: Path) -> Ending:
     return Ending(chosen.logits, chosen.output, chosen.kind, (note,) if others else ())
 
 
+def read_beside(graph: ir.Graph, logits: str) -> set[str]:
+    """Names of values that more than the logits come of: other outputs, and what is read on the way to them alone."""
+    named = next(value for node in graph for value in node.outputs if value.name == logits)
+    others = [value for value in graph.outputs if value is not named]
+    way = _ancestors([named]) | {named}
+    beside = (_ancestors(others) | set(others)) - way
+    makers = {node for value in beside if (node := value.producer()) is not None}
+    read = {str(value.name) for node in makers for value in node.inputs if value is not None}
+    return read | {str(value.name) for value in others}
+
+
 def _trace(output: ir.Value) -> Ending:
     """Walk back from an output through what only renames, to a closing operator and what that reads."""
     value, kind, logits = output, "logits", output

@@ -175,3 +175,37 @@ def test_softmax_and_layer_norm_along_channels_hold_them(load: Load) -> None:
         ]
         given = {"a.weight": weights(models.PIXELS, 5), "fc.weight": weights(5, models.CLASSES), **tensors}
         assert len(find_channels(prepared_module(load(assemble(nodes, given)))).numbers()) == 0
+
+
+AUXILIARY = [
+    node("Conv", "a aux.weight", "side"),
+    node("GlobalMaxPool", "side", "top"),
+    node("Flatten", "top", "beside"),
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "width", "removable"),
+    [
+        ([node("Identity", "flat", "beside")], 8, "a"),
+        (AUXILIARY, models.CLASSES, "b"),
+        ([node("Softmax", "logits", "beside", axis=1)], models.CLASSES, "ab"),
+    ],
+)
+def test_what_other_outputs_come_of_stays(nodes: list[onnx.NodeProto], width: int, removable: str, load: Load) -> None:
+    """An embedding keeps its width, an auxiliary head what it reads; what comes of the logits asks nothing."""
+    tensors = {
+        "a.weight": weights(8, models.CHANNELS, 3, 3),
+        "b.weight": weights(8, 8, 3, 3, seed=1),
+        "aux.weight": weights(models.CLASSES, 8, 1, 1, seed=2),
+    }
+    way = [node("Conv", "image a.weight", "a"), node("Conv", "a b.weight", "b"), *head("b")]
+    outputs = {"logits": models.LOGITS, "beside": ("batch", width)}
+    module = prepared_module(load(assemble(way + nodes, tensors | head_tensors(8), outputs=outputs)))
+    channels = find_channels(module)
+    assert {entry.layer.output for entry in channels.layers if entry.outputs.any()} == set(removable)
+    assert difference(module, channels, channels.numbers()[:3]) < 1e-5
+    cut = writeback.edited_classifier(module.classifier, channels.edits(channels.numbers()[:3], {}, module.constant))
+    image = models.images()
+    before, after = (found.session(optimise=False).run(image) for found in (module.classifier, cut))
+    assert [value.shape for value in after] == [value.shape for value in before]
