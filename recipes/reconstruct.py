@@ -144,7 +144,7 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
     float_input = changed_input = inputs
     for block in find_blocks(module, settings.max_chain):
         segment = module.segment([block.input], [block.output])
-        target = run_batched(segment, float_input, settings.batch, settings.cache_limit)
+        target = run_batched(segment, float_input, settings.small_batch, settings.cache_limit)
         stretch = Stretch(block, segment, float_input, changed_input, target)
         yield stretch
         stretch.release()

@@ -88,6 +88,11 @@ class LoopSettings(Settings):
     compensate_inputs: int = Field(default=8192, ge=1)
     """Most weights an output channel of a layer that `compensate` works on: its statistics are that number squared."""
 
+    @property
+    def small_batch(self) -> int:
+        """Images that go through the float network together, always: kernels round by how many there are."""
+        return min(self.batch, self.least_batch)
+
     def minibatch(self, x: Tensor) -> int:
         """Images a step for a block with input `x` [N, ...]."""
         return min(self.batch, max(self.least_batch, self.elements // max(1, x[0].numel())))

@@ -52,7 +52,7 @@ class Slopes:
         segment = self.module.segment([first], [*names, self.module.logits_name])
         found: dict[str, Tensor] = {}
         with self.progress.task("measuring what blocks do to logits", len(x)) as task:
-            for rows in torch.arange(len(x)).split(self.settings.least_batch):
+            for rows in torch.arange(len(x)).split(self.settings.small_batch):
                 slopes = self._of_batch(segment, x[rows].to(self.module.device), names, count)
                 for name, values in slopes.items():
                     if name not in found:
