@@ -10,7 +10,7 @@ alone, which layer l reads, at a bits. The cost is one of
 - `bits`: bits a weight, on average.
 
 Bits of inputs cost bit operations alone, and are chosen with those; layers that read one value choose together. The
-allocation is exact (`recipes.allocate`).
+allocation is exact (`recipes.allocate`); of a file's size but for the lengths before its tensors, a few bytes.
 """
 
 from __future__ import annotations
@@ -126,18 +126,28 @@ def plan_mixed(
             len(open_values),
             lambda advance: measure_inputs(module, inputs, open_values, acts, target, settings, advance),
         )
+    reason = f"least noise within {budget}"
     options = [group.options(widths, cost, noise, of_inputs) for group in groups]
-    chosen = allocate([[option.choice for option in row] for row in options], budget.amount - fixed)
-    found: dict[str, tuple[int, int | None]] = {}
-    for group, row, index in zip(groups, options, chosen, strict=True):
-        for layer, width in zip(group.layers, row[index].widths, strict=True):
-            found[layer.output] = (width, row[index].act)
-    plans = [
-        LayerPlan(layer, bits, act, f"least noise within {budget}", decibels(noise[layer.output][widths.index(bits)]))
-        for layer in layers
-        for bits, act in [found[layer.output]]
-    ]
-    spent = sum(row[index].choice.cost for row, index in zip(options, chosen, strict=True)) + fixed
+    allowed = budget.amount - fixed
+    while True:
+        chosen = allocate([[option.choice for option in row] for row in options], allowed)
+        taken = [row[index] for row, index in zip(options, chosen, strict=True)]
+        found = {
+            layer.output: (width, option.act)
+            for group, option in zip(groups, taken, strict=True)
+            for layer, width in zip(group.layers, option.widths, strict=True)
+        }
+        plans = [
+            LayerPlan(layer, bits, act, reason, decibels(noise[layer.output][widths.index(bits)]))
+            for layer in layers
+            for bits, act in [found[layer.output]]
+        ]
+        costs = sum(option.choice.cost for option in taken)
+        spent = float(file_size(plans)) if budget.kind == "size" else fixed + costs
+        excess = spent - budget.amount * (1 + ROUNDING)
+        if excess <= 0 or costs <= fewest:
+            break
+        allowed = max(fewest, costs - excess)  # longer tensors have longer lengths written before them
     binds = any(index + 1 < len(row) for row, index in zip(options, chosen, strict=True))
     return plans, Spending(budget, spent, binds)
 

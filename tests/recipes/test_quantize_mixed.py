@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from converters import writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.targets import PORTABLE, choose_target
@@ -22,6 +23,8 @@ from recipes.quantize.engine import quantize
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import WIDTHS, Advance, Keep, LayerPlan, Noise, measure_noise
 from recipes.quantize.settings import QuantizeSettings
+from recipes.quantize.tables import file_size
+from recipes.workpiece import begin
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
 Classifiers = Callable[[str], Classifier]
@@ -195,6 +198,34 @@ def test_the_written_file_has_the_size_that_was_asked_for(
     assert result.kept == []
     most = 8 if act_bits is None else 7
     assert {layer.bits for layer in result.layers} <= ({2, 4, most} if container == "int2" else {4, most})
+
+
+def test_lengths_that_grow_with_tensors_are_within_the_budget(
+    module_of: Modules, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """A file says how long each tensor is, in more bytes for a longer one: where nothing is to spare, that counts."""
+    target = choose_target("portable", "int2", None)
+    prepared = writeback.prepare_for_quantization(module_of("shuffle").classifier, target, 2, None)
+    module = begin(prepared, tmp_path / "never.onnx", None, overwrite=True)
+    x, known = module.spec.to_input(calibration_images.pixels[:1]), dict[int, Noise]()
+
+    def once(count: int, measure: Callable[[Advance], Noise]) -> Noise:
+        return known.setdefault(count, measure(lambda: None))
+
+    def size(plans: Sequence[LayerPlan]) -> int:
+        return file_size(module, plans, None, target, {})
+
+    def plan(amount: float) -> tuple[list[LayerPlan], Spending]:
+        return plan_mixed(module, x, Budget("size", amount), None, target, NEAREST, size, once)
+
+    amount, sizes = 70_000.0, set[int]()
+    for _ in range(8):
+        plans, spending = plan(amount)
+        assert spending.spent == size(plans) <= amount
+        assert plan(spending.spent)[1].spent <= spending.spent
+        sizes.add(size(plans))
+        amount = spending.spent - 1
+    assert len(sizes) == 8
 
 
 def test_seven_bits_are_offered_where_eight_would_saturate(module_of: Modules, calibration_images: ImageSet) -> None:
