@@ -2,8 +2,9 @@
 
 onnxruntime's CPU provider turns DequantizeLinear -> operator -> QuantizeLinear into one integer kernel. A convolution
 needs its input and its output quantized, where the output may lie behind a Relu, or behind a Clip to what the quantizer
-can hold; Gemm and MatMul need their input alone, as their kernels also write float. Add, Mul and Concat of what
-convolutions write join in when all their inputs are quantized. Pooling, Reshape and Transpose are passed through.
+can hold, but not to less, as fewer than 8 bits have. Gemm and MatMul need their input alone: their kernels write float
+too. Add, Mul and Concat of what convolutions write join in when all their inputs are quantized. Pooling, Reshape and
+Transpose are passed through.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _kept_out(layer: Layer, readers: _Readers, quantized: Mapping[str, int], sto
     if layer.operand != 1:
         return "the weight is the first operand"
     bits = quantized.get(layer.input)
-    if bits != 8:
+    if bits is None or bits > 8:  # fewer lie in 8, behind a Clip
         return "inputs are in float" if bits is None else f"inputs have {bits} bits"
     if quantized.get(readers.settled(layer.output)) == 8:
         return None

@@ -47,13 +47,21 @@ def test_nothing_is_wanted_between_layers_that_write_float(module_of: Modules) -
     assert len(values_between(module)) <= 2 * len(convolutions)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-def test_other_widths_than_eight_bits_do_not_run_in_integers(bits: int, module_of: Modules) -> None:
+def test_sixteen_bits_do_not_run_in_integers(module_of: Modules) -> None:
     module = module_of("plain")
-    inputs = {layer.input: bits for layer in module.layers()}
+    inputs = {layer.input: 16 for layer in module.layers()}
     stored = {layer.output: 8 for layer in module.layers()}
     found = forecast(module, dict.fromkeys(values_between(module), 8) | inputs, stored, biases=True)
-    assert (found.count, found.kept_out) == (0, {f"inputs have {bits} bits": found.layers})
+    assert (found.count, found.kept_out) == (0, {"inputs have 16 bits": found.layers})
+
+
+def test_a_convolution_whose_output_has_fewer_than_eight_bits_does_not_run_in_integers(module_of: Modules) -> None:
+    """The Clip that keeps it within them stays. What reads it runs in integers all the same."""
+    module = module_of("plain")
+    quantized = dict.fromkeys([*values_between(module), *(layer.input for layer in module.layers())], 4)
+    found = forecast(module, quantized, {layer.output: 8 for layer in module.layers()}, biases=True)
+    assert module.layers()[-1].op == "Gemm"
+    assert (found.count, found.kept_out) == (1, {"outputs are not quantized to 8 bits": found.layers - 1})
 
 
 def test_weights_stored_in_four_bits_do_not_run_in_integers(module_of: Modules) -> None:

@@ -74,6 +74,15 @@ def test_portable_files_run_in_integers_as_forecast(model: str, bits: int, act_b
     assert fusion.counted == fusion.forecast, fusion.operators
 
 
+@pytest.mark.parametrize(
+    ("model", "target"), [("attention", "portable"), ("attention", "ort-cpu"), ("residual", "ort-cpu")]
+)
+def test_activations_of_few_bits_run_in_integers_as_forecast(model: str, target: str, made_for: Quantizer) -> None:
+    fusion = made_for(model, target, 8, 6).fusion
+    assert fusion is not None
+    assert 0 < fusion.counted == fusion.forecast, fusion.operators
+
+
 @pytest.mark.parametrize("model", ["residual", "inverted"])
 def test_learned_ranges_still_fuse(model: str, made_for: Quantizer) -> None:
     """Training moves the steps, behind a Clip too."""
