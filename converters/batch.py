@@ -19,6 +19,8 @@ from onnx_ir.passes import common
 from converters import graphs
 
 BATCH = "batch"
+ALIGNED = ("Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Pow", "Sub", "Where")
+"""Operators whose operands' dimensions are the output's, counted from the last, and which repeat those of size 1."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,30 @@ def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
             if place == Place(0) and node.op_type == "Resize":
                 _free_sizes(graph, node)
             if place is not None:
+                _take_one(graph, node, place, len(target), batch)
                 places.update(dict.fromkeys(node.outputs, place))
             break
+
+
+def _take_one(graph: ir.Graph, node: ir.Node, place: Place, rank: int, batch: int) -> None:
+    """A constant beside the images that holds the same for each of them becomes that of one, which fits any number.
+
+    So a class token is stored that was expanded to the batch: [N, 1, D].
+    """
+    if batch == 1 or place.inner != 1 or node.op_type not in ALIGNED:
+        return
+    for index, value in enumerate(node.inputs):
+        constant = graphs.constant_behind(value)
+        if constant is None or value is None:
+            continue
+        array = graphs.to_numpy(constant)
+        axis = place.axis - (rank - array.ndim)
+        if axis < 0 or array.shape[axis] != batch:
+            continue
+        one = array.take([0], axis)
+        if (array == one).all():
+            name = graphs.unused_name(graph, f"{value.name}.one")
+            node.replace_input_with(index, graphs.add_initializer(graph, name, one))
 
 
 def _keep_rows(graph: ir.Graph, node: ir.Node, source: Sequence[int], batch: int) -> list[int] | None:

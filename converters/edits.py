@@ -103,13 +103,15 @@ def apply_edits(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
 
 def dequantized_names(graph: ir.Graph, names: Iterable[str]) -> dict[str, str]:
     """What the values of ActivationEdits are read as, once quantized."""
-    nodes = {str(node.name): node for node in graph if node.op_type == "DequantizeLinear"}
-    return {name: str(nodes[_dequantizer_of(name)].outputs[0].name) for name in names}
-
-
-def _dequantizer_of(value: str) -> str:
-    """The name of the node that a quantized value is read from."""
-    return f"{value}/DQ"
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    values |= {str(value.name): value for value in graph.inputs}
+    found = {}
+    for name in names:
+        ((node, _),) = values[name].uses()  # what the edit has put between it and its readers, one after the other
+        while node.op_type != "DequantizeLinear":
+            ((node, _),) = node.outputs[0].uses()
+        found[name] = str(node.outputs[0].name)
+    return found
 
 
 class _Editor:
@@ -117,7 +119,8 @@ class _Editor:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._names = graphs.Names(graph)
+        self._names = graphs.Names.of_values(graph)
+        self._labels = graphs.Names.of_nodes(graph)
         self._values = {str(value.name): value for node in graph for value in node.outputs}
         self._values |= {str(value.name): value for value in graph.inputs}
 
@@ -172,12 +175,13 @@ class _Editor:
                 self._initializer(f"{edit.value}.{end}", np.array(bound * scale, np.float32))
                 for end, bound in zip(("low", "high"), bounds, strict=True)
             ]
-            inserted.append(ir.node("Clip", [value, *operands], name=f"{edit.value}/Clip"))
+            inserted.append(ir.node("Clip", [value, *operands], name=self._labels.unused(f"{edit.value}/Clip")))
             first = inserted[0].outputs[0]
             first.name = self._names.unused(f"{edit.value}.clipped")
-        quantize = ir.node("QuantizeLinear", [first, *parameters], name=f"{edit.value}/Q")
+        quantize = ir.node("QuantizeLinear", [first, *parameters], name=self._labels.unused(f"{edit.value}/Q"))
         quantize.outputs[0].name = self._names.unused(f"{edit.value}.q")
-        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=_dequantizer_of(edit.value))
+        label = self._labels.unused(f"{edit.value}/DQ")
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=label)
         dequantize.outputs[0].name = self._names.unused(f"{edit.value}.dequantized")
         inserted += [quantize, dequantize]
         producer = value.producer()
@@ -200,7 +204,8 @@ class _Editor:
         return graphs.add_initializer(self._graph, str(tensor.name), tensor)
 
     def _dequantize_before(self, node: ir.Node, operands: list[ir.Value], axis: int, value: str, name: str) -> ir.Value:
-        dequantize = ir.node("DequantizeLinear", operands, attributes={"axis": axis}, name=name)
+        label = self._labels.unused(name)
+        dequantize = ir.node("DequantizeLinear", operands, attributes={"axis": axis}, name=label)
         dequantize.outputs[0].name = self._names.unused(f"{value}.dequantized")
         self._graph.insert_before(node, dequantize)
         return dequantize.outputs[0]

@@ -36,7 +36,7 @@ class Ending:
 
 def find_ending(graph: ir.Graph, path: Path) -> Ending:
     """The logits of a graph. Raises ModelError where it is not an image classifier, or one with several tasks."""
-    outputs = list(graph.outputs)
+    outputs = [value for value in graph.outputs if value.producer() is not None] or list(graph.outputs)
     names = ", ".join(str(value.name) for value in outputs)
     if any(node.op_type == "NonMaxSuppression" for node in graph):
         raise ModelError(f"{path} selects boxes (NonMaxSuppression), so it is a detector: give an image classifier")

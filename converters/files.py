@@ -75,8 +75,9 @@ def read_model(path: Path) -> ModelFile:
             entry.domain = ""
     if not proto.graph.node:
         raise ModelError(f"{path} is not an ONNX model (no graph in it): fetch or export it again")
-    if proto.graph.sparse_initializer:
-        raise ModelError(f"{path} has sparse initializers, which are not supported: store its weights dense")
+    sparse = any(a.type == onnx.AttributeProto.SPARSE_TENSOR for node in proto.graph.node for a in node.attribute)
+    if sparse or proto.graph.sparse_initializer:
+        raise ModelError(f"{path} has sparse tensors, which are not supported: store its weights dense")
     model = ir.from_proto(proto)
     sources = {path.name: _Source(path, size, file)}
     for holder in _external_tensors(model):
@@ -247,14 +248,29 @@ def _read(
     return ir.Tensor(buffer.view(dtype.numpy()).reshape(shape), dtype=dtype)
 
 
+NO_DAMAGE = ("No opset import", "No Op registered", "deprecated in domain_version")
+"""What the checker says of operators of another domain, and of old ones: the conversion names them, with their node."""
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, those of subgraphs and functions too."""
+    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while waiting:
+        place = waiting.pop()
+        if isinstance(place, onnx.GraphProto):
+            yield from place.initializer
+        for attribute in (attribute for node in place.node for attribute in node.attribute):
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            waiting += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+
+
 def check_skeleton(proto: onnx.ModelProto, path: Path) -> None:
     """onnx's checker on a model without its large tensors. Raises ModelError where the graph is not valid."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     copy.ir_version = max(copy.ir_version, 4)  # before, every initializer had to be an input; no runtime insists
-    tensors = list(copy.graph.initializer)
-    tensors += [a.t for n in copy.graph.node for a in n.attribute if a.type == onnx.AttributeProto.TENSOR]
-    for tensor in tensors:
+    for tensor in _tensors(copy):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:  # its file is our business: what is left is empty
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
@@ -264,7 +280,6 @@ def check_skeleton(proto: onnx.ModelProto, path: Path) -> None:
     except UnicodeDecodeError:
         raise ModelError(f"{path} is damaged (a name in it is not text): fetch or export it again") from None
     except onnx.checker.ValidationError as error:
-        # An operator of another domain is no damage: the conversion names it, with its node.
-        if "No opset import" not in str(error) and "No Op registered" not in str(error):
+        if not any(words in str(error) for words in NO_DAMAGE):
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"{path} is not a valid ONNX model ({reason}): export it again") from error

@@ -79,13 +79,21 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorPro
 
 
 class Names:
-    """The names of a graph's values, read once by who adds many."""
+    """Names that are taken, read once by who adds many."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self._taken = set(graph.initializers) | {value.name for value in graph.inputs} | set(value_names(graph))
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._taken = set(taken)
+
+    @classmethod
+    def of_values(cls, graph: ir.Graph) -> Names:
+        return cls([*graph.initializers, *(str(value.name) for value in graph.inputs), *value_names(graph)])
+
+    @classmethod
+    def of_nodes(cls, graph: ir.Graph) -> Names:
+        return cls(str(node.name) for node in graph)
 
     def unused(self, name: str) -> str:
-        """`name`, or `name.N` with the least N that no value has; from now on it is taken."""
+        """`name`, or `name.N` with the least N for which that is not taken; from now on it is taken."""
         candidate, count = name, 0
         while candidate in self._taken:
             count += 1
@@ -96,7 +104,7 @@ class Names:
 
 def unused_name(graph: ir.Graph, name: str) -> str:
     """`name`, or `name.N` with the least N that no value of the graph has."""
-    return Names(graph).unused(name)
+    return Names.of_values(graph).unused(name)
 
 
 def node_names(graph: ir.Graph) -> dict[ir.Node, str]:

@@ -70,16 +70,40 @@ def unshare_weights(model: ir.Model) -> bool:
     return changed
 
 
+def untranspose_rows(model: ir.Model) -> bool:
+    """Gemm reads its rows as they are: the Transpose that `transA` stands for is a node, or undoes the one before."""
+    changed = False
+    for node in list(model.graph):
+        rows = node.inputs[0] if node.op_type == "Gemm" and graphs.integer(node, "transA", 0) else None
+        if rows is None or graphs.constant_behind(rows) is not None:
+            continue
+        before = rows.producer()
+        if before is not None and before.op_type == "Transpose":  # of two dimensions, as Gemm takes no other
+            straight = before.inputs[0]
+        else:
+            turned = ir.node("Transpose", [rows], attributes={"perm": [1, 0]})
+            turned.name = turned.outputs[0].name = graphs.unused_name(model.graph, f"{rows.name}.rows")
+            turned.outputs[0].type = rows.type
+            model.graph.insert_before(node, turned)
+            straight = turned.outputs[0]
+        node.replace_input_with(0, straight)
+        node.attributes.pop("transA")
+        changed = True
+    if changed:
+        common.RemoveUnusedNodesPass()(model)
+    return changed
+
+
 LAYERS = ("Conv", "Gemm", "MatMul")
 """Operators whose constant operand (MatMul: either) is the weight of a layer that can be quantized or pruned."""
 
 NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("inline functions", _shared(common.InlinePass())),
     ("initializers are not inputs", _shared(common.RemoveInitializersFromInputsPass())),
-    ("image is float", precision.image_is_float),
     ("dequantize constants", precision.dequantize_constants),
     ("widen few bits", precision.widen_few_bits),
     ("fold constants", fold_constants),
+    ("image is float", precision.image_is_float),
     ("float32", precision.to_float32),
     ("open batch", batch.open_batch),
     ("free reshapes", batch.free_reshapes),
@@ -89,6 +113,7 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ),
     ("remove identities", _shared(common.IdentityEliminationPass())),
     ("remove unused nodes", _shared(common.RemoveUnusedNodesPass())),
+    ("rows as they are", untranspose_rows),
     ("one initializer a layer", unshare_weights),
     ("sort", _shared(common.TopologicalSortPass())),
     ("fix names", _shared(common.NameFixPass())),
@@ -190,6 +215,8 @@ def raise_opset(model: ir.Model, least: int, path: str) -> bool:
         return False
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     old_resizes = model.opset_imports.get("", 1) < RESIZE_MODES
+    if any(node.op_type == "GroupNormalization" for node in model.graph.all_nodes()):
+        common.ShapeInferencePass(check_type=False, strict_mode=False)(model)  # how many channels a group has
     try:
         onnxscript.version_converter.convert_version(model, least, fallback=True)
     except Exception as error:  # the converters raise whatever their adapters raise

@@ -112,11 +112,19 @@ def _lazily(read: Callable[[], np.ndarray], shape: ir.Shape, name: str | None) -
 
 
 def image_is_float(model: ir.Model) -> bool:
-    """An image input of bytes becomes one of floats that hold the same whole numbers."""
+    """An image input of bytes becomes one of floats that hold the same whole numbers, and so what only moves them.
+
+    After constants are folded: the Cast that makes floats of bytes would be taken for one of floats, and removed, and
+    its output is what a layer reads that can be quantized.
+    """
     image = graphs.image_input(model.graph)
     if image.dtype != ir.DataType.UINT8:
         return False
-    image.type = ir.TensorType(ir.DataType.FLOAT)
+    waiting = [image]
+    while waiting:
+        value = waiting.pop()
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        waiting += [out for node, _ in value.uses() for out in node.outputs if out.dtype == ir.DataType.UINT8]
     return True
 
 

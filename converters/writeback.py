@@ -66,6 +66,7 @@ def prepare_for_pruning(classifier: Classifier) -> Classifier:
 def prepare_for_training(classifier: Classifier) -> Classifier:
     """The graph that distillation writes into: the original, BatchNorm and all, in float32."""
     model = _float_copy(classifier)
+    passes.untranspose_rows(model)
     passes.tidy(model)
     return build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
 
@@ -85,6 +86,7 @@ def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     model.ir_version = max(passes.least_ir(model), ir_version)  # older runtimes refuse what new exporters write
     passes.fold_constants(model)  # weights behind a Cast too are to take in what follows
     passes.fold_batchnorm(model)
+    passes.untranspose_rows(model)
     passes.tidy(model)
     prepared = build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
     if raised:

@@ -103,8 +103,8 @@ class Quantizers:
         if self.target.integer_kernels and layer.input in self.values:
             grid = self._bias_grid(layer).cpu()
             integers = torch.round(bias.double() / grid.double())
-            if bool((integers.abs() <= INT32_LIMIT).all()):
-                return [BiasEdit(layer.output, integers.numpy().astype("int32"), grid.numpy())]
+            if integers.numel() == len(grid) and bool((integers.abs() <= INT32_LIMIT).all()):
+                return [BiasEdit(layer.output, integers.flatten().numpy().astype("int32"), grid.numpy())]
         if torch.equal(bias, self.module.constant(layer.bias).cpu()):
             return []
         return [TensorEdit(layer.output, BIAS, bias.numpy())]

@@ -107,6 +107,45 @@ def test_batch_that_cannot_be_opened_is_a_sentence(load: Load) -> None:
         to_torch(load(strided(2, places)))
 
 
+def with_class_token(token: np.ndarray, *expand: int) -> onnx.ModelProto:
+    """Four images at once, as many class tokens before their patches."""
+    nodes = [
+        models.node("Conv", "image patch.weight", "patches", strides=[2, 2]),
+        models.node("Reshape", "patches rows", "columns"),
+        models.node("Transpose", "columns", "tokens", perm=[0, 2, 1]),
+        *([models.node("Expand", "token shape", "own")] if expand else []),
+        models.node("Concat", "own tokens" if expand else "token tokens", "all", axis=1),
+        models.node("Mul", "all factors", "scaled"),
+        models.node("MatMul", "scaled mix.weight", "mixed"),
+        models.node("Gather", "mixed first", "chosen", axis=1),
+        models.node("Gemm", "chosen head.weight", "logits", transB=1),
+    ]
+    tensors = {
+        "patch.weight": models.weights(8, models.CHANNELS, 2, 2),
+        "rows": np.array([4, 8, -1], np.int64),
+        "token": token,
+        "shape": np.array(expand or [1], np.int64),
+        "factors": np.repeat(models.random(1, 17, 1), 4, 0),
+        "mix.weight": models.weights(8, 8, seed=1),
+        "first": np.array(0, np.int64),
+        "head.weight": models.weights(models.CLASSES, 8),
+    }
+    ends = {"inputs": {"image": (4, *models.IMAGE[1:])}, "outputs": {"logits": (4, models.CLASSES)}}
+    return models.assemble(nodes, tensors, **ends)
+
+
+@pytest.mark.parametrize(("stored", "expand"), [(1, (4, 1, 8)), (4, ())], ids=["expanded", "stored four times"])
+def test_a_constant_that_every_image_has_alike_is_taken_once(load: Load, stored: int, expand: tuple[int, ...]) -> None:
+    model, x = with_class_token(np.repeat(models.random(1, 1, 8), stored, 0), *expand), models.images(8)
+    expected = np.concatenate([oracle.run(model, part) for part in (x[:4], x[4:])])
+    oracle.assert_close(to_torch(load(model))(torch.from_numpy(x[:5])).numpy(), expected[:5], 1e-5)
+
+
+def test_a_constant_of_its_own_for_each_image_is_a_sentence(load: Load) -> None:
+    with pytest.raises(ConversionError, match=r"does not run on 8 images: export it with an open batch size"):
+        to_torch(load(with_class_token(models.random(4, 1, 8))))
+
+
 @pytest.mark.parametrize("how", [{}, {"allowzero": 1}], ids=["plain", "allowzero"])
 def test_attention_with_a_fixed_batch_takes_any(load: Load, how: dict[str, int]) -> None:
     model, x = attention(1, **how), models.images(3)

@@ -259,13 +259,18 @@ def test_a_file_for_each_tensor_is_not_held_open(tmp_path: Path) -> None:
     np.testing.assert_allclose(to_torch(classifier)(torch.from_numpy(x)).numpy(), expected, atol=1e-4)
 
 
-def test_sparse_weights_are_named(load: Load) -> None:
+@pytest.mark.parametrize("where", ["initializer", "constant"])
+def test_sparse_weights_are_named(load: Load, where: str) -> None:
     model = models.assemble(models.linear(), {})
     values = helper.make_tensor("fc.weight", TensorProto.FLOAT, [1], [1.0])
     indices = helper.make_tensor("indices", TensorProto.INT64, [1], [3])
     shape = [models.CLASSES, models.PIXELS]
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, shape))
-    with pytest.raises(ModelError, match="sparse initializers, which are not supported"):
+    sparse = helper.make_sparse_tensor(values, indices, shape)
+    if where == "initializer":
+        model.graph.sparse_initializer.append(sparse)
+    else:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["fc.weight"], sparse_value=sparse))
+    with pytest.raises(ModelError, match="sparse tensors, which are not supported: store its weights dense"):
         load(model)
 
 
