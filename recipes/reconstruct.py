@@ -63,6 +63,22 @@ class ChangedValue(Change, Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Held:
+    """A transform of a value that is not trained any more."""
+
+    value: ChangedValue
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.value(x)
+
+    def groups(self) -> list[Group]:
+        return []
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+
 class LearnedTensor:
     """A float initializer that is trained along, at `rate`."""
 

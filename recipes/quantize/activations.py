@@ -28,6 +28,7 @@ from recipes.quantize.plan import (
     input_bits,
     noise_of,
 )
+from recipes.quantize.primitives import spread
 from recipes.quantize.quantizers import QuantizedActivation
 from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import value_noise
@@ -95,8 +96,7 @@ def measure_inputs(
     """Noise-to-signal ratio of the logits with each value alone quantized at each of rising widths, by its name."""
 
     def versions(value: Tensor) -> Iterator[QuantizedActivation]:
-        flat = value.flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLE)]
+        sample = spread(value, len(value), SAMPLE)
         for bits in widths:
             yield QuantizedActivation(sample, bits, settings, target.symmetric_activations)
 

@@ -39,6 +39,7 @@ from recipes.quantize.activations import place_activations
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
+from recipes.quantize.primitives import spread
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.tables import Quantizers, file_size
@@ -46,6 +47,7 @@ from recipes.quantize.train import train_quantized
 from recipes.ranks import ALONE, Ranks
 from recipes.reconstruct import (
     DropMasks,
+    Held,
     LearnedTensor,
     Loop,
     Reconstruction,
@@ -158,7 +160,9 @@ class _Unit:
     segment: Segment
     layers: tuple[Layer, ...]
     values: tuple[str, ...]
-    """Values quantized within it, its input among them."""
+    """Values quantized within it, its input among them, whose steps are learned."""
+    held: tuple[str, ...] = ()
+    """Those whose steps an earlier unit has learned, and rounded its weights and biases by."""
 
 
 class _Run:
@@ -304,17 +308,15 @@ class _Run:
         """The block itself, or one unit a layer."""
         block = stretch.block
         quantized = self._quantized_values(stretch)
-        if self.settings.unit == "layer":
-            return [
-                _Unit(
-                    layer.name,
-                    self.module.segment([layer.input], [layer.output]),
-                    (layer,),
-                    (layer.input,) if layer.input in quantized else (),
-                )
-                for layer in block.layers
-            ]
-        return [_Unit(block.name, stretch.segment, block.layers, tuple(quantized))]
+        if self.settings.unit != "layer":
+            return [_Unit(block.name, stretch.segment, block.layers, tuple(quantized))]
+        units, read = [], set[str]()
+        for layer in block.layers:
+            values = (layer.input,) if layer.input in quantized else ()
+            learned, held = (values, ()) if layer.input not in read else ((), values)
+            units.append(_Unit(layer.name, self.module.segment([layer.input], [layer.output]), (layer,), learned, held))
+            read.add(layer.input)
+        return units
 
     def _quantized_values(self, stretch: Stretch) -> dict[str, int]:
         """Values to quantize in the block and their bits, in order; its output is the next block's."""
@@ -338,7 +340,7 @@ class _Run:
         for name, bits in quantized.items():
             if name in after:
                 known[name] = self._parts(after[name], known, self.settings.cache_limit / at_once)
-            sample = torch.cat([_spread(part, count) for part in known[name]])
+            sample = torch.cat([spread(part, count, ACTIVATION_SAMPLE) for part in known[name]])
             self.quantizers.values[name] = self._activation(name, sample.to(self.module.device), bits)
             for done in [other for other in known if needed_last.get(other, name) == name]:
                 del known[done]
@@ -379,10 +381,10 @@ class _Run:
             before = self.module.segment([stretch.block.input], [start])
             limit = settings.cache_limit
             float_input = run_batched(before, stretch.float_input, batch, limit)
-            transforms = {name: value for name, value in self.quantizers.values.items() if name != start}
+            inside = {name: value for name, value in self.quantizers.values.items() if name != start}
             parameters = self.quantizers.changes.of(before)["parameters"]
             changed_input = run_batched(
-                before, stretch.changed_input, batch, limit, parameters=parameters, transforms=transforms
+                before, stretch.changed_input, batch, limit, parameters=parameters, transforms=inside
             )
             objective = Objective(run_batched(unit.segment, float_input, batch, limit))
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
@@ -391,13 +393,14 @@ class _Run:
             if layer.bias is not None:
                 weights[layer.bias] = self.quantizers.biases[layer.bias]
         values = {name: self.quantizers.values[name] for name in unit.values}
-        nearest = plain = block_error(unit.segment, changed_input, objective, weights, values, batch)
+        transforms = values | {name: Held(self.quantizers.values[name]) for name in unit.held}
+        nearest = plain = block_error(unit.segment, changed_input, objective, weights, transforms, batch)
         if self.settled:
             for layer in unit.layers:
                 if layer.output in self.settled:
                     chosen, bias = self.quantizers.weights[layer.weight], self.quantizers.bias(layer)
                     compensate(self.module, layer, stretch, self.quantizers.changes, settings, chosen, bias)
-            plain = block_error(unit.segment, changed_input, objective, weights, values, batch)
+            plain = block_error(unit.segment, changed_input, objective, weights, transforms, batch)
         if steps:
             for weight in weights.values():
                 if isinstance(weight, QuantizedWeight):
@@ -410,7 +413,7 @@ class _Run:
             changed_input,
             objective,
             weights,
-            values,
+            transforms,
             Loop(
                 steps,
                 settings.minibatch(changed_input),
@@ -430,7 +433,7 @@ class _Run:
         for value in values.values():
             value.harden()
         self.quantizers.snap_biases(unit.layers)
-        after = block_error(unit.segment, changed_input, objective.of_output, weights, values, batch)
+        after = block_error(unit.segment, changed_input, objective.of_output, weights, transforms, batch)
         self.walk.account.append((unit.name, Reconstruction(nearest.output, after.output)))
 
     def spent(self, size: int) -> Spending | None:
@@ -448,11 +451,3 @@ class _Run:
     def fusion(self, path: Path) -> Fusion | None:
         """What the written file runs in integers, where that was forecast."""
         return None if self.forecast is None else count_fusion(path, self.forecast)
-
-
-def _spread(part: Tensor, count: int) -> Tensor:
-    """Elements of a batch of `count` images, evenly spread, as many as make up its part of ACTIVATION_SAMPLE."""
-    stride = max(1, part[0].numel() * count // ACTIVATION_SAMPLE)
-    if stride > 1:
-        stride |= 1  # odd, so that it does not run along one column of an image
-    return part.flatten()[::stride]

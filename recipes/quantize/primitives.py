@@ -8,6 +8,7 @@ width, activations the unsigned one. Real zero is always exactly representable.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ def signed_range(bits: int) -> tuple[int, int]:
 def unsigned_range(bits: int) -> tuple[int, int]:
     """[0, 2^b - 1]."""
     return 0, 2**bits - 1
+
+
+def spread(x: Tensor, count: int, most: int) -> Tensor:
+    """About `most` elements of `count` images, evenly spread: the part of them that is in the batch `x` [n, ...].
+
+    The stride shares no factor with the size of an image, so that every column and channel is seen, and each image at
+    other places.
+    """
+    size = x[0].numel()
+    stride = max(1, size * count // most)
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return x.flatten()[::stride]
 
 
 def broadcast(values: Tensor, rank: int, axis: int) -> Tensor:

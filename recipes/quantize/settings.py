@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from recipes.settings import Jitter, LoopSettings, Share
 
@@ -18,6 +19,14 @@ class QuantizeSettings(LoopSettings):
     """What is reconstructed at once: nothing (nearest rounding), a layer (AdaRound) or a block (BRECQ)."""
     steps: int = Field(default=0, ge=0)
     """Training steps a unit."""
+
+    @field_validator("steps")
+    @classmethod
+    def _of_something(cls, steps: int, info: ValidationInfo) -> int:
+        if steps and info.data.get("unit") == "none":
+            raise PydanticCustomError("steps", "nothing is trained where unit is none")
+        return steps
+
     rounding: Literal["sigmoid", "offset"] = "sigmoid"
     """How rounding is learned: AdaRound's rectified sigmoid, or an offset trained straight through the rounding."""
     rounding_rate: float = Field(default=1e-2, ge=0)

@@ -45,6 +45,21 @@ def tensor(x: Floats | np.float32) -> torch.Tensor:
 
 
 @checked
+@given(st.tuples(*[st.integers(1, 8)] * 3), st.integers(1, 6), st.integers(20, 200))
+def test_a_sample_sees_every_row_column_and_channel_alike(shape: tuple[int, int, int], count: int, most: int) -> None:
+    """With as many images as the stride, every place once."""
+    size = int(np.prod(shape))
+    x = torch.arange(count * size, dtype=torch.float32).view(count, *shape)
+    sample = q.spread(x, count, most)
+    stride = 1 if len(sample) < 2 else int(sample[1] - sample[0])
+    wanted = max(1, x.numel() // most)
+    assert wanted <= stride < wanted + 10 or len(sample) == 1
+    assert len(sample) == -(-x.numel() // stride) or len(sample) == 1
+    many = q.spread(torch.arange(stride * size).view(stride, *shape), stride, stride * size // stride)
+    assert sorted((many % size).tolist()) == list(range(size))
+
+
+@checked
 @given(arrays, scales, ranges, st.data())
 def test_quantize_is_the_reference_to_the_last_bit(
     x: Floats, scale: np.float32, limits: tuple[int, int], data: st.DataObject

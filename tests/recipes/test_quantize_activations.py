@@ -16,8 +16,9 @@ from recipes.budget import Budget
 from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import place_activations
-from recipes.quantize.engine import _Run, _spread, quantize
+from recipes.quantize.engine import ACTIVATION_SAMPLE, _Run, quantize
 from recipes.quantize.plan import LayerPlan, plan_bits
+from recipes.quantize.primitives import spread
 from recipes.quantize.quantizers import QuantizedActivation
 from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import Stretch
@@ -149,7 +150,10 @@ def test_calibration_computes_what_lies_between_once_and_the_same(
             anew = self.module.segment([stretch.block.input], [name])
             parameters = self.quantizers.changes.of(anew)["parameters"]
             seen = anew({stretch.block.input: stretch.changed_input}, parameters, others)[name]
-            again, found = self._activation(name, _spread(seen, len(seen)), bits), self.quantizers.values[name]
+            again, found = (
+                self._activation(name, spread(seen, len(seen), ACTIVATION_SAMPLE), bits),
+                self.quantizers.values[name],
+            )
             assert (again.scale, again.zero) == (found.scale, found.zero)
 
     monkeypatch.setattr(Segment, "__call__", counting)

@@ -83,6 +83,11 @@ def test_activations_of_few_bits_run_in_integers_as_forecast(model: str, target:
     assert 0 < fusion.counted == fusion.forecast, fusion.operators
 
 
+def test_a_step_is_learned_by_the_first_layer_that_reads_it_alone(made_for: Quantizer) -> None:
+    """Layer by layer: weights and biases of the first would lie on a grid that a second has moved, and files differ."""
+    assert made_for("residual", "ort-cpu", 8, 8, "adaround").written_difference < 1e-4
+
+
 @pytest.mark.parametrize("model", ["residual", "inverted"])
 def test_learned_ranges_still_fuse(model: str, made_for: Quantizer) -> None:
     """Training moves the steps, behind a Clip too."""

@@ -153,6 +153,11 @@ def test_a_value_that_does_not_fit_is_named(override: str, key: str) -> None:
     sentence(caught, key)
 
 
+def test_steps_that_train_nothing_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"steps cannot be 50 \(nothing is trained where unit is none\)"):
+        load_recipe(quantize.QuantizeSettings, quantize.PACKAGE, "nearest", overrides=["steps=50"])
+
+
 @pytest.mark.parametrize("override", ["rate", "", "=3"])
 def test_an_override_is_written_key_equals_value(override: str) -> None:
     with pytest.raises(SettingsError) as caught:
