@@ -19,8 +19,8 @@ from onnx_ir.passes import common
 from converters import graphs
 
 BATCH = "batch"
-ALIGNED = ("Add", "Concat", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Pow", "Sub", "Where")
-"""Operators whose operands' dimensions are the output's, counted from the last, and which repeat those of size 1."""
+BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where")
+"""Operators that repeat dimensions of size 1 of all operands, counted from the last."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _take_one(graph: ir.Graph, node: ir.Node, place: Place, rank: int, batch: in
 
     So a class token is stored that was expanded to the batch: [N, 1, D].
     """
-    if batch == 1 or place.inner != 1 or node.op_type not in ALIGNED:
+    if batch == 1 or place.inner != 1:
         return
     for index, value in enumerate(node.inputs):
         constant = graphs.constant_behind(value)
@@ -105,12 +105,25 @@ def _take_one(graph: ir.Graph, node: ir.Node, place: Place, rank: int, batch: in
             continue
         array = graphs.to_numpy(constant)
         axis = place.axis - (rank - array.ndim)
-        if axis < 0 or array.shape[axis] != batch:
+        if axis < 0 or array.shape[axis] != batch or not _repeats(node, index, axis, array.ndim):
             continue
         one = array.take([0], axis)
         if (array == one).all():
             name = graphs.unused_name(graph, f"{value.name}.one")
             node.replace_input_with(index, graphs.add_initializer(graph, name, one))
+
+
+def _repeats(node: ir.Node, index: int, axis: int, rank: int) -> bool:
+    """Whether a node repeats an operand of size 1 along `axis` to the output's size there; of Concat, ours does."""
+    match node.op_type:
+        case "Concat":
+            return axis != graphs.integer(node, "axis", 0) % rank
+        case "Gemm":
+            return index == 2
+        case "MatMul":
+            return axis < rank - 2
+        case name:
+            return name in BROADCASTING
 
 
 def _keep_rows(graph: ir.Graph, node: ir.Node, source: Sequence[int], batch: int) -> list[int] | None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -36,7 +37,6 @@ from converters.channel_cuts import (
     Slot,
     Split,
 )
-from converters.endings import read_beside
 from converters.numbering import FIXED, Numbering, Numbers, along
 from converters.sizes import Sizes
 from converters.torch_module import Layer, Step, TorchClassifier
@@ -122,17 +122,20 @@ class _Trace:
                 numbering.fix(grid)
 
     def _freeze_beside(self) -> None:
-        """What other outputs of the file come of stays as it is: nobody asked for other ones."""
-        original = self.module.classifier.original.graph
-        makers = {str(value.name): node for node in original for value in node.outputs}
-        waiting, seen = list(read_beside(original, str(self.module.classifier.ending.logits.name))), set[str]()
+        """Values that are other outputs of the file, or that those are computed from beside the way, keep all channels.
+
+        An embedding keeps its width, and an auxiliary head finds what its weights were made for; its numbers change.
+        """
+        waiting, seen = list(self.module.classifier.original.graph.outputs), set[ir.Value]()
         while waiting:
-            name = waiting.pop()
-            if name in self.grids:
-                self._freeze(name)
-            elif name in makers and name not in seen:  # what the passes have put away: where it came from
-                seen.add(name)
-                waiting += [str(value.name) for value in makers[name].inputs if value is not None]
+            value = waiting.pop()
+            if str(value.name) in self.grids:
+                self._freeze(str(value.name))
+                continue
+            maker = value.producer()
+            if maker is not None and value not in seen:  # beside the way to the logits, or put away by the passes
+                seen.add(value)
+                waiting += [operand for operand in maker.inputs if operand is not None]
 
     def _lane(self, grid: Numbers) -> Lane | None:
         axes = self.numbering.varying(grid)

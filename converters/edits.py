@@ -103,9 +103,7 @@ def apply_edits(model: ir.Model, edits: Iterable[Edit]) -> ir.Model:
 
 def dequantized_names(graph: ir.Graph, names: Iterable[str]) -> dict[str, str]:
     """What the values of ActivationEdits are read as, once quantized."""
-    values = {str(value.name): value for node in graph for value in node.outputs}
-    values |= {str(value.name): value for value in graph.inputs}
-    found = {}
+    values, found = graphs.values_by_name(graph), {}
     for name in names:
         ((node, _),) = values[name].uses()  # what the edit has put between it and its readers, one after the other
         while node.op_type != "DequantizeLinear":
@@ -121,8 +119,7 @@ class _Editor:
         self._graph = graph
         self._names = graphs.Names.of_values(graph)
         self._labels = graphs.Names.of_nodes(graph)
-        self._values = {str(value.name): value for node in graph for value in node.outputs}
-        self._values |= {str(value.name): value for value in graph.inputs}
+        self._values = graphs.values_by_name(graph)
 
     def producer(self, name: str) -> ir.Node:
         node = self._values[name].producer()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from converters import graphs
 from converters.errors import ModelError
 
 KINDS = {"Softmax": "softmax", "LogSoftmax": "log-softmax", "ArgMax": "argmax", "TopK": "top-k"}
@@ -36,7 +37,8 @@ class Ending:
 
 def find_ending(graph: ir.Graph, path: Path) -> Ending:
     """The logits of a graph. Raises ModelError where it is not an image classifier, or one with several tasks."""
-    outputs = [value for value in graph.outputs if value.producer() is not None] or list(graph.outputs)
+    image = graphs.image_input(graph)
+    outputs = [value for value in graph.outputs if image in _ancestors([value])] or list(graph.outputs)
     names = ", ".join(str(value.name) for value in outputs)
     if any(node.op_type == "NonMaxSuppression" for node in graph):
         raise ModelError(f"{path} selects boxes (NonMaxSuppression), so it is a detector: give an image classifier")
@@ -61,17 +63,6 @@ def find_ending(graph: ir.Graph, path: Path) -> Ending:
     others = [str(value.name) for value in outputs if value is not chosen.output]
     note = f"of the outputs {names}, {chosen.output.name} is taken and {', '.join(others)} left alone"
     return Ending(chosen.logits, chosen.output, chosen.kind, (note,) if others else ())
-
-
-def read_beside(graph: ir.Graph, logits: str) -> set[str]:
-    """Names of values that more than the logits come of: other outputs, and what is read on the way to them alone."""
-    named = next(value for node in graph for value in node.outputs if value.name == logits)
-    others = [value for value in graph.outputs if value is not named]
-    way = _ancestors([named]) | {named}
-    beside = (_ancestors(others) | set(others)) - way
-    makers = {node for value in beside if (node := value.producer()) is not None}
-    read = {str(value.name) for node in makers for value in node.inputs if value is not None}
-    return read | {str(value.name) for value in others}
 
 
 def _trace(output: ir.Value) -> Ending:

@@ -40,6 +40,10 @@ _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14  # fields of TensorProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
+NO_DAMAGE = ("No opset import", "No Op registered", "deprecated in domain_version")
+"""What onnx's checker says of operators of other domains, and of old ones: the conversion names them and their node."""
+
+
 class _DamagedError(ValueError):
     """Bytes that are not a protobuf message."""
 
@@ -75,8 +79,7 @@ def read_model(path: Path) -> ModelFile:
             entry.domain = ""
     if not proto.graph.node:
         raise ModelError(f"{path} is not an ONNX model (no graph in it): fetch or export it again")
-    sparse = any(a.type == onnx.AttributeProto.SPARSE_TENSOR for node in proto.graph.node for a in node.attribute)
-    if sparse or proto.graph.sparse_initializer:
+    if _has_sparse(proto):
         raise ModelError(f"{path} has sparse tensors, which are not supported: store its weights dense")
     model = ir.from_proto(proto)
     sources = {path.name: _Source(path, size, file)}
@@ -248,21 +251,34 @@ def _read(
     return ir.Tensor(buffer.view(dtype.numpy()).reshape(shape), dtype=dtype)
 
 
-NO_DAMAGE = ("No opset import", "No Op registered", "deprecated in domain_version")
-"""What the checker says of operators of another domain, and of old ones: the conversion names them, with their node."""
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, those of subgraphs and functions too."""
+def _places(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph, its subgraphs and the functions, and theirs."""
     waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
     while waiting:
         place = waiting.pop()
+        yield place
+        for attribute in (attribute for node in place.node for attribute in node.attribute):
+            waiting += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every dense tensor of a model."""
+    for place in _places(model):
         if isinstance(place, onnx.GraphProto):
             yield from place.initializer
         for attribute in (attribute for node in place.node for attribute in node.attribute):
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield attribute.t
-            waiting += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+            yield from attribute.tensors
+
+
+def _has_sparse(model: onnx.ModelProto) -> bool:
+    kinds = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
+    return any(
+        (isinstance(place, onnx.GraphProto) and len(place.sparse_initializer) > 0)
+        or any(attribute.type in kinds for node in place.node for attribute in node.attribute)
+        for place in _places(model)
+    )
 
 
 def check_skeleton(proto: onnx.ModelProto, path: Path) -> None:

@@ -90,7 +90,7 @@ class Names:
 
     @classmethod
     def of_nodes(cls, graph: ir.Graph) -> Names:
-        return cls(str(node.name) for node in graph)
+        return cls(node.name for node in graph if node.name)
 
     def unused(self, name: str) -> str:
         """`name`, or `name.N` with the least N for which that is not taken; from now on it is taken."""
@@ -121,6 +121,12 @@ def name_nodes(graph: ir.Graph) -> None:
 
 def value_names(graph: ir.Graph) -> Iterable[str]:
     return (str(value.name) for node in graph for value in node.outputs)
+
+
+def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
+    """What nodes write, and the inputs."""
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    return {str(value.name): value for value in values}
 
 
 def set_outputs(graph: ir.Graph, names: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
 """Graph passes: an ordered, visible list, each saying whether it changed the model.
 
-`NORMALISE` makes a private copy easy to convert (one spelling for everything, constants folded); nothing of it is ever
-written to a user's file. `fold_batchnorm` is what `quantize` and `prune` do to the graph that they write.
+`NORMALISE` makes a private copy easy to convert (one spelling for everything, constants folded), which is never written
+to a user's file. What is: `fold_constants`, `untranspose_rows`, `tidy`, `raise_opset` and, by `quantize` and `prune`,
+`fold_batchnorm` change the graph that a file is made of.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def untranspose_rows(model: ir.Model) -> bool:
         if rows is None or graphs.constant_behind(rows) is not None:
             continue
         before = rows.producer()
-        if before is not None and before.op_type == "Transpose":  # of two dimensions, as Gemm takes no other
+        turns = before is not None and before.op_type == "Transpose" and graphs.ints(before, "perm") in (None, [1, 0])
+        if before is not None and turns:
             straight = before.inputs[0]
         else:
             turned = ir.node("Transpose", [rows], attributes={"perm": [1, 0]})

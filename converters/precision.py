@@ -112,7 +112,7 @@ def _lazily(read: Callable[[], np.ndarray], shape: ir.Shape, name: str | None) -
 
 
 def image_is_float(model: ir.Model) -> bool:
-    """An image input of bytes becomes one of floats that hold the same whole numbers, and so what only moves them.
+    """An image input of bytes becomes one of floats that hold the same whole numbers, and so what is computed in bytes.
 
     After constants are folded: the Cast that makes floats of bytes would be taken for one of floats, and removed, and
     its output is what a layer reads that can be quantized.

@@ -66,9 +66,12 @@ def prepare_for_pruning(classifier: Classifier) -> Classifier:
 def prepare_for_training(classifier: Classifier) -> Classifier:
     """The graph that distillation writes into: the original, BatchNorm and all, in float32."""
     model = _float_copy(classifier)
-    passes.untranspose_rows(model)
+    turned = passes.untranspose_rows(model)
     passes.tidy(model)
-    return build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
+    prepared = build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
+    if turned:
+        _prove_same(classifier, prepared)
+    return prepared
 
 
 def _float_copy(classifier: Classifier) -> ir.Model:
@@ -86,16 +89,16 @@ def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     model.ir_version = max(passes.least_ir(model), ir_version)  # older runtimes refuse what new exporters write
     passes.fold_constants(model)  # weights behind a Cast too are to take in what follows
     passes.fold_batchnorm(model)
-    passes.untranspose_rows(model)
+    turned = passes.untranspose_rows(model)
     passes.tidy(model)
     prepared = build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
-    if raised:
-        _prove_raised(classifier, prepared)
+    if raised or turned:
+        _prove_same(classifier, prepared)
     return prepared
 
 
-def _prove_raised(classifier: Classifier, prepared: Classifier) -> None:
-    """Raise ConversionError where the graph, at another opset, does not answer as the file does.
+def _prove_same(classifier: Classifier, prepared: Classifier) -> None:
+    """Raise ConversionError where the graph, at another opset or spelt otherwise, does not answer as the file does.
 
     A file that onnxruntime does not run, or not to finite numbers, is not judged here: whoever runs it says why.
     """
@@ -109,6 +112,10 @@ def _prove_raised(classifier: Classifier, prepared: Classifier) -> None:
     actual = prepared.session(optimise=False).run(x)[0]
     difference = relative_difference(actual.reshape(expected.shape), expected)
     if not difference <= (OTHER_FLOAT_TOLERANCE if classifier.other_floats else RAISED_TOLERANCE):
+        if prepared.opset == classifier.opset:
+            raise ConversionError(
+                f"{classifier.path}: prepared for writing, it answers otherwise (by {difference:.1e}): please report it"
+            )
         raise ConversionError(
             f"{classifier.path}: at opset {prepared.opset} it answers otherwise than at its own, {classifier.opset}"
             f" (by {difference:.1e}): export it at opset {prepared.opset}, and please report it"

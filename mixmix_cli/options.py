@@ -87,7 +87,7 @@ def _quiet(context: click.Context, _parameter: click.Parameter, value: bool) -> 
 
 
 def _verbose(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
-    if not value:
+    if not value and not context.resilient_parsing:
         warnings.simplefilter("ignore")  # libraries' remarks to developers
     return _one_of_two(value, context.params.get("quiet", False))
 

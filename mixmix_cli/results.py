@@ -124,13 +124,11 @@ def _inputs_line(result: Compression) -> str:
     for layer in result.layers:
         if layer.act_bits is not None and layer.act_bits != result.act_bits:
             others.setdefault(layer.act_bits, []).append(layer.name)
+    if not others:
+        return ""
     groups = [f"{bits} bits for {_named(names)}" for bits, names in sorted(others.items())]
-    count = sum(len(names) for names in others.values())
-    return (
-        f"inputs of {counted(count, 'layer')} have other bits than {result.act_bits}: {'; '.join(groups)}"
-        if others
-        else ""
-    )
+    layers = counted(sum(len(names) for names in others.values()), "layer")
+    return f"inputs of {layers} have other bits than {result.act_bits}: {'; '.join(groups)}"
 
 
 def _named(names: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ class ChangedValue(Change, Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class FrozenValue:
     """A transform of a value that is not trained any more."""
 
     value: ChangedValue

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticKnownError
 
 from converters.errors import MixMixError, nearest
 
@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Jitter = tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]]
 """Largest change of brightness, contrast, saturation (as shares) and hue (of the circle)."""
 
-LARGEST = 2**63 - 1
+INT64_MAX = 2**63 - 1
 
 
 class SettingsError(MixMixError):
@@ -43,8 +43,8 @@ class Settings(BaseModel):
     @classmethod
     def _countable(cls, value: Any) -> Any:
         """Whole numbers count images, steps or elements, in torch's 64 bits."""
-        if isinstance(value, int) and value > LARGEST:
-            raise PydanticCustomError("countable", "Input should be at most {most}", {"most": LARGEST})
+        if isinstance(value, int) and value > INT64_MAX:
+            raise PydanticKnownError("less_than_equal", {"le": INT64_MAX})
         return value
 
     def changed(self) -> dict[str, Any]:
@@ -90,7 +90,11 @@ class LoopSettings(Settings):
 
     @property
     def small_batch(self) -> int:
-        """Images that go through the float network together, always: kernels round by how many there are."""
+        """Images that go from block to block of the float network at once, and back for slopes.
+
+        Always as many: kernels may round by how many there are, and a run that goes on in the middle has to come to
+        the same. Slopes hold a graph of the whole network, which few images at once keep small.
+        """
         return min(self.batch, self.least_batch)
 
     def minibatch(self, x: Tensor) -> int:

@@ -47,7 +47,7 @@ from recipes.quantize.train import train_quantized
 from recipes.ranks import ALONE, Ranks
 from recipes.reconstruct import (
     DropMasks,
-    Held,
+    FrozenValue,
     LearnedTensor,
     Loop,
     Reconstruction,
@@ -161,8 +161,8 @@ class _Unit:
     layers: tuple[Layer, ...]
     values: tuple[str, ...]
     """Values quantized within it, its input among them, whose steps are learned."""
-    held: tuple[str, ...] = ()
-    """Those whose steps an earlier unit has learned, and rounded its weights and biases by."""
+    frozen: tuple[str, ...] = ()
+    """Values whose steps an earlier unit has learned: its weights and biases are rounded by them."""
 
 
 class _Run:
@@ -251,8 +251,7 @@ class _Run:
 
     def _go_through_blocks(self) -> None:
         """Go through the blocks that an interrupted run has not done; afterwards every change is hard."""
-        settings = self.settings
-        steps = settings.steps if settings.unit != "none" else 0
+        settings, steps = self.settings, self.settings.steps
         self._found = self.walk.resume(self.progress)
         total = len(self.quantizers.plans) * max(steps, 1)
         with self.walk.kept(), self.progress.task("reconstructing", total) as task:
@@ -313,8 +312,10 @@ class _Run:
         units, read = [], set[str]()
         for layer in block.layers:
             values = (layer.input,) if layer.input in quantized else ()
-            learned, held = (values, ()) if layer.input not in read else ((), values)
-            units.append(_Unit(layer.name, self.module.segment([layer.input], [layer.output]), (layer,), learned, held))
+            learned, frozen = (values, ()) if layer.input not in read else ((), values)
+            units.append(
+                _Unit(layer.name, self.module.segment([layer.input], [layer.output]), (layer,), learned, frozen)
+            )
             read.add(layer.input)
         return units
 
@@ -340,7 +341,9 @@ class _Run:
         for name, bits in quantized.items():
             if name in after:
                 known[name] = self._parts(after[name], known, self.settings.cache_limit / at_once)
-            sample = torch.cat([spread(part, count, ACTIVATION_SAMPLE) for part in known[name]])
+            parts = enumerate(known[name])
+            batch = self.settings.batch
+            sample = torch.cat([spread(part, count, ACTIVATION_SAMPLE, index * batch) for index, part in parts])
             self.quantizers.values[name] = self._activation(name, sample.to(self.module.device), bits)
             for done in [other for other in known if needed_last.get(other, name) == name]:
                 del known[done]
@@ -393,7 +396,7 @@ class _Run:
             if layer.bias is not None:
                 weights[layer.bias] = self.quantizers.biases[layer.bias]
         values = {name: self.quantizers.values[name] for name in unit.values}
-        transforms = values | {name: Held(self.quantizers.values[name]) for name in unit.held}
+        transforms = values | {name: FrozenValue(self.quantizers.values[name]) for name in unit.frozen}
         nearest = plain = block_error(unit.segment, changed_input, objective, weights, transforms, batch)
         if self.settled:
             for layer in unit.layers:

@@ -10,7 +10,8 @@ alone, which layer l reads, at a bits. The cost is one of
 - `bits`: bits a weight, on average.
 
 Bits of inputs cost bit operations alone, and are chosen with those; layers that read one value choose together. The
-allocation is exact (`recipes.allocate`); of a file's size but for the lengths before its tensors, a few bytes.
+allocation is exact (`recipes.allocate`), but that a file also stores each tensor's length: for `size` the placement may
+be a few bytes short of the best.
 """
 
 from __future__ import annotations
@@ -128,28 +129,47 @@ def plan_mixed(
         )
     reason = f"least noise within {budget}"
     options = [group.options(widths, cost, noise, of_inputs) for group in groups]
-    allowed = budget.amount - fixed
-    while True:
-        chosen = allocate([[option.choice for option in row] for row in options], allowed)
-        taken = [row[index] for row, index in zip(options, chosen, strict=True)]
+
+    def plans_of(taken: Sequence[_Option]) -> list[LayerPlan]:
         found = {
             layer.output: (width, option.act)
             for group, option in zip(groups, taken, strict=True)
             for layer, width in zip(group.layers, option.widths, strict=True)
         }
-        plans = [
+        return [
             LayerPlan(layer, bits, act, reason, decibels(noise[layer.output][widths.index(bits)]))
             for layer in layers
             for bits, act in [found[layer.output]]
         ]
-        costs = sum(option.choice.cost for option in taken)
-        spent = float(file_size(plans)) if budget.kind == "size" else fixed + costs
-        excess = spent - budget.amount * (1 + ROUNDING)
-        if excess <= 0 or costs <= fewest:
-            break
-        allowed = max(fewest, costs - excess)  # longer tensors have longer lengths written before them
-    binds = any(index + 1 < len(row) for row, index in zip(options, chosen, strict=True))
-    return plans, Spending(budget, spent, binds)
+
+    def spent_on(taken: Sequence[_Option]) -> float:
+        return float(file_size(plans_of(taken))) if budget.kind == "size" else fixed + _costs(taken)
+
+    taken = _choose(options, budget.amount, budget.amount - fixed, spent_on)
+    binds = any(option is not row[-1] for row, option in zip(options, taken, strict=True))
+    return plans_of(taken), Spending(budget, spent_on(taken), binds)
+
+
+def _choose(
+    options: Sequence[Sequence[_Option]], amount: float, allowed: float, spent_on: Callable[[Sequence[_Option]], float]
+) -> list[_Option]:
+    """One option a group, with the least harm, that `spent_on` says comes to no more than `amount`.
+
+    `allowed` is what their costs may add up to if they are all that is spent. A file says how long each tensor is, in
+    more bytes for a longer one: where that is too much, they may add up to so much less. The cheapest always fit.
+    """
+    fewest = sum(min(option.choice.cost for option in row) for row in options)
+    while True:
+        chosen = allocate([[option.choice for option in row] for row in options], allowed)
+        taken = [row[index] for row, index in zip(options, chosen, strict=True)]
+        costs, excess = _costs(taken), spent_on(taken) - amount * (1 + ROUNDING)
+        if excess <= 0 or costs <= fewest * (1 + ROUNDING):
+            return taken
+        allowed = max(fewest, costs - max(excess, 2 * ROUNDING * costs))
+
+
+def _costs(taken: Sequence[_Option]) -> float:
+    return sum(option.choice.cost for option in taken)
 
 
 def _way_to_less(budget: Budget, act_bits: int | None, target: Target) -> str:

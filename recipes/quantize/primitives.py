@@ -30,17 +30,17 @@ def unsigned_range(bits: int) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def spread(x: Tensor, count: int, most: int) -> Tensor:
-    """About `most` elements of `count` images, evenly spread: the part of them that is in the batch `x` [n, ...].
+def spread(x: Tensor, count: int, most: int, first: int = 0) -> Tensor:
+    """About `most` elements of `count` images, evenly spread: those in the batch `x` [n, ...] from image `first` on.
 
-    The stride shares no factor with the size of an image, so that every column and channel is seen, and each image at
-    other places.
+    The stride shares no factor with the size of an image, so that it runs along no row or column, and sees each image
+    at other places.
     """
     size = x[0].numel()
     stride = max(1, size * count // most)
     while math.gcd(stride, size) > 1:
         stride += 1
-    return x.flatten()[::stride]
+    return x.flatten()[-first * size % stride :: stride]
 
 
 def broadcast(values: Tensor, rank: int, axis: int) -> Tensor:

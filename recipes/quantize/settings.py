@@ -19,14 +19,6 @@ class QuantizeSettings(LoopSettings):
     """What is reconstructed at once: nothing (nearest rounding), a layer (AdaRound) or a block (BRECQ)."""
     steps: int = Field(default=0, ge=0)
     """Training steps a unit."""
-
-    @field_validator("steps")
-    @classmethod
-    def _of_something(cls, steps: int, info: ValidationInfo) -> int:
-        if steps and info.data.get("unit") == "none":
-            raise PydanticCustomError("steps", "nothing is trained where unit is none")
-        return steps
-
     rounding: Literal["sigmoid", "offset"] = "sigmoid"
     """How rounding is learned: AdaRound's rectified sigmoid, or an offset trained straight through the rounding."""
     rounding_rate: float = Field(default=1e-2, ge=0)
@@ -92,3 +84,10 @@ class QuantizeSettings(LoopSettings):
     reduce_range: bool = True
     """At most 7 bits for INT8 weights beside activations of up to 8 bits, where onnxruntime's CPU kernels may take
     them: full 8 bits saturate there on processors without VNNI."""
+
+    @field_validator("steps")
+    @classmethod
+    def _of_something(cls, steps: int, info: ValidationInfo) -> int:
+        if steps and info.data.get("unit") == "none":
+            raise PydanticCustomError("steps", "nothing is trained where unit is none: steps=0 goes with it")
+        return steps

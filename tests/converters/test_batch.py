@@ -12,6 +12,7 @@ import torch
 from converters.batch import Place, reshaped
 from converters.classifier import Classifier
 from converters.errors import ConversionError
+from converters.ops import registry
 from converters.torch_module import to_torch
 from tests import models
 from tests.converters import oracle
@@ -141,8 +142,35 @@ def test_a_constant_that_every_image_has_alike_is_taken_once(load: Load, stored:
     oracle.assert_close(to_torch(load(model))(torch.from_numpy(x[:5])).numpy(), expected[:5], 1e-5)
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_weights_with_as_many_rows_as_images_stay_whole(load: Load, op: str) -> None:
+    """Alike in each row, as an untrained head's may be, and yet a weight."""
+    nodes = [
+        models.node("GlobalAveragePool", "image", "pooled"),
+        models.node("Flatten", "pooled", "flat"),
+        models.node("MatMul", "flat mix.weight", "mixed"),
+        models.node(op, "mixed head.weight", "logits"),
+    ]
+    width = models.CHANNELS  # as many as there are images
+    tensors = {"mix.weight": models.weights(width, width), "head.weight": np.ones((width, 5), np.float32)}
+    ends = {"inputs": {"image": (width, *models.IMAGE[1:])}, "outputs": {"logits": (width, 5)}}
+    model, x = models.assemble(nodes, tensors, **ends), models.images(width)
+    module = to_torch(load(model))
+    assert [layer.shape for layer in module.layers()] == [(width, width), (width, 5)]
+    oracle.assert_close(module(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
+
+
+def test_a_wrong_operator_is_found_beside_a_constant_taken_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where onnxruntime cannot run the graph that torch computes, the difference is told without its place."""
+    classifier = load(with_class_token(np.repeat(models.random(1, 1, 8), 4, 0)))
+    right = registry._TABLE["", "Gemm", 13]
+    monkeypatch.setitem(registry._TABLE, ("", "Gemm", 13), lambda a: lambda *x: right(a)(*x) * 1.1)
+    with pytest.raises(ConversionError, match=r"differs from onnxruntime by [0-9.e-]+: please report it"):
+        to_torch(classifier)
+
+
 def test_a_constant_of_its_own_for_each_image_is_a_sentence(load: Load) -> None:
-    with pytest.raises(ConversionError, match=r"does not run on 8 images: export it with an open batch size"):
+    with pytest.raises(ConversionError, match=r"does not run on 8 images \(.*\): export it with an open batch size"):
         to_torch(load(with_class_token(models.random(4, 1, 8))))
 
 

@@ -192,7 +192,7 @@ AUXILIARY = [
         ([node("Softmax", "logits", "beside", axis=1)], models.CLASSES, "ab"),
     ],
 )
-def test_what_other_outputs_come_of_stays(nodes: list[onnx.NodeProto], width: int, removable: str, load: Load) -> None:
+def test_other_outputs_keep_their_width(nodes: list[onnx.NodeProto], width: int, removable: str, load: Load) -> None:
     """An embedding keeps its width, an auxiliary head what it reads; what comes of the logits asks nothing."""
     tensors = {
         "a.weight": weights(8, models.CHANNELS, 3, 3),

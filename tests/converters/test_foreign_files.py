@@ -259,7 +259,7 @@ def test_a_file_for_each_tensor_is_not_held_open(tmp_path: Path) -> None:
     np.testing.assert_allclose(to_torch(classifier)(torch.from_numpy(x)).numpy(), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["initializer", "constant"])
+@pytest.mark.parametrize("where", ["initializer", "constant", "function"])
 def test_sparse_weights_are_named(load: Load, where: str) -> None:
     model = models.assemble(models.linear(), {})
     values = helper.make_tensor("fc.weight", TensorProto.FLOAT, [1], [1.0])
@@ -269,7 +269,13 @@ def test_sparse_weights_are_named(load: Load, where: str) -> None:
     if where == "initializer":
         model.graph.sparse_initializer.append(sparse)
     else:
-        model.graph.node.insert(0, helper.make_node("Constant", [], ["fc.weight"], sparse_value=sparse))
+        constant = helper.make_node("Constant", [], ["fc.weight"], sparse_value=sparse)
+        if where == "function":
+            opsets = [helper.make_opsetid("", 17)]
+            model.functions.append(helper.make_function("own", "Weight", [], ["fc.weight"], [constant], opsets))
+            constant = helper.make_node("Weight", [], ["fc.weight"], domain="own")
+            model.opset_import.append(helper.make_opsetid("own", 1))
+        model.graph.node.insert(0, constant)
     with pytest.raises(ModelError, match="sparse tensors, which are not supported: store its weights dense"):
         load(model)
 

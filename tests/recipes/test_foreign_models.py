@@ -1,4 +1,4 @@
-"""Whole commands' work on models spelt as few exporters spell them: all of it, or one sentence before any."""
+"""Quantization and pruning of models spelt as few exporters spell them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
 from converters.targets import choose_target
+from converters.torch_module import seeded_input
+from converters.writeback import prepare_for_pruning, prepare_for_training
 from recipes.images import ImageSet, gaussian_noise
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
@@ -108,6 +110,10 @@ BUILD: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
+STAYS_WHOLE = ("GroupNormalization of opset 18",)
+"""What has no channels that can be removed."""
+
+
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
     return gaussian_noise(8, models.CHANNELS, (models.SIDE, models.SIDE), 0)
@@ -122,6 +128,13 @@ def test_it_is_quantized_and_pruned(name: str, load: Load, images: ImageSet, tmp
         output = tmp_path / f"{target}.onnx"
         quantize(classifier, images, output, few, bits, act_bits, choose_target(target, act_bits=act_bits))
     prune(classifier, images, tmp_path / "pruned.onnx", PruneSettings(), make_goal("unstructured", 0.3))
+    if name not in STAYS_WHOLE:
+        prune(classifier, images, tmp_path / "narrow.onnx", PruneSettings(), make_goal("channel", None, 0.8))
+    x = seeded_input(classifier, 4).numpy()
+    expected = classifier.session(optimise=False).run(x)[0]
+    for prepare in (prepare_for_pruning, prepare_for_training):
+        actual = prepare(classifier).session(optimise=False).run(x)[0]
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(np.abs(expected).max()))
     for path in tmp_path.glob("*.onnx"):
         before, after = (onnx.load(file).graph for file in (classifier.path, path))
         assert [value.SerializeToString() for value in after.input] == [

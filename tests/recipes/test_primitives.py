@@ -47,7 +47,7 @@ def tensor(x: Floats | np.float32) -> torch.Tensor:
 @checked
 @given(st.tuples(*[st.integers(1, 8)] * 3), st.integers(1, 6), st.integers(20, 200))
 def test_a_sample_sees_every_row_column_and_channel_alike(shape: tuple[int, int, int], count: int, most: int) -> None:
-    """With as many images as the stride, every place once."""
+    """With as many images as the stride, every place once; and batches give what all images at once would."""
     size = int(np.prod(shape))
     x = torch.arange(count * size, dtype=torch.float32).view(count, *shape)
     sample = q.spread(x, count, most)
@@ -57,6 +57,8 @@ def test_a_sample_sees_every_row_column_and_channel_alike(shape: tuple[int, int,
     assert len(sample) == -(-x.numel() // stride) or len(sample) == 1
     many = q.spread(torch.arange(stride * size).view(stride, *shape), stride, stride * size // stride)
     assert sorted((many % size).tolist()) == list(range(size))
+    parts = [q.spread(part, count, most, 2 * index) for index, part in enumerate(x.split(2))]
+    assert torch.equal(torch.cat(parts), sample)
 
 
 @checked

@@ -20,7 +20,7 @@ from recipes.images import ImageSet
 from recipes.inspect import layer_macs
 from recipes.quantize.activations import input_widths
 from recipes.quantize.engine import quantize
-from recipes.quantize.mixed import plan_mixed
+from recipes.quantize.mixed import _choose, _Option, plan_mixed
 from recipes.quantize.plan import WIDTHS, Advance, Keep, LayerPlan, Noise, measure_noise
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.tables import file_size
@@ -210,7 +210,9 @@ def test_lengths_that_grow_with_tensors_are_within_the_budget(
     x, known = module.spec.to_input(calibration_images.pixels[:1]), dict[int, Noise]()
 
     def once(count: int, measure: Callable[[Advance], Noise]) -> Noise:
-        return known.setdefault(count, measure(lambda: None))
+        if count not in known:
+            known[count] = measure(lambda: None)
+        return known[count]
 
     def size(plans: Sequence[LayerPlan]) -> int:
         return file_size(module, plans, None, target, {})
@@ -226,6 +228,13 @@ def test_lengths_that_grow_with_tensors_are_within_the_budget(
         sizes.add(size(plans))
         amount = spending.spent - 1
     assert len(sizes) == 8
+
+
+def test_a_budget_that_a_file_exceeds_by_less_than_rounding_is_not_tried_again_and_again() -> None:
+    """One byte above 700 million: beyond the precision that costs are compared with."""
+    options = [[_Option(None, (bits,), Choice(cost, harm)) for bits, cost, harm in ((4, 1e8, 1.0), (8, 7e8, 0.0))]]
+    taken = _choose(options, 7e8, 7e8, lambda taken: 7e8 + 1 if taken[0].widths == (8,) else 1e8)
+    assert [option.widths for option in taken] == [(4,)]
 
 
 def test_seven_bits_are_offered_where_eight_would_saturate(module_of: Modules, calibration_images: ImageSet) -> None:

@@ -289,7 +289,7 @@ def test_progress_comes_to_its_end(
     unit: str, bits: int, tmp_path: Path, classifier_of: Classifiers, calibration_images: ImageSet
 ) -> None:
     watching = Watching()
-    settings = TRAINED.model_copy(update={"unit": unit})
+    settings = TRAINED.model_copy(update={"unit": unit, "steps": 0 if unit == "none" else TRAINED.steps})
     quantize(classifier_of("plain"), calibration_images, tmp_path / "o.onnx", settings, bits, progress=watching)
     assert watching.tasks
     assert {name: done for name, (done, _) in watching.tasks.items()} == {n: t for n, (_, t) in watching.tasks.items()}

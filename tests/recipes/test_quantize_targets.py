@@ -171,7 +171,7 @@ def test_a_file_that_fails_for_it_says_so(
     calibration_images: ImageSet,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With no change let pass, every file whose optimised answers differ in the last digit fails."""
+    """With nothing let pass."""
     monkeypatch.setattr("recipes.validate.FUSION_SHARE", -1.0)
     monkeypatch.setattr("recipes.validate.FUSION_FLOOR", -1.0)
     written = load_classifier(made_for("inverted", "tensorrt", 8).output)

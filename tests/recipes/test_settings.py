@@ -154,7 +154,7 @@ def test_a_value_that_does_not_fit_is_named(override: str, key: str) -> None:
 
 
 def test_steps_that_train_nothing_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"steps cannot be 50 \(nothing is trained where unit is none\)"):
+    with pytest.raises(SettingsError, match=r"steps cannot be 50 \(nothing is trained where unit is none: steps=0"):
         load_recipe(quantize.QuantizeSettings, quantize.PACKAGE, "nearest", overrides=["steps=50"])
 
 

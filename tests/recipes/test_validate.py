@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from converters.classifier import Classifier
+from converters.edits import ActivationEdit
 from converters.errors import MixMixError
 from converters.load import load_classifier
+from converters.targets import UINT8
+from converters.writeback import edited_classifier
 from recipes.images import ImageSet
 from recipes.validate import (
     Candidate,
@@ -22,6 +25,8 @@ from recipes.validate import (
     Run,
     Validation,
     _judge,
+    _optimisations,
+    _quantizes_activations,
     check_labels,
     decibels,
     divergence,
@@ -86,24 +91,36 @@ def test_what_is_not_finite_fails() -> None:
 
 
 def test_optimisations_that_change_the_answer_fail() -> None:
-    """By a quarter more noise than compression makes, or by more change than two roundings' own; less is let pass."""
+    """By a quarter more noise than compression makes, or by half as much change; less is let pass."""
     answers = with_answers(95)
     plain = answers + 0.1
     assert judged(95, Gates(), plain=plain, fused=answers + 0.111).failed == []
     assert judged(95, Gates(), plain=plain, fused=answers + 0.113).failed == ["optimisations"]
-    assert judged(95, Gates(), plain=plain, fused=answers + 0.01).failed == []
-    assert judged(95, Gates(), plain=plain, fused=answers - 0.01).failed == []
+    assert judged(95, Gates(), plain=plain, fused=answers + 0.031).failed == []
+    assert judged(95, Gates(), plain=plain, fused=answers + 0.027).failed == ["optimisations"]
     assert judged(95, Gates(), plain=plain, fused=answers - 0.1).failed == ["optimisations"]
 
 
-def test_roundings_that_have_nothing_in_common_pass() -> None:
-    """As a deep network with random weights makes of values at a boundary between two steps."""
+def test_quantized_activations_may_be_rounded_otherwise() -> None:
+    """By no more noise, and no more change than two roundings that have nothing in common differ by."""
     answers, draw = with_answers(95), np.random.default_rng(0)
-    plain, fused = (answers + 0.1 * draw.standard_normal(answers.shape) for _ in range(2))
-    assert judged(95, Gates(), plain=plain, fused=fused).failed == []
-    assert judged(95, Gates(), plain=plain, fused=plain + 0.1 * draw.standard_normal(answers.shape)).failed == [
-        "optimisations"
-    ]
+
+    def passes(plain: np.ndarray, fused: np.ndarray) -> bool:
+        return _optimisations(answers, Run(fused, 0.5), Run(plain, 0.7), rounding=True).passed
+
+    plain, fused, more = (0.1 * draw.standard_normal(answers.shape) for _ in range(3))
+    assert passes(answers + plain, answers + fused)
+    assert passes(answers + plain, answers)
+    assert not passes(answers + plain, answers + plain + more)
+    assert not passes(answers + plain, answers - plain)
+    assert not passes(answers + 0.1, answers + 0.113)
+
+
+def test_what_quantizes_activations(classifier_of: Callable[[str], Classifier]) -> None:
+    plain = classifier_of("plain")
+    assert not _quantizes_activations(plain)
+    edit = ActivationEdit(plain.input_name, 0.1, 0, 8, UINT8)
+    assert _quantizes_activations(edited_classifier(plain, [edit]))
 
 
 def test_figures_by_hand() -> None:
