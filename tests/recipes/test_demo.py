@@ -52,9 +52,9 @@ def test_an_interrupt_ends_all_processes() -> None:
         "import time; from recipes.demo import side_by_side\n"
         "if __name__ == '__main__':\n"
         "    jobs = side_by_side(time.sleep, [(0,), (600,), (600,)], 2)\n"
-        "    print(next(jobs), flush=True)\n"
-        "    try: next(jobs)\n"
-        "    except KeyboardInterrupt: print('ended')"
+        "    try: print(next(jobs), flush=True); next(jobs)\n"
+        "    except KeyboardInterrupt: print('ended')\n"
+        "    finally: jobs.close()"  # as a loop does that is left: the interrupt may come within it
     )
     process = start("-c", code, alone=True)
     assert process.stdout is not None
