@@ -493,7 +493,7 @@ def _first_difference(module: TorchClassifier, x: Tensor) -> tuple[str, float] |
         for n in (s.outputs[:1] if s.op in ("BatchNormalization", "Dropout", "MaxPool") else s.outputs)
         if n and n != classifier.logits
     ]
-    values = {str(v.name): v for node in probe.graph for v in node.outputs}
+    values = graphs.values_by_name(probe.graph)
     floats = [n for n in names if values[n].dtype in (ir.DataType.FLOAT, None)]
     probe.graph.outputs.extend(values[n] for n in floats)
     for name in floats:

@@ -145,15 +145,15 @@ def plan_mixed(
     def spent_on(taken: Sequence[_Option]) -> float:
         return float(file_size(plans_of(taken))) if budget.kind == "size" else fixed + _costs(taken)
 
-    taken = _choose(options, budget.amount, budget.amount - fixed, spent_on)
+    taken, spent = _choose(options, budget.amount, budget.amount - fixed, spent_on)
     binds = any(option is not row[-1] for row, option in zip(options, taken, strict=True))
-    return plans_of(taken), Spending(budget, spent_on(taken), binds)
+    return plans_of(taken), Spending(budget, spent, binds)
 
 
 def _choose(
     options: Sequence[Sequence[_Option]], amount: float, allowed: float, spent_on: Callable[[Sequence[_Option]], float]
-) -> list[_Option]:
-    """One option a group, with the least harm, that `spent_on` says comes to no more than `amount`.
+) -> tuple[list[_Option], float]:
+    """One option a group, with the least harm, that `spent_on` says comes to no more than `amount`; and to what.
 
     `allowed` is what their costs may add up to if they are all that is spent. A file says how long each tensor is, in
     more bytes for a longer one: where that is too much, they may add up to so much less. The cheapest always fit.
@@ -162,9 +162,10 @@ def _choose(
     while True:
         chosen = allocate([[option.choice for option in row] for row in options], allowed)
         taken = [row[index] for row, index in zip(options, chosen, strict=True)]
-        costs, excess = _costs(taken), spent_on(taken) - amount * (1 + ROUNDING)
+        costs, spent = _costs(taken), spent_on(taken)
+        excess = spent - amount * (1 + ROUNDING)
         if excess <= 0 or costs <= fewest * (1 + ROUNDING):
-            return taken
+            return taken, spent
         allowed = max(fewest, costs - max(excess, 2 * ROUNDING * costs))
 
 

@@ -233,8 +233,9 @@ def test_lengths_that_grow_with_tensors_are_within_the_budget(
 def test_a_budget_that_a_file_exceeds_by_less_than_rounding_is_not_tried_again_and_again() -> None:
     """One byte above 700 million: beyond the precision that costs are compared with."""
     options = [[_Option(None, (bits,), Choice(cost, harm)) for bits, cost, harm in ((4, 1e8, 1.0), (8, 7e8, 0.0))]]
-    taken = _choose(options, 7e8, 7e8, lambda taken: 7e8 + 1 if taken[0].widths == (8,) else 1e8)
+    taken, spent = _choose(options, 7e8, 7e8, lambda taken: 7e8 + 1 if taken[0].widths == (8,) else 1e8)
     assert [option.widths for option in taken] == [(4,)]
+    assert spent == 1e8
 
 
 def test_seven_bits_are_offered_where_eight_would_saturate(module_of: Modules, calibration_images: ImageSet) -> None:
