@@ -13,9 +13,10 @@ import torch
 
 from converters import graphs
 from converters.classifier import Classifier
+from converters.conversion import relative_difference, to_torch
 from converters.load import load_classifier
 from converters.passes import LAYERS
-from converters.torch_module import TorchClassifier, relative_difference, to_torch
+from converters.torch_module import TorchClassifier
 from recipes.synth.procedural import dead_leaves
 
 BATCH = 8

@@ -20,9 +20,9 @@ import torch
 import zoo_models
 from train_zoo import describe
 
+from converters.conversion import to_torch
 from converters.export import export_kept
 from converters.load import load_classifier
-from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.distill.engine import distill
 from recipes.distill.settings import PACKAGE, DistillSettings

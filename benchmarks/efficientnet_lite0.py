@@ -35,10 +35,10 @@ from numpy.typing import NDArray
 from photographs import CROPS, random_crops
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.export import export_kept
 from converters.load import load_classifier
 from converters.runtime import Session
-from converters.torch_module import to_torch
 from mixmix_cli.console import Terminal, table
 from recipes.account import Compression
 from recipes.budget import Budget

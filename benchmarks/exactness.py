@@ -30,11 +30,11 @@ from torch import nn
 
 from converters import graphs
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.targets import choose_target
-from converters.torch_module import to_torch
 from recipes.images import gaussian_noise
 from recipes.quantize.engine import quantize
 from recipes.quantize.settings import PACKAGE, QuantizeSettings

@@ -11,8 +11,8 @@ import onnx.backend.test
 import torch
 from onnx import helper, numpy_helper
 
+from converters.conversion import relative_difference, to_torch
 from converters.load import load_classifier
-from converters.torch_module import relative_difference, to_torch
 
 FOLDER = Path(onnx.backend.test.__path__[0]) / "data" / "light"
 NAMES = sorted(path.stem for path in FOLDER.glob("light_*.onnx"))

@@ -63,8 +63,8 @@ def write_large(path: Path, layers: int, *, external: bool) -> None:
 
 def load(path: Path) -> None:
     """Load and convert in this process; print seconds and peak bytes."""
+    from converters.conversion import to_torch
     from converters.load import load_classifier
-    from converters.torch_module import to_torch
 
     started = time.perf_counter()
     to_torch(load_classifier(path))

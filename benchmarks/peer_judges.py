@@ -14,8 +14,8 @@ from photographs import random_crops
 from train_zoo import DATA, load_split
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.load import load_classifier
-from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.images import ImageSet, from_bytes, load_images
 from recipes.pipeline import load_suitable_recipe

@@ -27,9 +27,9 @@ import torchvision
 from exporting import export_folded
 from torch import Tensor, nn
 
+from converters.conversion import to_torch
 from converters.load import load_classifier
 from converters.targets import PORTABLE
-from converters.torch_module import to_torch
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import find_blocks
 from recipes.devices import choose_precision

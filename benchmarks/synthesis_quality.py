@@ -37,8 +37,9 @@ import torch
 from train_zoo import DATA, load_split
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes import zoo
 from recipes.compare import compare
 from recipes.images import ImageSet, from_bytes, gaussian_noise, load_images, to_bytes

@@ -28,10 +28,11 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from zoo_models import FAMILIES
 
+from converters.conversion import to_torch
 from converters.export import write_kept
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes.memory import keep_freed_memory
 from recipes.progress import Silent
 from recipes.synth.engine import Batch

@@ -16,9 +16,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from converters import graphs
+from converters.conversion import TOLERANCE, relative_difference
 from converters.errors import ConversionError
 from converters.runtime import Session
-from converters.torch_module import TOLERANCE, relative_difference
 
 MOST_APART = 1.5
 """Steps: float noise moves an element to the next one, and float arithmetic on both is not exact."""

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 
 from converters import passes, precision, steps
 from converters.classifier import Classifier, build, logits_session
+from converters.conversion import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 from converters.edits import Edit, apply_edits, dequantized_names
 from converters.endings import find_ending
 from converters.errors import ConversionError, ModelError, OutputError
@@ -22,7 +23,6 @@ from converters.input_spec import METADATA_PREFIX
 from converters.outputs import TEMPORARY, ensure_writable, write_atomically
 from converters.runtime import Session, fits_protobuf, serialise
 from converters.targets import PLAIN_IR, PLAIN_OPSET, Target
-from converters.torch_module import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 
 RAISED_TOLERANCE = 1e-3
 """Largest relative difference of logits at another opset.

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import OutputError
 from converters.load import load_classifier
 from converters.outputs import TEMPORARY
-from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.images import PREVIEW, ImageSet, gaussian_noise, load_images
 from recipes.progress import Progress, Silent

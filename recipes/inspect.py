@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from converters.classifier import Classifier
+from converters.conversion import Unsupported, to_torch, unsupported_operators
 from converters.errors import MixMixError
 from converters.targets import MIN_BITS, PORTABLE
-from converters.torch_module import Layer, TorchClassifier, Unsupported, to_torch, unsupported_operators
+from converters.torch_module import Layer, TorchClassifier
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import Block, find_blocks
 from recipes.patterns import NofM

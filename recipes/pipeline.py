@@ -11,10 +11,11 @@ from typing import Any, TypedDict
 import torch
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError, OutputError
 from converters.load import load_classifier
 from converters.targets import PORTABLE, Target
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from converters.writeback import prepare_for_quantization
 from recipes.account import Compression, LayerAccount
 from recipes.budget import Budget

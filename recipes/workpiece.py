@@ -12,11 +12,12 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.conversion import is_rounding, to_torch
 from converters.edits import Edit, apply_edits
 from converters.outputs import ensure_writable
 from converters.runtime import fits_protobuf
 from converters.steps import Quantized
-from converters.torch_module import TorchClassifier, is_rounding, to_torch
+from converters.torch_module import TorchClassifier
 from recipes.account import Compression, LayerAccount, share_of_zeros
 from recipes.checkpoint import Checkpoint
 from recipes.images import ImageSet

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError, OutputError, nearest
 from converters.export import write_kept
 from converters.files import read_model
 from converters.load import load_classifier
 from converters.outputs import ensure_writable, write_atomically
-from converters.torch_module import to_torch
 from recipes.inspect import layer_outputs
 from recipes.libraries import create, is_installed
 from recipes.progress import Progress, Silent

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes import zoo
 from tests import models
 

@@ -82,8 +82,8 @@ def compare_sets(**given: Any) -> int:
     from converters.outputs import ensure_model
 
     ensure_model(given["model"])
+    from converters.conversion import to_torch
     from converters.load import load_classifier
-    from converters.torch_module import to_torch
     from mixmix_cli.console import terminal_for
     from mixmix_cli.results import comparison_json, comparison_page
     from recipes.compare import compare

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.edits import Edit, TensorEdit
 from converters.errors import MixMixError
 from converters.ops.registry import Body
-from converters.torch_module import Step, TorchClassifier, to_torch
+from converters.torch_module import Step, TorchClassifier
 from recipes.account import Compression, LayerAccount, account_layer
 from recipes.augment import Augmentation
 from recipes.checkpoint import Checkpoint

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.edits import BIAS, Edit, TensorEdit
-from converters.torch_module import Layer, TorchClassifier, to_torch
+from converters.torch_module import Layer, TorchClassifier
 from recipes.account import Compression, LayerAccount, account_layer, share_of_zeros
 from recipes.checkpoint import Checkpoint
 from recipes.devices import choose_precision

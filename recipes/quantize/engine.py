@@ -21,10 +21,11 @@ from torch import Tensor
 
 import converters.writeback as writeback
 from converters.classifier import Classifier
+from converters.conversion import FLIP_TOLERANCE
 from converters.errors import MixMixError
 from converters.kernels import Forecast, Fusion, clipped_to, count_fusion, forecast
 from converters.targets import MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
-from converters.torch_module import FLIP_TOLERANCE, Layer, Segment, TorchClassifier
+from converters.torch_module import Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
 from recipes.account import Compression
 from recipes.budget import Budget, Spending

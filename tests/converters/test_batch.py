@@ -11,9 +11,9 @@ import torch
 
 from converters.batch import Place, reshaped
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import ConversionError
 from converters.ops import registry
-from converters.torch_module import to_torch
 from tests import models
 from tests.converters import oracle
 

@@ -13,8 +13,9 @@ from converters import writeback
 from converters.channel_cuts import Channels
 from converters.channels import find_channels
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.numbering import FIXED
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from tests import models
 from tests.models import assemble, head, head_tensors, node, weights
 

@@ -11,15 +11,15 @@ import onnx
 import pytest
 import torch
 
-from converters import torch_module, writeback
+from converters import conversion, writeback
 from converters.classifier import Classifier
+from converters.conversion import Unsupported, relative_difference, to_torch, unsupported_operators
 from converters.edits import WeightEdit, apply_edits
 from converters.errors import ConversionError, ModelError, UnsupportedOperatorError
 from converters.load import load_classifier
 from converters.ops import registry
 from converters.runtime import Session
 from converters.targets import PORTABLE
-from converters.torch_module import Unsupported, relative_difference, to_torch, unsupported_operators
 from tests import models
 from tests.converters import oracle
 
@@ -91,7 +91,7 @@ def test_wrong_last_operator_is_found(load: Load, monkeypatch: pytest.MonkeyPatc
 def test_float_noise_that_the_model_amplifies_is_no_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = load(models.chaotic())
     to_torch(classifier)
-    monkeypatch.setattr(torch_module, "ROUNDING", 0.0)
+    monkeypatch.setattr(conversion, "ROUNDING", 0.0)
     with pytest.raises(ConversionError, match="first at value 'chaos'"):
         to_torch(classifier)
 

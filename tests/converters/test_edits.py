@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.edits import BIAS, ActivationEdit, BiasEdit, TensorEdit, WeightEdit, apply_edits
 from converters.errors import ModelError
 from converters.runtime import Session, serialise
 from converters.targets import INT8, PORTABLE, UINT8, UINT16, Container, choose_target
-from converters.torch_module import to_torch
 from converters.writeback import difference_from, prepare_for_quantization
 from tests import models
 from tests.converters import oracle

@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import ModelError
-from converters.torch_module import to_torch
 from tests import models
 from tests.converters import oracle
 

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
+from converters.conversion import relative_difference, to_torch
 from converters.edits import WeightEdit, apply_edits
 from converters.errors import ConversionError, ModelError, OutputError, SpecError
 from converters.layer_values import read_layers
@@ -22,7 +23,6 @@ from converters.load import load_classifier
 from converters.outputs import ensure_makeable
 from converters.runtime import Session, serialise
 from converters.targets import PORTABLE
-from converters.torch_module import relative_difference, to_torch
 from converters.writeback import prepare_for_pruning, prepare_for_quantization, prepare_for_training
 from tests import models
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.kernels import forecast, values_between
 from converters.targets import INT2, INT4, INT8, TARGETS, UINT8, UINT16, choose_target
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from converters.writeback import prepare_for_quantization
 
 Modules = Callable[[str], TorchClassifier]

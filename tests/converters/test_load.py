@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError, ModelError, SpecError
 from converters.load import load_classifier
-from converters.torch_module import to_torch
 from tests import models
 
 Load = Callable[[onnx.ModelProto], Classifier]

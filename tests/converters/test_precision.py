@@ -11,9 +11,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.runtime import Session, serialise
 from converters.targets import PORTABLE
-from converters.torch_module import to_torch
 from converters.writeback import prepare_for_quantization
 from tests import models
 from tests.converters import oracle

@@ -10,10 +10,11 @@ import pytest
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.conversion import relative_difference, to_torch
 from converters.edits import TensorEdit
 from converters.scalings import Scaling, find_scalings
 from converters.targets import PORTABLE
-from converters.torch_module import TorchClassifier, relative_difference, to_torch
+from converters.torch_module import TorchClassifier
 from tests import models
 from tests.models import CHANNELS, CLASSES, LOGITS, SIDE, assemble, head, head_tensors, node, weights
 

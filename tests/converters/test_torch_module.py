@@ -12,9 +12,10 @@ import torch
 from onnx import numpy_helper
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import ModelError
 from converters.runtime import Session
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from tests import models
 from tests.converters import oracle
 

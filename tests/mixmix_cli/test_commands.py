@@ -122,9 +122,9 @@ def exhaust_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("exhaust", "whose", "where"),
     [
-        (exhaust_torch, "machine", "converters.torch_module.TorchClassifier"),
+        (exhaust_torch, "machine", "converters.conversion.TorchClassifier"),
         (exhaust_numpy, "machine", "converters.load.read_model"),
-        (exhaust_a_gpu, "GPU", "converters.torch_module.TorchClassifier"),
+        (exhaust_a_gpu, "GPU", "converters.conversion.TorchClassifier"),
     ],
 )
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from converters.conversion import to_torch
 from converters.errors import ModelError
 from converters.load import load_classifier
 from converters.targets import TARGETS, WEIGHT_CONTAINERS, WIDE
-from converters.torch_module import to_torch
 from mixmix_cli import layers, options, results
 from mixmix_cli.__main__ import main
 from mixmix_cli.commands import quantize

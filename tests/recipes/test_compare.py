@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.input_spec import SpecError
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes import zoo
 from recipes.compare import compare, kernel_matrix, two_sample_test, unbiased_mmd2
 from recipes.images import ImageSet, gaussian_noise, load_images

@@ -14,9 +14,10 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes.account import Compression
 from recipes.distill.engine import BatchStatistics, distill, trainable, whole_batches
 from recipes.distill.losses import likeness, likeness_loss

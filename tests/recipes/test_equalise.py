@@ -11,10 +11,11 @@ import torch
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.conversion import relative_difference, to_torch
 from converters.load import load_classifier
 from converters.scalings import find_scalings
 from converters.targets import PORTABLE
-from converters.torch_module import TorchClassifier, relative_difference, to_torch
+from converters.torch_module import TorchClassifier
 from converters.units import KEY, STEPS_PER_OCTAVE, to_metadata
 from recipes.images import ImageSet
 from recipes.quantize import engine

@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
+from converters.conversion import seeded_input
 from converters.targets import choose_target
-from converters.torch_module import seeded_input
 from converters.writeback import prepare_for_pruning, prepare_for_training
 from recipes.images import ImageSet, gaussian_noise
 from recipes.prune.engine import prune

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from converters.conversion import to_torch
 from converters.load import load_classifier
-from converters.torch_module import to_torch
 from recipes import zoo
 from recipes.least_squares import DAMPING, moments
 from recipes.quantize import primitives as q

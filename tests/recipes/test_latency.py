@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from converters.channels import find_channels
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from converters.writeback import prepare_for_pruning
 from recipes.progress import Silent
 from recipes.prune.channels import Limits, Removed, choose_channels, no_harm, removals, share_left

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from converters.conversion import to_torch
 from converters.errors import SpecError
 from converters.export import write_kept
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes.images import load_images
 from recipes.progress import Silent
 from recipes.synth.engine import Batch, synthesize

@@ -14,10 +14,11 @@ from onnx import numpy_helper
 
 from converters.channels import find_channels
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from converters.writeback import edited_classifier, prepare_for_pruning
 from recipes.account import Compression
 from recipes.images import ImageSet

@@ -12,8 +12,8 @@ import torch
 
 from converters.channels import find_channels
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.load import load_classifier
-from converters.torch_module import to_torch
 from converters.writeback import prepare_for_pruning
 from recipes.images import ImageSet
 from recipes.inspect import inspect_model

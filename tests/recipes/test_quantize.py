@@ -15,11 +15,11 @@ from onnx import TensorProto, numpy_helper
 
 from converters import writeback
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
 from converters.targets import PORTABLE, choose_target
-from converters.torch_module import to_torch
 from recipes.account import Compression
 from recipes.images import ImageSet
 from recipes.quantize import primitives as q

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes import zoo
 from recipes.images import ImageSet
 from recipes.objective import BlockError, Objective, moved

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor
 
+from converters.conversion import to_torch
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from converters.runtime import Session
-from converters.torch_module import Layer, TorchClassifier, to_torch
+from converters.torch_module import Layer, TorchClassifier
 from recipes import zoo
 from recipes.images import ImageSet
 from recipes.least_squares import (

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from converters.conversion import to_torch
 from converters.errors import OutputError
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
-from converters.torch_module import TorchClassifier, to_torch
+from converters.torch_module import TorchClassifier
 from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
 from recipes.progress import Silent, Task
 from recipes.ranks import Ranks

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from converters import torch_module
+from converters import conversion
 from converters.classifier import Classifier
 from converters.errors import ConversionError
 from recipes.images import ImageSet
@@ -45,8 +45,8 @@ def test_what_the_model_makes_of_the_last_digits_is_no_error(
     make(classifier, ImageSet(pixels), output)
     assert output.is_file()
     output.unlink()
-    to_torch = torch_module.to_torch
-    monkeypatch.setattr(torch_module, "ROUNDING", 0.0)
+    to_torch = conversion.to_torch
+    monkeypatch.setattr(conversion, "ROUNDING", 0.0)
     monkeypatch.setattr("recipes.workpiece.to_torch", lambda model, check=True: to_torch(model, check=False))
     with pytest.raises(ConversionError, match="the written model differs from the computed one"):
         make(classifier, ImageSet(pixels), output)
