@@ -32,6 +32,7 @@ TEXT_KEYS = ("labels", "layout")  # never numbers or lists, whatever their text 
 MOST_CHANNELS = 4096
 
 PIXEL_KEYS = ("mean", "std", "scale")
+ASSUMED_SIDE = 224
 SHAPES = {"size": "it is [height, width], such as [224, 224], both positive"}
 """How keys are written that a validator has no plain words for."""
 ASSUMED = ("source", "assumed")
@@ -197,17 +198,25 @@ def resolve(
     properties: Mapping[str, str],
     options: Mapping[str, Any] | None = None,
     detected: Mapping[str, Any] | None = None,
+    open_size: tuple[int, int] | None = None,
 ) -> InputSpec:
     """The input spec of a model whose image input has `shape` (4 entries, None where the file leaves it open).
 
     Options override single keys of whatever the sidecar or the metadata say, and these override what was `detected`.
+    Sides that nobody states are those of `open_size`.
     Raises SpecError when a key is unknown or malformed, or contradicts the shape in the file.
     """
     given, sidecar, metadata = _given(options), read_sidecar(model_path), read_metadata(properties)
     stated = _stated(given, sidecar, metadata)
     layout = stated.get("layout") or ("NHWC" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "NCHW")
     height, width, channels = (shape[axis] for axis in ((1, 2, 3) if layout == "NHWC" else (2, 3, 1)))
-    values = _assumed(height, width, channels, stated) | {"layout": layout} | dict(detected or {}) | stated
+    sides = open_size or (ASSUMED_SIDE, ASSUMED_SIDE)
+    values = (
+        _assumed((height or sides[0], width or sides[1]), channels, stated)
+        | {"layout": layout}
+        | dict(detected or {})
+        | stated
+    )
     values["source"] = _source(given, sidecar, metadata, detected)
     count = _channel_count(values["channels"])
     for key in ("mean", "std"):  # one number is that of every channel
@@ -260,7 +269,7 @@ def _source(
     return next((name for name, keys in sources if any(key in keys for key in PIXEL_KEYS)), "assumed")
 
 
-def _assumed(height: int | None, width: int | None, channels: int | None, stated: Mapping[str, Any]) -> dict[str, Any]:
+def _assumed(size: tuple[int, int], channels: int | None, stated: Mapping[str, Any]) -> dict[str, Any]:
     """What to believe of a model that says nothing: ImageNet for 3 channels, half and half otherwise."""
     named = stated.get("channels")
     if channels is not None:
@@ -269,7 +278,7 @@ def _assumed(height: int | None, width: int | None, channels: int | None, stated
         count = named
     else:
         count = 1 if named == "gray" else 3
-    values: dict[str, Any] = {"size": (height or 224, width or 224)}
+    values: dict[str, Any] = {"size": size}
     if count == 3:
         mean, std = (v[::-1] if named == "bgr" else v for v in (IMAGENET_MEAN, IMAGENET_STD))
         return values | {"channels": "rgb", "mean": mean, "std": std}

@@ -21,21 +21,24 @@ from converters.passes import LAYERS
 from converters.precision import FLOATS, IMAGE_TYPES
 
 
-def load_classifier(path: Path, options: Mapping[str, Any] | None = None) -> Classifier:
+def load_classifier(
+    path: Path, options: Mapping[str, Any] | None = None, *, open_size: tuple[int, int] | None = None
+) -> Classifier:
     """Read, check and normalise the classifier at `path`; `options` are input-spec keys that the user gave.
 
-    Where nobody says how the model takes pixels, that is judged from the model (`detect`). Raises ModelError when the
-    file is missing, damaged, not ONNX or not an image classifier, and SpecError when its input spec cannot be used.
+    Where nobody says how the model takes pixels, that is judged from the model (`detect`), and sides that it leaves
+    open are those of `open_size`. Raises ModelError when the file is missing, damaged, not ONNX or not an image
+    classifier, and SpecError when its input spec cannot be used.
     """
     try:
-        return _load(path, options)
+        return _load(path, options, open_size)
     except MixMixError:
         raise
     except Exception as error:  # a damaged field can lead anywhere
         raise ModelError(f"{path} is damaged ({type(error).__name__}): fetch or export it again") from error
 
 
-def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
+def _load(path: Path, options: Mapping[str, Any] | None, open_size: tuple[int, int] | None) -> Classifier:
     file = read_model(path)
     check_skeleton(file.skeleton, path)
     original = file.model
@@ -46,7 +49,7 @@ def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
     remarks = _in_inference_form(original, path)
     shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in image.shape or []]
     properties = dict(original.metadata_props)
-    spec = resolve(path, shape, properties, options)
+    spec = resolve(path, shape, properties, options, open_size=open_size)
     classifier = build(path, original, spec, file.sha256, size_bytes=file.size_bytes, is_file=not remarks)
     classifier = replace(classifier, remarks=remarks)
     if spec.source != "assumed":
@@ -54,7 +57,7 @@ def _load(path: Path, options: Mapping[str, Any] | None) -> Classifier:
     detection = detect(classifier, stated_keys(path, properties, options))
     if detection is None:
         return classifier
-    spec = resolve(path, shape, properties, options, detected=detection.keys)
+    spec = resolve(path, shape, properties, options, detection.keys, open_size)
     return replace(classifier, spec=spec, detection=detection)
 
 

@@ -60,7 +60,7 @@ def request_from(
     spec = {**options.spec_from(given), "size": given["size"]}
     classifier = load_classifier(given["model"], spec)
     taught = None if student is None else load_classifier(student, spec)
-    zoo = [load_classifier(path) for path in given["zoo"]]
+    zoo = [load_classifier(path, open_size=classifier.spec.size) for path in given["zoo"]]
     for model in (classifier, *([] if taught is None else [taught]), *zoo):
         terminal.tell_choices(model)
     return Request(

@@ -7,10 +7,9 @@ records when a run begins and when it ends, however it ends.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,16 @@ from converters.errors import OutputError
 from converters.outputs import TEMPORARY, write_atomically
 from recipes.images import METADATA, PREVIEW, contact_sheet, encode_image, to_bytes
 from recipes.refusals import MANIFEST, RECORDS, check_set_folder
+from recipes.shards import (
+    IMAGES,
+    digest_of,
+    image_files,
+    image_name,
+    is_intact,
+    metadata_rows,
+    read_records,
+    record_files,
+)
 
 PREVIEW_IMAGES = 64
 
@@ -81,7 +90,7 @@ class ImageStore:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self.close()  # the manifest first: by it a set is known
-            for name in ("images", RECORDS):
+            for name in (IMAGES, RECORDS):
                 (directory / name).mkdir(exist_ok=True)
         except (OSError, OutputError) as error:
             reason = getattr(error, "strerror", None) or "not writable"
@@ -96,17 +105,21 @@ class ImageStore:
             except OtherSetError:
                 if not overwrite:
                     raise
-        try:
-            for name in ("images", RECORDS):
-                if (self.directory / name).exists():
-                    shutil.rmtree(self.directory / name)
-            for name in (METADATA, PREVIEW):  # the manifest is replaced
-                (self.directory / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{self.directory} cannot be cleared ({error.strerror}): choose another output"
-            ) from error
+        self._remove([*record_files(self.directory), *image_files(self.directory)])
+        self._remove(self.directory / name for name in (METADATA, PREVIEW))  # the manifest is replaced
         return []
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        """Remove files, and the folders of classes that this leaves empty. Raises OutputError where one cannot be."""
+        removed = list(files)
+        try:
+            for file in removed:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{error.filename} cannot be removed ({error.strerror}): remove it") from error
+        for folder in {file.parent for file in removed if file.parent.parent == self.directory / IMAGES}:
+            with suppress(OSError):  # the user's own files lie there too
+                folder.rmdir()
 
     def _go_on(self) -> list[dict[str, Any]]:
         """The finished shards of the same set. Raises OutputError where there is none."""
@@ -124,20 +137,20 @@ class ImageStore:
                 " it, repeat those, or replace it with --force",
                 found,
             )
-        try:
-            for abandoned in list(self.directory.rglob(f"{TEMPORARY}*")):
-                if abandoned.is_file():
-                    abandoned.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"{error.filename} cannot be removed ({error.strerror}): remove it") from error
-        return self.records()
+        finished = [record for record in self.records() if is_intact(self.directory, record)]
+        kept = {self.directory / name for record in finished for name in record["files"]}
+        kept |= {self.directory / RECORDS / f"{record['index']:05d}.json" for record in finished}
+        held = [*record_files(self.directory), *image_files(self.directory)]
+        abandoned = [file for file in self.directory.rglob(f"{TEMPORARY}*") if file.is_file()]
+        self._remove([*abandoned, *(file for file in held if file not in kept)])
+        return finished
 
     def add(self, index: int, seed: int, pixels: Tensor, labels: Tensor, facts: dict[str, Any]) -> None:
         """Write one shard: `pixels` [N, C, H, W] in [0, 1] become 8 bits; `facts` (losses, seconds) are recorded."""
-        files: dict[str, str] = {}
+        files: dict[str, bytes] = {}
         for position, (image, label) in enumerate(zip(to_bytes(pixels), labels.tolist(), strict=True)):
             suffix, content = encode_image(image)
-            name = f"images/{label:05d}/{index:05d}-{position:05d}{suffix}"
+            name = image_name(label, index, position, suffix)
             path = self.directory / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,23 +159,14 @@ class ImageStore:
                     f"{path.parent} cannot be made ({error.strerror}): see to {self.directory}"
                 ) from error
             write_atomically(path, content)
-            files[name] = hashlib.sha256(content).hexdigest()
-        digest = hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
-        record = {"index": index, "seed": seed, "images": len(files), "sha256": digest, "files": list(files), **facts}
+            files[name] = content
+        facts = {"sha256": digest_of(files), "files": list(files), **facts}
+        record = {"index": index, "seed": seed, "images": len(files), **facts}
         write_atomically(self.directory / RECORDS / f"{index:05d}.json", json.dumps(record).encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of the finished shards, in order: those that can be read and whose files are all there."""
-        found = []
-        for path in (self.directory / RECORDS).glob("*.json"):
-            try:
-                record = json.loads(path.read_text())
-                whole = all((self.directory / name).stat().st_size for name in record["files"])
-                if whole and record["index"] == int(path.stem) and record.keys() >= {"seed", "images", "sha256"}:
-                    found.append(record)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # as good as not there: the shard is made again
-        return sorted(found, key=lambda record: int(record["index"]))
+        """The records of the finished shards, in order."""
+        return read_records(self.directory)
 
     def close(self) -> None:
         """Draw up the metadata and the manifest of a set that is not finished."""
@@ -175,12 +179,8 @@ class ImageStore:
 
     def _write_summary(self, *, finished: bool, **facts: Any) -> None:
         shards = self.records()
-        rows = [
-            {"file_name": name, "label": int(Path(name).parent.name), "shard": shard["index"], "seed": shard["seed"]}
-            for shard in shards
-            for name in shard["files"]
-        ]
-        write_atomically(self.directory / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        rows = "".join(json.dumps(row) + "\n" for row in metadata_rows(shards))
+        write_atomically(self.directory / METADATA, rows.encode())
         told = [{key: value for key, value in shard.items() if key != "files"} for shard in shards]
         manifest = {"format": 2, "finished": finished, "identity": self.identity, "shards": told, **facts}
         write_atomically(self.directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())

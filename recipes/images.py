@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +16,16 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipes.refusals import MANIFEST, DataError, check_source
+from recipes.refusals import MANIFEST, DataError, check_source, is_set
+from recipes.shards import IMAGES, metadata_rows, read_records
 
 LabelKind = Literal["real", "targets", "none"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".npy")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy")
 METADATA, PREVIEW = "metadata.jsonl", "preview.png"
+MOST_LABEL = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] |
     check_source(path)
     if path.is_file():
         return _load_npz(path).take(limit)
-    if (path / METADATA).is_file():
+    if _is_synthesized(path):
         return _load_synthesized(path, limit)
     return _load_folder(path, limit, size)
 
@@ -88,17 +88,20 @@ def load_images(path: Path, limit: int | None = None, *, size: tuple[int, int] |
 def _load_npz(path: Path) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as archive:  # an .npy under this name has no context: TypeError
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, NotImplementedError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            names = archive.files
+            arrays = {key: archive[key] for key in ("images", "labels") if key in names}
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can lead a reader anywhere
         raise DataError(f"{path} is not a readable .npz of plain arrays: write it with numpy.savez") from error
     images = arrays.get("images")
     if images is None:
-        raise DataError(f"{path} has no array 'images' (it has {', '.join(arrays) or 'none'}): add one")
+        raise DataError(f"{path} has no array 'images' (it has {', '.join(names) or 'none'}): add one")
     if images.ndim != 4 or not images.size:
         raise DataError(
             f"{path}: images have shape {list(images.shape)}, not [N, H, W, C] or [N, C, H, W]: reshape them"
         )
-    if images.shape[1] < images.shape[3]:  # channels are the smaller of the two
+    if _channels_first(images.shape[1:]):
         images = images.transpose(0, 2, 3, 1)
     if images.dtype == np.uint8:
         pixels = from_bytes(images)
@@ -118,16 +121,34 @@ def _load_npz(path: Path) -> ImageSet:
     return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), "real", str(path))
 
 
+def _channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether an image's shape is [C, H, W] and not [H, W, C]: by gray and colour, then by square sides, then size."""
+    first, middle, last = shape
+    usual = (first in (1, 3), last in (1, 3))
+    if usual[0] != usual[1]:
+        return usual[0]
+    square = (middle == last, middle == first)
+    return square[0] if square[0] != square[1] else first < last
+
+
 def _load_synthesized(path: Path, limit: int | None) -> ImageSet:
+    finished = _is_finished(path)
     try:
-        rows = [json.loads(line) for line in (path / METADATA).read_text().splitlines() if line.strip()][:limit]
-        files, labels = [path / row["file_name"] for row in rows], [int(row["label"]) for row in rows]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if finished:
+            rows = [json.loads(line) for line in (path / METADATA).read_text().splitlines() if line.strip()]
+        else:  # the metadata are as they were when the run began: it may have been killed since, or be running
+            rows = metadata_rows(read_records(path))
+        files = [path / row["file_name"] for row in rows[:limit]]
+        labels = torch.tensor([int(row["label"]) for row in rows[:limit]])
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{path / METADATA} is damaged ({error}): synthesize the set again") from error
     if not files:
         raise DataError(f"{path} holds no images yet: finish it with synth --resume")
-    unfinished = "" if _is_finished(path) else " (unfinished: synth --resume completes it)"
-    return ImageSet(_stack(files), torch.tensor(labels), "targets", f"{path}{unfinished}")
+    lost = next((file for file in files if not file.is_file()), None)
+    if lost is not None:
+        raise DataError(f"{lost} is missing, which {path / METADATA} lists: synthesize the set again")
+    unfinished = "" if finished else " (unfinished: synth --resume completes it)"
+    return ImageSet(_stack(files), labels, "targets", f"{path}{unfinished}")
 
 
 def _is_finished(path: Path) -> bool:
@@ -154,6 +175,9 @@ def _load_folder(path: Path, limit: int | None, size: tuple[int, int] | None) ->
         hint = f"name {deeper.parent}" if deeper is not None else "name a folder with images in it"
         raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}): {hint}")
     numbered = all(folder.name.isdecimal() for folder in within)
+    odd = next((folder for folder in within if numbered and int(folder.name) > MOST_LABEL), None)
+    if odd is not None:
+        raise DataError(f"{odd} is no class ({odd.name} is beyond 64 bits): name folders by class")
     labels = {folder: int(folder.name) if numbered else folders.index(folder) for folder in within}
     found = [(file, labels[folder]) for folder, files in within.items() for file in files]
     if limit is not None and limit < len(found):  # evenly over the classes, not the first class alone
@@ -174,7 +198,10 @@ def _not_of_a_set(path: Path, folders: Sequence[Path]) -> None:
 
 
 def _is_synthesized(folder: Path) -> bool:
-    return (folder / METADATA).is_file() and (folder / MANIFEST).is_file()
+    """Whether synth wrote what is in the folder, though its manifest is gone: others have metadata of this name too."""
+    if not (folder / METADATA).is_file():
+        return False
+    return is_set(folder) or any(child.name.isdecimal() for child in (folder / IMAGES).glob("*/"))
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -198,7 +225,7 @@ def _stack(files: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor
 
 def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
-        if file.suffix == ".npy":
+        if file.suffix.lower() == ".npy":
             array = np.load(file, allow_pickle=False)
             if not isinstance(array, np.ndarray):
                 raise DataError(f"{file} holds several arrays: write one uint8 array [H, W, C] with numpy.save")
@@ -213,7 +240,11 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
             else:
                 array = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
         return array[:, :, None] if array.ndim == 2 else array
-    except (UnidentifiedImageError, OSError, EOFError, ValueError, SyntaxError) as error:
+    except (DataError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{file} has more pixels than an image should: make it smaller, or remove it") from error
+    except Exception as error:  # a damaged file can lead a reader anywhere
         raise DataError(f"{file} cannot be read as an image: remove or replace it") from error
 
 

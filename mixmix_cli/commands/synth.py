@@ -71,7 +71,9 @@ def _synth(ranks: Ranks, given: dict[str, Any], how: Asked) -> int:
 
     terminal = terminal_for(given, ranks)
     device = choose_device(given["device"])
-    classifiers = [load_classifier(path, options.spec_from(dict(given))) for path in given["models"]]
+    classifiers = [
+        load_classifier(path, options.spec_from(dict(given)), open_size=given["size"]) for path in given["models"]
+    ]
     for classifier in classifiers:
         terminal.tell_choices(classifier)
     recipe, settings = load_suitable_recipe(given["recipe"], classifiers, *how, terminal)

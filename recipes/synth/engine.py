@@ -34,7 +34,7 @@ from recipes.synth.mixing import Mix, draw_mix, mixed_cross_entropy
 from recipes.synth.procedural import dead_leaves
 from recipes.synth.settings import Stage, SynthSettings
 from recipes.synth.statistics import Statistics
-from recipes.synth.teachers import SynthesisError, Teacher, canonical_spec, judge, make_teachers
+from recipes.synth.teachers import SynthesisError, Teacher, canonical_spec, judge, make_teachers, working_units
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def synthesize(
         progress.say(f"left out, without BatchNorm statistics: {', '.join(left_out)}")
     height, width = (max(module.spec.size[axis] for module in modules) for axis in (0, 1))
     full = size or (height, width)
-    store = ImageStore(directory, _identity(teachers, settings, recipe, full, seed, versions or {}))
+    store = ImageStore(directory, _identity(teachers, settings, recipe, full, seed, classes, versions or {}))
     counts = [settings.batch] * (settings.images // settings.batch)
     if settings.images % settings.batch:
         counts.append(settings.images % settings.batch)
@@ -153,6 +153,7 @@ def _identity(
     recipe: str,
     size: tuple[int, int],
     seed: int,
+    classes: int,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that decides the images."""
@@ -161,6 +162,7 @@ def _identity(
         "settings": settings.model_dump(mode="json"),
         "size": list(size),
         "seed": seed,
+        "classes": classes,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), **versions},
         "models": [
             {
@@ -248,11 +250,7 @@ class Batch:
         self.generator = torch.Generator().manual_seed(seed)
         spec = canonical_spec(teachers)
         shape = (1, -1, 1, 1)
-        mean, std = (
-            torch.tensor(values, device=self.device).view(shape) / spec.scale for values in (spec.mean, spec.std)
-        )
-        if spec.channels == "bgr":
-            mean, std = mean.flip(1), std.flip(1)
+        mean, std = (torch.tensor(values, device=self.device).view(shape) for values in working_units(spec))
         self.mean, self.std = mean, std
         self.low, self.high = -mean / std, (1 - mean) / std
         self.channels = spec.channel_count

@@ -10,6 +10,9 @@ from torch import Tensor
 from converters.torch_module import BatchNorm
 from recipes.synth.statistics import Statistics
 
+LEAST = 1e-12
+"""What a norm is divided by where it is 0."""
+
 
 def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm], *, relative: bool = False) -> Tensor:
     """sum over BatchNorm layers of ||mean(X) - mu||_2 + ||std(X) - sigma||_2.
@@ -22,13 +25,19 @@ def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm],
         mean, deviation = statistics[norm.input]
         sigma = norm.variance.sqrt()
         term = (mean - norm.mean).norm() + (deviation - sigma).norm()
-        terms.append(term / sigma.norm() if relative else term)
+        terms.append(term / sigma.norm().clamp_min(LEAST) if relative else term)
     return torch.stack(terms).sum()
 
 
 def total_variation(images: Tensor) -> Tensor:
     """Mean squared difference of horizontal and vertical neighbours (the L2 form)."""
-    return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
+    vertical, horizontal = (_power(images.diff(dim=dim)) for dim in (2, 3))
+    return vertical + horizontal
+
+
+def _power(differences: Tensor) -> Tensor:
+    """Mean square; 0 where an image of one row or column has no neighbours."""
+    return differences.square().mean() if differences.numel() else differences.new_zeros(())
 
 
 def deep_inversion_prior(images: Tensor, variation: float, magnitude: float) -> Tensor:

@@ -16,6 +16,12 @@ from recipes.synth import objectives
 from recipes.synth.settings import SynthSettings
 from recipes.synth.statistics import Observer, Statistics
 
+LEAST_SPAN, MOST_SPAN = 1.5, 10.0
+"""Standard deviations that the pixel range has in models that take normalised images: 2 where it becomes [-1, 1], 4.4
+by ImageNet's."""
+PLAIN_MEAN, PLAIN_DEVIATION = 0.5, 0.25
+"""Of pixels, where a model's own say nothing of images."""
+
 
 class SynthesisError(MixMixError):
     """Models that no image can be made from, or an optimisation that went astray."""
@@ -102,11 +108,11 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     """
     classes = [_classes(module) for module in modules]
     space = label_space(modules[0], classes[0])
-    smallest = min(stage.scale for stage in settings.stages)
+    scales = {stage.scale for stage in settings.stages if stage.scale != 1}
     teachers = []
     for module, count, name in zip(modules, classes, _distinct_names(modules), strict=True):
         norms = module.batchnorms()
-        shares = count == classes[0] and label_space(module, count) == space
+        shares = 1 < count == classes[0] and label_space(module, count) == space  # one class tells nothing apart
         teachers.append(
             Teacher(
                 name=name,
@@ -114,7 +120,7 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 norms=norms,
                 labels=shares and settings.label > 0,
                 segment=module.segment([module.input_name], [module.logits_name]),
-                runs_smaller=smallest == 1 or _runs_smaller(module, smallest),
+                runs_smaller=all(_runs_smaller(module, scale) for scale in sorted(scales)),
             )
         )
     teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
@@ -142,6 +148,21 @@ def canonical_spec(teachers: Sequence[Teacher]) -> InputSpec:
                 " make its images without them"
             )
     return most
+
+
+def working_units(spec: InputSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels in [0, 1], in whose units images are optimised: one a channel, in RGB.
+
+    Those that the canonical model was trained with, as long as they are about those of images. Where the model
+    normalises within, or takes 0 to 255 as it is, the spec's are not: a step or a roughness of one size would be far
+    too little for one model or far too much for another.
+    """
+    mean, std = (tuple(value / spec.scale for value in values) for values in (spec.mean, spec.std))
+    if spec.channels == "bgr":
+        mean, std = mean[::-1], std[::-1]
+    if not all(LEAST_SPAN <= 1 / each <= MOST_SPAN for each in std):
+        return (PLAIN_MEAN,) * len(mean), (PLAIN_DEVIATION,) * len(std)
+    return mean, std
 
 
 @torch.no_grad()

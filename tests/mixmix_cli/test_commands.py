@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -81,6 +82,20 @@ def test_synth_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert document["images"] == 4
     assert document["models"] == ["plain"]
     assert set(document) >= {"dir", "images", "seconds", "seconds_per_image", "models", "final"}
+
+
+def test_synth_size_is_that_of_a_model_that_leaves_it_open(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = onnx.load(zoo.model_path("plain"))
+    for dim, name in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], ("height", "width"), strict=True):
+        dim.dim_param = name
+    kept = [prop for prop in model.metadata_props if prop.key != "mixmix.input.size"]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, tmp_path / "open.onnx")
+    words = ("synth", tmp_path / "open.onnx", "-o", tmp_path / "d", "-n", 2, "--size", "28", *TINY)
+    assert run(capsys, *words)[0] == 0
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert manifest["identity"]["models"][0]["input"]["size"] == [28, 28]
 
 
 def test_traceback_keeps_the_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

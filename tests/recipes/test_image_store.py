@@ -268,3 +268,42 @@ def test_what_was_damaged_may_be_replaced(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(manifest)
         with pytest.raises(OutputError, match="not a set that synth wrote"):
             check_set_folder(folder, resume=False, overwrite=True)
+
+
+def test_force_removes_what_the_store_wrote_and_nothing_else(tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    own = [tmp_path / "images/mine.txt", tmp_path / "images/00004/mine.png", tmp_path / "shards/notes.json"]
+    for file in own:
+        file.write_text("mine")
+    begin(tmp_path, overwrite=True, seed=1)
+    kept = {path for path in snapshot(tmp_path) if not path.startswith(("manifest", "metadata"))}
+    assert kept == {str(file.relative_to(tmp_path)) for file in own}
+    assert not (tmp_path / "images/00000").exists()
+
+
+def test_what_a_stop_left_of_another_set_does_not_stay_beside_the_new_one(tmp_path: Path) -> None:
+    add(begin(tmp_path), 0)
+    (tmp_path / "shards" / "00000.json").unlink()  # killed before the first record
+    begin(tmp_path, resume=True, seed=1)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_an_image_that_was_replaced_costs_its_shard(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0)
+    add(store, 1)
+    shards = {row["shard"]: tmp_path / row["file_name"] for row in read(tmp_path)[1]}
+    shards[1].write_bytes(shards[0].read_bytes())
+    assert finished(begin(tmp_path, resume=True)) == {0}
+
+
+def test_what_is_finished_can_be_read_though_nobody_drew_it_up(tmp_path: Path) -> None:
+    """Killed by a signal that nobody hears: metadata are as they were in the beginning."""
+    store = begin(tmp_path)
+    store.add(0, 100, images(0), torch.tensor([4, 0, 4]), {"losses": {}})
+    assert read(tmp_path)[1] == []
+    found = load_images(tmp_path)
+    assert torch.equal(found.pixels, from_bytes(to_bytes(images(0))))
+    assert found.labels is not None
+    assert found.labels.tolist() == [4, 0, 4]
+    assert "unfinished" in found.source

@@ -205,6 +205,48 @@ def test_synthesized_folder_has_targets_and_only_what_the_metadata_lists(tmp_pat
     assert torch.equal(load_images(tmp_path, 2).pixels, from_bytes(pixels[:2]))
 
 
+def test_a_data_set_may_have_metadata_of_its_own(tmp_path: Path) -> None:
+    """As image folders of other tools have, under the same name."""
+    for index, name in enumerate(("cat", "dog")):
+        save_image(tmp_path / name / "a.png", random_bytes(1, 8, 8, 3, seed=index)[0])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/a.png", "text": "a cat", "label": 3}\n')
+    images = load_images(tmp_path)
+    assert images.labels is not None
+    assert (images.labels.tolist(), images.label_kind) == ([0, 1], "real")
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [
+        ((3, 6, 5), 3),
+        ((6, 5, 3), 3),
+        ((1, 3, 9), 1),
+        ((12, 8, 8), 12),
+        ((8, 8, 12), 12),
+        ((2, 7, 6), 2),
+        ((3, 2, 2), 3),
+    ],
+)
+def test_the_layout_of_arrays_is_told_by_channels_then_by_square_sides(
+    shape: tuple[int, ...], channels: int, tmp_path: Path
+) -> None:
+    pixels = np.zeros((2, *shape), np.uint8)
+    assert load_images(save_npz(tmp_path / "set.npz", images=pixels)).pixels.shape[1] == channels
+
+
+def test_arrays_that_nobody_asks_for_are_not_read(tmp_path: Path) -> None:
+    path = save_npz(tmp_path / "set.npz", images=GRAY, names=np.array(["a", None], dtype=object))
+    assert len(load_images(path)) == len(GRAY)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "GIF", "bmp"])
+def test_other_lossless_images_count_too(suffix: str, tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", GRAY[0])
+    save_image(tmp_path / f"b.{suffix}", GRAY[1])
+    pixels = load_images(tmp_path).pixels  # a palette is colour to who reads it
+    assert torch.equal(pixels, from_bytes(GRAY[:2]).expand_as(pixels))
+
+
 def test_take_keeps_labels_beside_their_images() -> None:
     images = ImageSet(torch.rand(5, 1, 2, 2), torch.arange(5), "real", "here")
     few = images.take(2)
@@ -295,6 +337,16 @@ def npz_as_npy(folder: Path) -> Path:
     return folder
 
 
+def enormous(folder: Path) -> Path:
+    Image.new("1", (20_000, 20_000)).save(folder / "a.png")
+    return folder
+
+
+def beyond_64_bits(folder: Path) -> Path:
+    save_image(folder / "20240101123000123456789" / "a.png", random_bytes(1, 4, 4, 1)[0])
+    return folder
+
+
 PNG = encode_image(random_bytes(1, 9, 9, 3)[0])[1]
 NPY = encode_image(random_bytes(1, 9, 9, 4)[0])[1]
 GRAY = random_bytes(4, 8, 8, 1)
@@ -326,6 +378,9 @@ BAD = {
     "cut npy": file("a.npy", NPY[: len(NPY) // 2]),
     "empty npy": file("a.npy", b""),
     "npz as npy": npz_as_npy,
+    "npy with half a header": file("a.npy", NPY[:10] + b"{'descr': (" + NPY[21:]),
+    "enormous": enormous,
+    "class beyond 64 bits": beyond_64_bits,
     "mixed sizes": mixed_sizes,
     "mixed channels": mixed_channels,
     "beside classes": stray,
@@ -336,6 +391,7 @@ BAD = {
     "metadata no label": rows('{"file_name": "images/00001/a.png"}'),
     "metadata bad label": rows('{"file_name": "images/00001/a.png", "label": "shoe"}'),
     "metadata huge label": rows('{"file_name": "images/00001/a.png", "label": Infinity}'),
+    "metadata label beyond 64 bits": rows('{"file_name": "images/00001/a.png", "label": 20240101123000123456789}'),
     "metadata lost image": rows('{"file_name": "images/00001/b.png", "label": 1}'),
     "metadata binary": file("metadata.jsonl", b"\xff\xfe\x00"),
 }

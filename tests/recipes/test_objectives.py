@@ -74,6 +74,17 @@ def test_total_variation_of_a_constant_is_zero() -> None:
     assert float(total_variation(torch.full((2, 3, 5, 7), 0.4))) == 0
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (4, 1)])
+def test_total_variation_counts_no_neighbour_that_is_not_there(size: tuple[int, int]) -> None:
+    images = torch.arange(8.0).repeat_interleave(4).view(8, 1, -1)[:, :, : size[0] * size[1]].reshape(8, 1, *size)
+    assert float(total_variation(images)) == 0
+
+
+def test_relative_batchnorm_loss_of_a_constant_layer_is_finite() -> None:
+    zero = BatchNorm("x", "x.out", torch.zeros(3), torch.zeros(3))
+    assert torch.isfinite(batchnorm_loss({"x": (torch.zeros(3), torch.zeros(3))}, [zero], relative=True))
+
+
 def test_total_variation_is_the_formula_in_numpy(generator: torch.Generator) -> None:
     images = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)
     x = images.numpy()
