@@ -25,7 +25,8 @@ BIAS = 2  # operand position
 class WeightEdit:
     """Integers for the weight of the node that writes `output`.
 
-    `values` has the weight's own shape; `scale` (float32, > 0) and `zero_point` have one entry a channel of `axis`.
+    `values` has the weight's own shape; `scale` (float32, > 0) and `zero_point` have one entry a channel of `axis` or,
+    with a `group_size`, the weight's rank and one entry for each so many neighbours along `axis` (ONNX's blocks).
     The file holds `values`, which have `bits` bits, in `container`; real = (value - zero_point) * scale.
     """
 
@@ -38,6 +39,7 @@ class WeightEdit:
     container: Container
     index: int = 1
     """The weight's operand position."""
+    group_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ class _Editor:
             self._integers(f"{name}.zero", edit.zero_point, edit.container, edit.bits),
         ]
         label = f"{node.name or edit.output}/weight/DQ"
-        _wire(node, edit.index, self._dequantize_before(node, operands, edit.axis, name, label))
+        dequantized = self._dequantize_before(node, operands, edit.axis, name, label, edit.group_size)
+        _wire(node, edit.index, dequantized)
 
     def quantize_bias(self, edit: BiasEdit) -> None:
         """Zero point 0, as integer kernels ask for, is what DequantizeLinear has without one."""
@@ -200,9 +203,12 @@ class _Editor:
         tensor = ir.tensor(values.astype(container.numpy), dtype=container.dtype, name=self._names.unused(name))
         return graphs.add_initializer(self._graph, str(tensor.name), tensor)
 
-    def _dequantize_before(self, node: ir.Node, operands: list[ir.Value], axis: int, value: str, name: str) -> ir.Value:
+    def _dequantize_before(
+        self, node: ir.Node, operands: list[ir.Value], axis: int, value: str, name: str, group_size: int = 0
+    ) -> ir.Value:
         label = self._labels.unused(name)
-        dequantize = ir.node("DequantizeLinear", operands, attributes={"axis": axis}, name=label)
+        attributes = {"axis": axis} | ({"block_size": group_size} if group_size else {})
+        dequantize = ir.node("DequantizeLinear", operands, attributes=attributes, name=label)
         dequantize.outputs[0].name = self._names.unused(f"{value}.dequantized")
         self._graph.insert_before(node, dequantize)
         return dequantize.outputs[0]

@@ -39,7 +39,7 @@ from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
-from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values
+from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values, quantized_weight
 from recipes.quantize.primitives import spread
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
@@ -207,12 +207,9 @@ class _Run:
         self.widths = plan_values(self.module, self.quantizers.plans, self.act_bits, self.target)
         for plan in self.quantizers.plans:
             layer = plan.layer
-            self.quantizers.weights[layer.weight] = QuantizedWeight(
-                self.module.constant(layer.weight),
-                layer.axis,
-                plan.bits,
-                self.settings,
-                self.target.symmetric(plan.bits, plan.act_bits),
+            weight = self.module.constant(layer.weight)
+            self.quantizers.weights[layer.weight] = quantized_weight(
+                weight, layer, plan.bits, plan.act_bits, self.target, self.settings
             )
         counts = Counter(plan.bits for plan in self.quantizers.plans)
         self.progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
@@ -234,7 +231,14 @@ class _Run:
         if not isinstance(self.bits, Budget):
             plans = plan_bits(self.module, self.inputs, self.bits, *common, of_layers)
         else:
-            size = partial(file_size, self.module, act_bits=self.act_bits, target=self.target, metadata=self.metadata)
+            size = partial(
+                file_size,
+                self.module,
+                act_bits=self.act_bits,
+                target=self.target,
+                settings=self.settings,
+                metadata=self.metadata,
+            )
             ask = (self.module, self.inputs, self.bits, *common, size, of_layers, of_inputs)
             plans, self.spending = plan_mixed(*ask)
             if self.bits.kind == "bops":  # which counts the bits of inputs, and has chosen them

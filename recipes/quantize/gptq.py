@@ -23,17 +23,18 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:
     """Rounded weights that make up for one another, and the bias change.
 
-    `rows` [G, R, K] are the weights by group, `scale` and `zero` [G, R]; where `zeros` [G, R, K] says so, a weight is
-    zero and stays it, and others make up for that. Returns weights [G, R, K] that nearest rounding takes to the chosen
-    integers, and what to add to the bias [G, R].
+    `rows` [G, R, K] are the weights by group, with which `scale` and `zero` broadcast; where `zeros` [G, R, K] says so,
+    a weight is zero and stays it, and others make up for that. Returns weights [G, R, K] that nearest rounding takes to
+    the chosen integers, and what to add to the bias [G, R].
     """
+    scale, zero = scale.expand_as(rows), zero.expand_as(rows)
     factor = torch.linalg.cholesky(found.inverse.double(), upper=True).to(rows.dtype)
     left = found.solve(found.right_side(rows))
     chosen, rounded = torch.empty_like(left), torch.empty_like(left)
     for k in range(rows.shape[2]):
         column = left[:, :, k].clone()
         chosen[:, :, k] = column if zeros is None else torch.where(zeros[:, :, k], 0.0, column)
-        rounded[:, :, k] = q.fake_quantize(chosen[:, :, k], scale, zero, low, high)
+        rounded[:, :, k] = q.fake_quantize(chosen[:, :, k], scale[:, :, k], zero[:, :, k], low, high)
         error = (column - rounded[:, :, k]) / factor[:, k, k, None]
         left[:, :, k:] -= error[:, :, None] * factor[:, None, k, k:]
     return chosen, found.mean_difference(rows, rounded)

@@ -16,6 +16,7 @@ be a few bytes short of the best.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,14 +37,17 @@ from recipes.quantize.plan import (
     activation_bits,
     at_once,
     decibels,
+    group_size,
     input_bits,
     layers_to_quantize,
     measure_noise,
     widest,
 )
+from recipes.quantize.primitives import Granularity
 from recipes.quantize.settings import QuantizeSettings
 
 FLOAT_BITS = 32
+SCALE_BYTES = 4
 Cost = Callable[[Layer, int, int | None], float]
 """Of a layer with so many bits of its weight, and of its input."""
 
@@ -105,7 +109,7 @@ def plan_mixed(
         for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
     ]
     groups = _groups(narrowest, budget, act_bits, settings)
-    cost = _cost(module, layers, budget, target)
+    cost = _cost(module, layers, budget, target, settings)
     fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
     fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0  # all but the weights
     least = fixed + fewest
@@ -206,7 +210,9 @@ def _widths(budget: Budget, target: Target, settings: QuantizeSettings, act_bits
     return sorted({min(bits, widest(target, settings, act_bits)) for bits in widths})
 
 
-def _cost(module: TorchClassifier, layers: Sequence[Layer], budget: Budget, target: Target) -> Cost:
+def _cost(
+    module: TorchClassifier, layers: Sequence[Layer], budget: Budget, target: Target, settings: QuantizeSettings
+) -> Cost:
     """In the budget's unit."""
     if budget.kind == "bops":
         macs = layer_macs(module)
@@ -216,8 +222,8 @@ def _cost(module: TorchClassifier, layers: Sequence[Layer], budget: Budget, targ
         return lambda layer, bits, act: layer.parameters * bits / total
 
     def stored(layer: Layer, bits: int, act: int | None) -> float:
-        each = target.weight_container(bits).bits
-        numbers = (layer.parameters, layer.shape[layer.axis])  # weights, and a zero point a channel
-        return float(sum(-(-count * each // 8) for count in numbers))
+        each, size = target.weight_container(bits).bits, group_size(layer, bits, act, target, settings)
+        scales = math.prod(Granularity(layer.shape, layer.axis, size).scales)
+        return float(sum(-(-count * each // 8) for count in (layer.parameters, scales)) + SCALE_BYTES * scales)
 
     return stored

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from converters.errors import MixMixError
 from converters.kernels import values_between
-from converters.targets import MAX_BITS, SAFE_BITS, Target
+from converters.targets import INT4, MAX_BITS, SAFE_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate
 from recipes.quantize.quantizers import QuantizedWeight
@@ -85,6 +85,23 @@ def widest(target: Target, settings: QuantizeSettings, act_bits: int | None) -> 
     return SAFE_BITS if target.saturates and settings.reduce_range and in_integers else MAX_BITS
 
 
+def group_size(layer: Layer, bits: int, act_bits: int | None, target: Target, settings: QuantizeSettings) -> int:
+    """How many inputs of an output channel share a scale; 0 for all of them.
+
+    Groups are for few bits beside float inputs: integer kernels take one scale a channel, and 8 bits need no more.
+    """
+    few = act_bits is None and target.weight_container(bits).bits <= INT4.bits
+    return settings.group_size if few and 0 < settings.group_size < layer.shape[1 - layer.axis] else 0
+
+
+def quantized_weight(
+    weight: Tensor, layer: Layer, bits: int, act_bits: int | None, target: Target, settings: QuantizeSettings
+) -> QuantizedWeight:
+    """A layer's weight at `bits` bits as `target` wants it, beside an input of `act_bits`."""
+    symmetric, size = target.symmetric(bits, act_bits), group_size(layer, bits, act_bits, target, settings)
+    return QuantizedWeight(weight, layer.axis, bits, settings, symmetric, size)
+
+
 def measure_noise(
     module: TorchClassifier,
     inputs: Tensor,
@@ -102,8 +119,7 @@ def measure_noise(
     def versions(layer: Layer, before: Before) -> Iterator[dict[str, Tensor]]:
         weight = module.constant(layer.weight)
         for bits in widths:
-            quantized = QuantizedWeight(weight, layer.axis, bits, settings, target.symmetric(bits, act_bits))
-            yield {layer.weight: quantized.tensor()}
+            yield {layer.weight: quantized_weight(weight, layer, bits, act_bits, target, settings).tensor()}
 
     count = settings.sensitive_images
     noise = logit_noise(module, inputs[:count], versions, count, settings, advance)

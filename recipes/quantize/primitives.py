@@ -9,9 +9,11 @@ width, activations the unsigned one. Real zero is always exactly representable.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # rectified sigmoid (AdaRound, Nagel et al. 2020, eq. 23)
@@ -46,6 +48,53 @@ def spread(x: Tensor, count: int, most: int, first: int = 0) -> Tensor:
 def broadcast(values: Tensor, rank: int, axis: int) -> Tensor:
     """[C] to a shape that broadcasts along `axis`: ([8], rank 4, axis 0) -> [8, 1, 1, 1]."""
     return values.view([-1 if index == axis else 1 for index in range(rank)])
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements of a weight share a scale: all of an output channel, or `size` neighbours along its inputs.
+
+    `axis` (0 or 1) is that of the output channels, the other of the two that of the inputs; `size` 0 is all of a
+    channel. The last group of a channel may be smaller. ONNX calls the second blocked quantization (operator set 21).
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    size: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """The axis of the input channels."""
+        return 1 - self.axis
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """The shape of one scale a row: [1, C, 1, ...] or, of groups, with ceil(I / size) in place of I inputs."""
+        lengths = enumerate(self.shape)
+        if not self.size:
+            return tuple(length if axis == self.axis else 1 for axis, length in lengths)
+        return tuple(-(-length // self.size) if axis == self.inputs else length for axis, length in lengths)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight as [R, K]: what shares a scale in one row; groups that are too short end in zeros."""
+        if not self.size:
+            return weight.movedim(self.axis, 0).flatten(1)
+        lanes = weight.movedim(self.inputs, -1)
+        return F.pad(lanes, (0, -lanes.shape[-1] % self.size)).reshape(-1, self.size)
+
+    def arrange(self, values: Tensor) -> Tensor:
+        """One number a row [R] in the shape `scales`."""
+        if not self.size:
+            return values.view(self.scales)
+        groups = self.scales[self.inputs]
+        others = [length for axis, length in enumerate(self.shape) if axis != self.inputs]
+        return values.view(*others, groups).movedim(-1, self.inputs)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Numbers in the shape `scales`, in one that broadcasts with the weight."""
+        if not self.size:
+            return values
+        return values.repeat_interleave(self.size, self.inputs).narrow(self.inputs, 0, self.shape[self.inputs])
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:

@@ -126,29 +126,36 @@ class FreeRounding:
 class QuantizedWeight:
     """A weight at `bits` bits per channel of `axis`: nearest rounding, until `learn` lets the rounding be trained.
 
-    `symmetric` fixes the zero points at 0.
+    `symmetric` fixes the zero points at 0. With a `group_size`, each so many inputs of a channel have a scale and a
+    zero point of their own.
     Real value: s * (clip(rounded(W / s0) + z, low, high) - z), where s0 is the searched scale and the trained s starts
     there (GENIE-M, Jeon et al. 2023). What is exactly zero stays so: a pruned model keeps its sparsity.
     """
 
     def __init__(
-        self, weight: Tensor, axis: int, bits: int, settings: QuantizeSettings, symmetric: bool = False
+        self,
+        weight: Tensor,
+        axis: int,
+        bits: int,
+        settings: QuantizeSettings,
+        symmetric: bool = False,
+        group_size: int = 0,
     ) -> None:
-        self.weight, self.axis, self.bits, self.settings = weight, axis, bits, settings
+        self.weight, self.bits, self.settings = weight, bits, settings
+        self.granularity = q.Granularity(tuple(weight.shape), axis, group_size)
         self.low, self.high = q.signed_range(bits)
-        rows = weight.movedim(axis, 0).flatten(1)
+        rows = self.granularity.rows(weight)
         scale, zero = q.search_range(
             rows, self.low, self.high, norm=settings.range_norm, steps=settings.range_steps, symmetric=symmetric
         )
-        live = rows.any(1)  # a channel of zeros has any scale: one like the others', as its bias may be counted in it
+        live = rows.any(1)  # a row of zeros has any scale: one like the others', as its bias may be counted in it
         if not live.all() and live.any():
             scale = torch.where(live, scale, scale[live].median())
-        self.scale = q.broadcast(scale, weight.dim(), axis)
-        self.zero = q.broadcast(zero, weight.dim(), axis)
+        self.scale, self.zero = self.granularity.arrange(scale), self.granularity.arrange(zero)
         self.zeros = weight == 0 if bool((weight == 0).any()) else None
         self.rounding: Rounding | None = None
         self.rounding_rate = settings.rounding_rate
-        self.latent = weight / self.scale
+        self.latent = self._steps()
         """W in units of the scale before it was rounded: where free training goes on from."""
         self.left_undecided = 0.0
         """Share of the roundings that training had not settled when it ended."""
@@ -156,7 +163,7 @@ class QuantizedWeight:
 
     def learn(self) -> None:
         """Start training from nearest rounding."""
-        steps = self.weight / self.scale
+        steps = self._steps()
         sigmoid = self.settings.rounding == "sigmoid"
         self.rounding = SigmoidRounding(steps, self.settings) if sigmoid else OffsetRounding(steps)
 
@@ -166,7 +173,9 @@ class QuantizedWeight:
 
     def compensate(self, layer: Layer, found: Moments) -> Tensor:
         """Replace the weight by one whose nearest rounding makes up for its own error; what to add to the bias [C]."""
-        scale, zero = (value.reshape(layer.groups, -1) for value in (self.scale, self.zero))
+        scale, zero = (
+            to_rows(self.granularity.expand(value).expand_as(self.weight), layer) for value in (self.scale, self.zero)
+        )
         zeros = None if self.zeros is None else to_rows(self.zeros, layer)
         chosen, shift = gptq(to_rows(self.weight, layer), found, scale, zero, self.low, self.high, zeros)
         self.weight = from_rows(chosen, layer)
@@ -186,18 +195,27 @@ class QuantizedWeight:
     def tensor(self) -> Tensor:
         """The real weight: soft while it is trained."""
         integers = self.integers() if self.rounding is None else self._clip(self.rounding.soft())
-        return q.dequantize(integers, self.current_scale(), self.zero)
+        return self._real(integers, self.current_scale())
+
+    def _steps(self) -> Tensor:
+        """The weight in units of its scales."""
+        return self.weight / self.granularity.expand(self.scale)
+
+    def _real(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """What integers stand for with scales in the shape that they are kept in."""
+        return q.dequantize(integers, self.granularity.expand(scale), self.granularity.expand(self.zero))
 
     def current_scale(self) -> Tensor:
         return self.scale * torch.exp(self.log_growth)
 
     def integers(self) -> Tensor:
         """The integers that the file gets, in the weight's shape."""
-        return self._clip(torch.round(self.weight / self.scale) if self.rounding is None else self.rounding.hard())
+        return self._clip(torch.round(self._steps()) if self.rounding is None else self.rounding.hard())
 
     def _clip(self, rounded: Tensor) -> Tensor:
-        integers = torch.clamp(rounded + self.zero, self.low, self.high)
-        return integers if self.zeros is None else torch.where(self.zeros, self.zero, integers)
+        zero = self.granularity.expand(self.zero)
+        integers = torch.clamp(rounded + zero, self.low, self.high)
+        return integers if self.zeros is None else torch.where(self.zeros, zero, integers)
 
     def undecided(self) -> float:
         """Share of the weights whose rounding training has not settled."""
@@ -207,21 +225,21 @@ class QuantizedWeight:
     def harden(self) -> None:
         """End of training: from here on `tensor` is what the file will say, to the last bit."""
         integers, self.left_undecided = self.integers(), self.undecided()
-        self.latent = self.weight / self.scale if self.rounding is None else self.rounding.latent()
+        self.latent = self._steps() if self.rounding is None else self.rounding.latent()
         self.scale, self.log_growth = self.current_scale(), torch.zeros_like(self.scale)
-        self.weight, self.rounding = q.dequantize(integers, self.scale, self.zero), None
+        self.weight, self.rounding = self._real(integers, self.scale), None
 
     @torch.no_grad()
     def coarsen(self, least: Tensor) -> None:
-        """Round a hard weight again in the channels whose scale is smaller than that in `least` [C], with that."""
-        least = q.broadcast(least, self.weight.dim(), self.axis)
+        """Round a hard weight of one scale a channel again where that is smaller than in `least` [C], with that."""
+        least = least.view(self.granularity.scales)
         coarser = self.scale < least
         if not coarser.any():
             return
         self.scale = torch.maximum(self.scale, least)
-        steps = self.weight / self.scale
+        steps = self._steps()
         self.latent = torch.where(coarser, steps, self.latent)
-        rounded = q.dequantize(self._clip(torch.round(steps)), self.scale, self.zero)
+        rounded = self._real(self._clip(torch.round(steps)), self.scale)
         self.weight = torch.where(coarser, rounded, self.weight)
 
     def state(self) -> dict[str, Tensor]:

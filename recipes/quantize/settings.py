@@ -41,6 +41,9 @@ class QuantizeSettings(LoopSettings):
     """Share of activation elements left unquantized in training (QDrop)."""
     equalise: float = Field(default=0.0, ge=0, le=1)
     """The power of their ranges that channels are divided by before activations get 4 bits or fewer; 0 leaves them."""
+    group_size: int = Field(default=0, ge=0)
+    """Inputs of an output channel that share a scale where weights have 4 bits or fewer and activations are float; 0
+    for all of them. Smaller groups are more exact, and cost 36 bits each."""
     range_steps: int = Field(default=80, ge=1)
     """How many ranges are tried for each channel of a weight, and for an activation: the full one and ever narrower."""
     range_norm: float = Field(default=2.4, gt=0)

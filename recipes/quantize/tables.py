@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from converters import writeback
 from converters.edits import BIAS, ActivationEdit, BiasEdit, Edit, TensorEdit, WeightEdit, apply_edits
 from converters.steps import Quantized
-from converters.targets import INT32_LIMIT, MAX_BITS, Target
+from converters.targets import INT32_LIMIT, MAX_BITS, Container, Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.account import LayerAccount, account_layer
 from recipes.checkpoint import Table
-from recipes.quantize.plan import LayerPlan, plan_values
+from recipes.quantize.plan import LayerPlan, group_size, plan_values
+from recipes.quantize.primitives import Granularity
 from recipes.quantize.proof import quantized_values
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
+from recipes.quantize.settings import QuantizeSettings
 from recipes.reconstruct import Changes, LearnedTensor
 
 BIAS_LIMIT = 2**30
@@ -77,18 +80,10 @@ class Quantizers:
         found: list[Edit] = []
         for plan in self.plans:
             layer, weight = plan.layer, self.weights[plan.layer.weight]
-            found.append(
-                WeightEdit(
-                    output=layer.output,
-                    values=weight.integers().cpu().numpy().astype("int32"),
-                    scale=weight.current_scale().flatten().cpu().numpy(),
-                    zero_point=weight.zero.flatten().cpu().numpy().astype("int32"),
-                    axis=layer.axis,
-                    bits=weight.bits,
-                    container=self.target.weight_container(weight.bits),
-                    index=layer.operand,
-                )
-            )
+            container = self.target.weight_container(weight.bits)
+            integers, zero = (tensor.cpu().numpy().astype("int32") for tensor in (weight.integers(), weight.zero))
+            scale = weight.current_scale().cpu().numpy()
+            found.append(_weight_edit(layer, integers, scale, zero, weight.granularity, weight.bits, container))
             found += self._bias_edits(layer)
         for name, value in self.values.items():
             container = self.target.activation_container(value.bits)
@@ -124,22 +119,41 @@ class Quantizers:
         ]
 
 
+def _weight_edit(
+    layer: Layer,
+    integers: NDArray[np.int32],
+    scale: NDArray[np.float32],
+    zero: NDArray[np.int32],
+    granularity: Granularity,
+    bits: int,
+    container: Container,
+) -> WeightEdit:
+    """Scales and zero points come in the granularity's shape; the file has a list of them where there are no groups."""
+    size, axis = granularity.size, granularity.axis
+    if size:
+        return WeightEdit(layer.output, integers, scale, zero, 1 - axis, bits, container, layer.operand, size)
+    return WeightEdit(layer.output, integers, scale.ravel(), zero.ravel(), axis, bits, container, layer.operand)
+
+
 def file_size(
     module: TorchClassifier,
     plans: Sequence[LayerPlan],
     act_bits: int | None,
     target: Target,
+    settings: QuantizeSettings,
     metadata: Mapping[str, str],
 ) -> int:
     """Bytes of the file that a placement is written as: they do not depend on the numbers in it."""
     edits: list[Edit] = []
     for plan in plans:
         layer, container = plan.layer, target.weight_container(plan.bits)
-        zeros = np.zeros(layer.shape[layer.axis], np.int32)
-        empty, scale = np.zeros(layer.shape, np.int32), np.ones(len(zeros), np.float32)
-        edits.append(WeightEdit(layer.output, empty, scale, zeros, layer.axis, plan.bits, container, layer.operand))
+        size = group_size(layer, plan.bits, plan.act_bits, target, settings)
+        granularity = Granularity(layer.shape, layer.axis, size)
+        zeros, scale = np.zeros(granularity.scales, np.int32), np.ones(granularity.scales, np.float32)
+        empty = np.zeros(layer.shape, np.int32)
+        edits.append(_weight_edit(layer, empty, scale, zeros, granularity, plan.bits, container))
         if layer.bias is not None and target.integer_kernels and plan.act_bits is not None:
-            edits.append(BiasEdit(layer.output, zeros, scale))
+            edits.append(BiasEdit(layer.output, zeros.ravel(), scale.ravel()))
     for name, bits in plan_values(module, plans, act_bits, target).items():
         edits.append(ActivationEdit(name, 1.0, 0, bits, target.activation_container(bits)))
     model = apply_edits(module.classifier.original, edits)

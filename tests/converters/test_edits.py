@@ -80,6 +80,26 @@ def test_weight_edit(load: Load, case: str, bits: int) -> None:
     assert weight not in edited.graph.initializers
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", ["Conv", "Gemm transB=0", "Gemm transB=1", "MatMul"])
+def test_weight_edit_in_groups(load: Load, case: str, size: int, bits: int) -> None:
+    """A scale and a zero point for each `size` inputs of a channel at a place of the kernel; the last may be fewer."""
+    model, output, weight, axis = CASES[case]
+    edit, inputs = random_edit(output, tuple(tensor_of(model, weight).dims), axis, bits), 1 - axis
+    generator, group = np.random.default_rng(size), np.arange(edit.values.shape[inputs]) // size
+    shape = [group[-1] + 1 if at == inputs else length for at, length in enumerate(edit.values.shape)]
+    scale = generator.uniform(0.01, 0.1, shape).astype(np.float32)
+    zeros = generator.integers(-2, 2, shape, dtype=np.int32)
+    ready = prepare_for_quantization(load(model), PORTABLE, bits)
+    grouped = replace(edit, scale=scale, zero_point=zeros, axis=inputs, group_size=size)
+    edited = apply_edits(ready.original, [grouped])
+    onnx.checker.check_model(oracle.proto(edited), full_check=True)
+    real = (edit.values - zeros.take(group, inputs)).astype(np.float32) * scale.take(group, inputs)
+    x = models.images()
+    oracle.assert_close(oracle.run(edited, x), oracle.run(replaced(model, weight, real), x), ROUNDING)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_integers_lie_packed_in_the_file(load: Load, bits: int) -> None:
     """Up to 4 bits as INT4, two to a byte; 27 weights a channel make an odd count for the last channel."""

@@ -27,7 +27,7 @@ def test_without_rounding_it_is_least_squares() -> None:
     """At 30 bits nothing is lost to rounding: what is left is the ridge regression, held against its own equation."""
     clean, noisy, rows = problem(2, 3, 5)
     found = moments([(clean, noisy)])
-    scale, zero = torch.full((2, 3), 1e-6, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    scale, zero = torch.full((2, 3, 1), 1e-6, dtype=torch.float64), torch.zeros(2, 3, 1, dtype=torch.float64)
     chosen, _ = gptq(rows, found, scale, zero, -(2**29), 2**29 - 1)
     damping = (
         (DAMPING + 5 / 400)
@@ -42,12 +42,12 @@ def test_without_rounding_it_is_least_squares() -> None:
 def test_it_answers_better_than_nearest_rounding(bits: int) -> None:
     clean, noisy, rows = problem(3, 8, 12)
     low, high = q.signed_range(bits)
-    scale, zero = (value.view(3, 8) for value in q.search_range(rows.reshape(24, 12), low, high))
+    scale, zero = (value.view(3, 8, 1) for value in q.search_range(rows.reshape(24, 12), low, high))
     chosen, shift = gptq(rows, moments([(clean, noisy)]), scale, zero, low, high)
     target = clean @ rows.mT
 
     def error(weights: Tensor, bias: Tensor | float = 0.0) -> float:
-        rounded = q.fake_quantize(weights, scale[:, :, None], zero[:, :, None], low, high)
+        rounded = q.fake_quantize(weights, scale, zero, low, high)
         return float((noisy @ rounded.mT + bias - target).square().mean())
 
     assert error(chosen, shift[:, None, :]) < 0.5 * error(rows)
@@ -60,12 +60,12 @@ def test_zeros_stay_and_others_make_up_for_that(bits: int) -> None:
     zeros = torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)) < 0.6
     rows = torch.where(zeros, 0.0, rows)
     low, high = q.signed_range(bits)
-    scale, zero = (value.view(3, 8) for value in q.search_range(rows.reshape(24, 12), low, high))
+    scale, zero = (value.view(3, 8, 1) for value in q.search_range(rows.reshape(24, 12), low, high))
     target = clean @ rows.mT
 
     def error(known: Tensor | None) -> float:
         chosen, shift = gptq(rows, moments([(clean, noisy)]), scale, zero, low, high, known)
-        rounded = q.fake_quantize(chosen, scale[:, :, None], zero[:, :, None], low, high)
+        rounded = q.fake_quantize(chosen, scale, zero, low, high)
         answer = noisy @ torch.where(zeros, 0.0, rounded).mT + shift[:, None, :]
         return float((answer - target).square().mean())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -297,3 +299,27 @@ def test_learned_fake_quantization_with_a_fixed_scale() -> None:
     q.fake_quantize_learned(x, torch.tensor(0.5), torch.tensor(4.0), 0, 15).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [0, 1, 0]
+
+
+@checked
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple),
+    st.integers(0, 1),
+    st.integers(0, 7),
+)
+def test_each_weight_gets_the_scale_of_its_row(shape: tuple[int, ...], axis: int, size: int) -> None:
+    """Rows are channels, or `size` neighbours along the inputs at one place of the kernel; short ones end in zeros."""
+    granularity = q.Granularity(shape, axis, size)
+    weight = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    rows = granularity.rows(weight)
+    number = granularity.expand(granularity.arrange(torch.arange(len(rows)))).expand(shape)
+    assert granularity.arrange(torch.arange(len(rows))).shape == granularity.scales
+    for index, row in enumerate(rows):
+        assert sorted(row[row > 0].tolist()) == sorted(weight[number == index].tolist())
+    if size:
+        places = torch.arange(shape[1 - axis]) // size
+        expected = places.view([-1 if dim == 1 - axis else 1 for dim in range(len(shape))]).expand(shape)
+        others = torch.arange(math.prod(shape) // shape[1 - axis]).view(
+            [1 if dim == 1 - axis else length for dim, length in enumerate(shape)]
+        )
+        assert torch.equal(number, others * (1 + int(places.max())) + expected)

@@ -390,3 +390,45 @@ def test_every_hard_case_is_written(tmp_path: Path, name: str) -> None:
     assert result.layers
     kinds = [tensor.data_type for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer]
     assert kinds.count(TensorProto.INT4) >= 2 * len(result.layers)  # integers and zero points
+
+
+GROUPED = [("residual", 4, "int4"), ("attention", 4, "int4"), ("residual", 2, "int2"), ("inverted", 2, "int4")]
+
+
+@pytest.mark.parametrize(("model", "bits", "container"), GROUPED)
+def test_groups_of_inputs_have_scales_of_their_own(
+    model: str,
+    bits: int,
+    container: str,
+    classifier_of: Classifiers,
+    calibration_images: ImageSet,
+    judging_images: ImageSet,
+    tmp_path: Path,
+) -> None:
+    """In the file as in the simulation, where a channel has more inputs than a group; and closer to the float model."""
+    classifier, target = classifier_of(model), choose_target("portable", container)
+    noise = []
+    for size in (0, 16):
+        settings = recipe("nearest").model_copy(update={"group_size": size, "extra_share": 0.0})
+        output = tmp_path / f"{size}.onnx"
+        quantize(classifier, calibration_images, output, settings, bits, None, target)
+        logits, expected = (run(path, classifier, judging_images.pixels) for path in (output, classifier.path))
+        noise.append(float(np.square(logits - expected).sum()))
+    assert noise[1] < noise[0]
+    module = to_torch(writeback.prepare_for_quantization(classifier, target, bits), check=False)
+    written = Written(tmp_path / "16.onnx")
+    for layer in module.layers():
+        node = next(n for n in written.dequantized if written.reader[n.output[0]].output[0] == layer.output)
+        sizes = [attribute.i for attribute in node.attribute if attribute.name == "block_size"]
+        assert sizes == ([16] if layer.shape[1 - layer.axis] > 16 else [])
+
+
+def test_quantized_inputs_and_eight_bits_leave_one_scale_a_channel(
+    classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    settings = recipe("nearest").model_copy(update={"group_size": 16})
+    for bits, act_bits in ((4, 8), (8, None)):
+        output = tmp_path / f"{bits}.onnx"
+        quantize(classifier_of("inverted"), calibration_images, output, settings, bits, act_bits)
+        model = onnx.load(output)
+        assert not [node for node in model.graph.node for a in node.attribute if a.name == "block_size"]

@@ -215,7 +215,7 @@ def test_lengths_that_grow_with_tensors_are_within_the_budget(
         return known[count]
 
     def size(plans: Sequence[LayerPlan]) -> int:
-        return file_size(module, plans, None, target, {})
+        return file_size(module, plans, None, target, NEAREST, {})
 
     def plan(amount: float) -> tuple[list[LayerPlan], Spending]:
         return plan_mixed(module, x, Budget("size", amount), None, target, NEAREST, size, once)

@@ -21,11 +21,13 @@ BOTH = pytest.mark.parametrize("settings", [SIGMOID, OFFSET], ids=["sigmoid", "o
 LAYOUTS = [((6, 4, 3, 3), 0), ((5, 8), 0), ((8, 5), 1)]  # Conv, Gemm transB=1, MatMul
 
 
-def make(shape: tuple[int, ...], axis: int, bits: int = 4, settings: QuantizeSettings = SIGMOID) -> QuantizedWeight:
+def make(
+    shape: tuple[int, ...], axis: int, bits: int = 4, settings: QuantizeSettings = SIGMOID, group_size: int = 0
+) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(shape, generator=generator)
     spread = torch.logspace(-1, 1, shape[axis])  # channels of very different size
-    return QuantizedWeight(weight * q.broadcast(spread, len(shape), axis), axis, bits, settings)
+    return QuantizedWeight(weight * q.broadcast(spread, len(shape), axis), axis, bits, settings, group_size=group_size)
 
 
 def trained(weight: QuantizedWeight) -> Tensor:
@@ -59,6 +61,31 @@ def test_before_learning_each_channel_is_rounded_to_nearest(shape: tuple[int, ..
     assert weight.integers().max() <= high
     assert weight.groups() == []
     assert weight.penalty(1.0) is None
+
+
+@BOTH
+@pytest.mark.parametrize(("shape", "axis"), [((6, 8, 1, 1), 0), ((5, 8), 0), ((8, 5), 1)])
+def test_groups_of_inputs_are_quantized_as_weights_of_their_own(
+    shape: tuple[int, ...], axis: int, settings: QuantizeSettings
+) -> None:
+    """Before, while and after they are trained; the last group is smaller."""
+    whole, inputs = make(shape, axis, settings=settings, group_size=3), 1 - axis
+    parts = [QuantizedWeight(part, axis, 4, settings) for part in whole.weight.split(3, inputs)]
+
+    def joined() -> Tensor:
+        return torch.cat([part.tensor() for part in parts], inputs)
+
+    assert torch.equal(whole.tensor(), joined())
+    for change in (whole, *parts):
+        change.learn()
+    torch.testing.assert_close(whole.tensor(), joined())
+    for change in (whole, *parts):
+        for group in change.groups():
+            for tensor in group.tensors:
+                tensor += 0.2
+        change.harden()
+    assert torch.equal(whole.tensor(), joined())
+    assert torch.equal(whole.integers(), torch.cat([part.integers() for part in parts], inputs))
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
