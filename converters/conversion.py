@@ -79,7 +79,7 @@ class _Expectation:
                 " or the input spec is far off; export the model again, or set --mean, --std and --scale"
             )
         shape = self.logits.shape
-        if self.logits.ndim < 2 or math.prod(shape[1:]) != max(shape[1:]):
+        if self.logits.ndim < 2 or not 0 < math.prod(shape[1:]) == max(shape[1:]):
             raise ModelError(
                 f"{classifier.path}: output {classifier.output_name} has shape {list(shape)},"
                 " not [batch, classes]: it is not an image classifier"

@@ -1,7 +1,7 @@
-"""Where a classifier's logits are: before a closing softmax or ArgMax, and in which of several outputs.
+"""Where a classifier's logits are: before a closing softmax, sigmoid or ArgMax, and in which of several outputs.
 
-Exporters end a classifier in many ways: softmax, log-softmax, the index of the best class, several of these at once,
-an embedding or an auxiliary head next to the logits. What is inverted and quantized is always the logits.
+Exporters end a classifier in many ways: softmax, log-softmax, sigmoid, the index of the best class, several of these
+at once, an embedding or an auxiliary head next to the logits. What is inverted and quantized is always the logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from converters import graphs
 from converters.errors import ModelError
 
-KINDS = {"Softmax": "softmax", "LogSoftmax": "log-softmax", "ArgMax": "argmax", "TopK": "top-k"}
+KINDS = {"Softmax": "softmax", "LogSoftmax": "log-softmax", "Sigmoid": "sigmoid", "ArgMax": "argmax", "TopK": "top-k"}
 """Closing operators, and what the output of a model that ends in one of them is called."""
 
 INDICES = ("argmax", "top-k")

@@ -146,7 +146,7 @@ def read_sidecar(model_path: Path) -> dict[str, Any] | None:
     try:
         if not path.is_file():
             return None
-        table = tomllib.loads(path.read_text(encoding="utf-8"))["input"]
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))["input"]
     except OSError as error:
         raise SpecError(f"{path} cannot be read ({error.strerror}): check its permissions or remove it") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -279,7 +279,14 @@ def _assumed(size: tuple[int, int], channels: int | None, stated: Mapping[str, A
     else:
         count = 1 if named == "gray" else 3
     values: dict[str, Any] = {"size": size}
+    scale = stated.get("scale")
+    unit = float(scale) if isinstance(scale, (int, float)) and not isinstance(scale, bool) else 1.0
     if count == 3:
         mean, std = (v[::-1] if named == "bgr" else v for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return values | {"channels": "rgb", "mean": mean, "std": std}
-    return values | {"channels": "gray" if count == 1 else count, "mean": (0.5,) * count, "std": (0.5,) * count}
+        return values | {"channels": "rgb", "mean": _times(unit, mean), "std": _times(unit, std)}
+    half = _times(unit, (0.5,) * count)
+    return values | {"channels": "gray" if count == 1 else count, "mean": half, "std": half}
+
+
+def _times(unit: float, values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(unit * value for value in values)

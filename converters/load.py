@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from converters.detect import detect
 from converters.errors import MixMixError, ModelError
 from converters.files import check_skeleton, read_model
 from converters.graphs import constant_behind, to_numpy
-from converters.input_spec import resolve, stated_keys
+from converters.input_spec import PIXEL_KEYS, resolve, stated_keys
 from converters.passes import LAYERS
 from converters.precision import FLOATS, IMAGE_TYPES
 
@@ -52,13 +52,28 @@ def _load(path: Path, options: Mapping[str, Any] | None, open_size: tuple[int, i
     spec = resolve(path, shape, properties, options, open_size=open_size)
     classifier = build(path, original, spec, file.sha256, size_bytes=file.size_bytes, is_file=not remarks)
     classifier = replace(classifier, remarks=remarks)
-    if spec.source != "assumed":
+    stated = stated_keys(path, properties, options)
+    said = [key for key in PIXEL_KEYS if key in stated]
+    if len(said) == len(PIXEL_KEYS):
         return classifier
-    detection = detect(classifier, stated_keys(path, properties, options))
-    if detection is None:
+    detection = detect(classifier, stated)
+    if detection is not None and all(_alike(getattr(spec, key), detection.keys[key]) for key in said):
+        spec = resolve(path, shape, properties, options, detection.keys, open_size)
+        return replace(classifier, spec=spec, detection=detection)
+    if not said or {"mean", "std"} <= set(said):  # numbers that a scale of 1 goes with
         return classifier
-    spec = resolve(path, shape, properties, options, detection.keys, open_size)
-    return replace(classifier, spec=spec, detection=detection)
+    return replace(classifier, remarks=(*remarks, _partly(said)))
+
+
+def _alike(said: float | tuple[float, ...], found: float | tuple[float, ...]) -> bool:
+    """Whether what is said of pixels is what was found of them, about: 127 is 127.5."""
+    return bool(np.allclose(np.atleast_1d(said), np.atleast_1d(found), rtol=0.03, atol=0.01))
+
+
+def _partly(said: Sequence[str]) -> str:
+    """A remark where only some of the keys that belong together are said, and nothing fits them of what was found."""
+    others = " and ".join(key for key in PIXEL_KEYS if key not in said)
+    return f"warning: {' and '.join(said)} said, {others} assumed: set all three if that is wrong"
 
 
 def _image_input(model: ir.Model, path: Path) -> ir.Value:

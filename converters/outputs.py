@@ -5,6 +5,7 @@ Imports nothing heavy: the face asks first.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from pathlib import Path
 from converters.errors import ModelError, OutputError
 
 SUFFIXES = (".onnx", ".ort", ".pb")
+WRITTEN = (*SUFFIXES, ".xml", ".html")
+"""What MixMix writes itself: an earlier result may lie among images that are given."""
 TEMPORARY = ".mixmix-"
 """How names of files begin that are being written; one that is left over is from a process that was killed."""
 
@@ -43,8 +46,12 @@ def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ())
     try:
         if path.is_dir():
             raise OutputError(f"{path} is a folder: name a file")
+        inputs = list(inputs)
         if any(_target(path) == _target(given) for given in inputs):
             raise OutputError(f"{path} is one of the inputs, which are never replaced: choose another name")
+        within = next((given for given in inputs if path.exists() and _holds(given, path)), None)
+        if within is not None:
+            raise OutputError(f"{path} is a part of {within}, which is never replaced: choose another name")
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is no regular file: choose another output")
         if os.path.lexists(path) and not overwrite:
@@ -68,6 +75,19 @@ def ensure_makeable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(f"{folder} cannot be written to ({error.strerror}): choose another output") from error
+
+
+def _holds(given: Path, path: Path) -> bool:
+    """Whether a file is in a folder that was given, or a model's external data: those that it names, beside it."""
+    held, file = _target(given), _target(path)
+    if file.suffix in WRITTEN:
+        return False
+    if held.is_dir():
+        return held in file.parents
+    if not held.is_file() or held.parent != file.parent or not held.stat().st_size:
+        return False
+    with held.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(file.name.encode()) >= 0
 
 
 def _target(path: Path) -> Path:

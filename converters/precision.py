@@ -16,8 +16,8 @@ from converters import graphs
 
 OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 FLOATS = (ir.DataType.FLOAT, *OTHER_FLOATS)
-IMAGE_TYPES = (*FLOATS, ir.DataType.UINT8)
-"""Types that an image input may have."""
+IMAGE_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.UINT8)
+"""Types that an image input may have: what numpy has, and onnxruntime takes from it."""
 
 FEW_BITS = {
     ir.DataType.INT4: ir.DataType.INT8,

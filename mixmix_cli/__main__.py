@@ -75,8 +75,11 @@ def _sentence(error: Exception, arguments: list[str]) -> str:
 
 def _exhausted(error: BaseException | None) -> str | None:
     """Whose memory is used up, by an error or by what it comes from; None for other errors."""
+    from converters.errors import MixMixError
+
     while error is not None:
-        kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        text = "" if isinstance(error, MixMixError) else str(error)  # which may name a file so
         if "OutOfMemoryError" in kinds or "CUDA error: out of memory" in text:
             return "GPU"
         if "MemoryError" in kinds or any(words in text for words in EXHAUSTED):

@@ -93,11 +93,12 @@ def read_recipe(kind: Kind, recipe: str) -> Recipe:
 
     Raises SettingsError where `load_recipe` does, at any effort.
     """
+    load_recipe(kind.settings, kind.package, recipe)
     for effort in get_args(Effort):
         try:
             load_recipe(kind.settings, kind.package, recipe, effort)
         except SettingsError as error:
-            raise error if effort == "default" else SettingsError(f"at --effort {effort}, {error}") from None
+            raise SettingsError(f"at --effort {effort}, {error}") from None
     text, _ = recipe_text(kind.package, recipe)
     values = tomllib.loads(text)
     efforts = values.pop("effort", {})

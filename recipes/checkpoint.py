@@ -161,9 +161,14 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
+def states_of(output: Path) -> list[Path]:
+    """What interrupted runs, of whatever kind, have left to go on from to `output`."""
+    return list(output.parent.glob(f"{glob.escape(output.name)}.*{SUFFIX}"))
+
+
 def left_beside(output: Path) -> bool:
-    """Whether interrupted runs, of whatever kind, have left something to go on from to `output`."""
-    return any(output.parent.glob(f"{glob.escape(output.name)}.*{SUFFIX}"))
+    """Whether there is any of that."""
+    return bool(states_of(output))
 
 
 def _versions() -> list[str]:

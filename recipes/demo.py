@@ -28,6 +28,8 @@ from converters.errors import OutputError
 from converters.load import load_classifier
 from converters.outputs import TEMPORARY
 from recipes import zoo
+from recipes.checkpoint import states_of
+from recipes.image_store import clear_set
 from recipes.images import PREVIEW, ImageSet, gaussian_noise, load_images
 from recipes.progress import Progress, Silent
 from recipes.prune.engine import prune
@@ -160,15 +162,16 @@ def _make_room(directory: Path, overwrite: bool) -> None:
         raise OutputError(f"{directory} was not written by the demo, so --force will not clear it: remove it first")
     try:
         for cell in CELLS:
-            for path in directory.glob(f"{cell.file_name}*"):  # an interrupted one's state too
-                path.unlink()
+            path = directory / cell.file_name
+            for file in (path, *states_of(path)):
+                file.unlink(missing_ok=True)
         for path in directory.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in (RESULTS, PREVIEW):
             (directory / name).unlink(missing_ok=True)
         for name in (ZOO_IMAGES, SINGLE_IMAGES):  # by the last one it is known
-            if (directory / name).is_dir():
-                shutil.rmtree(directory / name)
+            if is_set(directory / name):
+                clear_set(directory / name)
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{directory} cannot be made ready ({error.strerror}): choose another output") from error

@@ -105,21 +105,8 @@ class ImageStore:
             except OtherSetError:
                 if not overwrite:
                     raise
-        self._remove([*record_files(self.directory), *image_files(self.directory)])
-        self._remove(self.directory / name for name in (METADATA, PREVIEW))  # the manifest is replaced
+        _remove(self.directory, _own_files(self.directory))  # the manifest is replaced
         return []
-
-    def _remove(self, files: Iterable[Path]) -> None:
-        """Remove files, and the folders of classes that this leaves empty. Raises OutputError where one cannot be."""
-        removed = list(files)
-        try:
-            for file in removed:
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"{error.filename} cannot be removed ({error.strerror}): remove it") from error
-        for folder in {file.parent for file in removed if file.parent.parent == self.directory / IMAGES}:
-            with suppress(OSError):  # the user's own files lie there too
-                folder.rmdir()
 
     def _go_on(self) -> list[dict[str, Any]]:
         """The finished shards of the same set. Raises OutputError where there is none."""
@@ -142,7 +129,7 @@ class ImageStore:
         kept |= {self.directory / RECORDS / f"{record['index']:05d}.json" for record in finished}
         held = [*record_files(self.directory), *image_files(self.directory)]
         abandoned = [file for file in self.directory.rglob(f"{TEMPORARY}*") if file.is_file()]
-        self._remove([*abandoned, *(file for file in held if file not in kept)])
+        _remove(self.directory, [*abandoned, *(file for file in held if file not in kept)])
         return finished
 
     def add(self, index: int, seed: int, pixels: Tensor, labels: Tensor, facts: dict[str, Any]) -> None:
@@ -184,3 +171,32 @@ class ImageStore:
         told = [{key: value for key, value in shard.items() if key != "files"} for shard in shards]
         manifest = {"format": 2, "finished": finished, "identity": self.identity, "shards": told, **facts}
         write_atomically(self.directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def clear_set(directory: Path) -> None:
+    """Remove a set that synth wrote, and the folders that this leaves empty, but nothing else that lies there.
+
+    Raises OutputError where a file cannot be removed.
+    """
+    _remove(directory, [*_own_files(directory), directory / MANIFEST])  # by which it is known, last
+    for folder in (directory / IMAGES, directory / RECORDS, directory):
+        with suppress(OSError):  # the user's own files lie there too
+            folder.rmdir()
+
+
+def _own_files(directory: Path) -> list[Path]:
+    """All that the store writes but the manifest."""
+    return [*record_files(directory), *image_files(directory), directory / METADATA, directory / PREVIEW]
+
+
+def _remove(directory: Path, files: Iterable[Path]) -> None:
+    """Remove files of a set, and the folders of classes that this leaves empty. Raises OutputError."""
+    removed = list(files)
+    try:
+        for file in removed:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{error.filename} cannot be removed ({error.strerror}): remove it") from error
+    for folder in {file.parent for file in removed if file.parent.parent == directory / IMAGES}:
+        with suppress(OSError):  # the user's own files lie there too
+            folder.rmdir()

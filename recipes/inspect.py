@@ -78,7 +78,14 @@ class Inspection:
 
     @property
     def _unsupported(self) -> str:
-        return "; ".join(str(operator) for operator in self.unsupported)
+        kinds: dict[str, list[Unsupported]] = {}
+        for operator in self.unsupported:
+            kinds.setdefault(operator.op, []).append(operator)
+        found = []
+        for first, *others in kinds.values():
+            more = f" ({len(others)} more of them)" if others else ""
+            found.append(f"{first}{more}")
+        return "; ".join(found)
 
 
 def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspection:

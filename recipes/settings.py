@@ -37,7 +37,7 @@ class SettingsError(MixMixError):
 class Settings(BaseModel):
     """Base of all settings: frozen, and strict about keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
@@ -168,7 +168,7 @@ def recipe_text(package: str, recipe: str) -> tuple[str, str]:
         if not path.is_file():
             raise SettingsError(f"recipe {recipe} does not exist: name a .toml file or one of {_listed(package)}")
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            return path.read_text(encoding="utf-8-sig"), str(path)
         except (OSError, UnicodeDecodeError):
             raise SettingsError(f"recipe {recipe} is not a readable text file: name a .toml file") from None
     if not shipped:

@@ -58,7 +58,12 @@ class Training:
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits [N, classes], mean over N (Hinton et al. 2015)."""
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits [N, classes], mean over N (Hinton et al. 2015).
+
+    A single logit is that of the second of two classes, the first one's being 0.
+    """
+    if student.shape[1] == 1:
+        student, teacher = (torch.cat([torch.zeros_like(logits), logits], 1) for logits in (student, teacher))
     log_p = F.log_softmax(student / temperature, 1)
     log_q = F.log_softmax(teacher / temperature, 1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)

@@ -40,12 +40,18 @@ step has come to: the most was 0.9 of one of them (ConvMixer, random weights).
 """
 FUSION_FLOOR = 1e-6
 """Noise relative to signal (-60 dB) below which nothing is asked: float rounding."""
+HALF_FLOOR = 1e-4
+"""The same (-40 dB) of files that compute in 16 bits, which optimisations move from node to node."""
 OPTIMISATIONS = "optimisations"
 """The gate on onnxruntime's graph optimisations."""
 SLACK = 1e-9
 """Shares of images are compared as if exact: 0.95 - 0.94 is a little more than 0.01 in floating point."""
 
 Logits = NDArray[np.float64]
+
+
+class UnsettledError(MixMixError):
+    """A file whose answers depend on what else is in the batch."""
 
 
 class LabelError(MixMixError):
@@ -188,10 +194,17 @@ def validate(
     """Run all models on all images, and with `layers` compare every layer's output on the first few.
 
     Those `beside` the candidates get figures, and pass and fail nothing.
-    Raises GateError when a gate needs labels that are not there.
+    Raises GateError when a gate needs labels that are not there, and UnsettledError where a candidate is not judged as
+    it is on disk.
     """
     gates, progress, started = gates or Gates(), progress or Silent(), time.perf_counter()
     require_labels(images, gates)
+    mended = next((candidate for candidate in candidates if not candidate.is_file), None)
+    if mended is not None:
+        raise UnsettledError(
+            f"{mended.path} is written in training mode, so that each answer depends on the whole batch: export it in"
+            " evaluation mode"
+        )
     labels = images.labels.numpy() if images.labels is not None and images.label_kind == "real" else None
     judged: list[Candidate] = []
     with progress.task("validating", 1 + 2 * len([*candidates, *beside]) + layers * len(candidates)) as task:
@@ -239,7 +252,9 @@ def _judge(
     word = "finite" if finite else "infinite or no numbers"
     verdicts = [*_asked(gates, drop, top1, agreement), Verdict("finite", finite, f"logits are {word}")]
     verdicts = [replace(verdict, seconds=fused.seconds) for verdict in verdicts]
-    verdicts.append(_explained(_optimisations(expected, fused, plain, _quantizes_activations(candidate)), candidate))
+    floor = HALF_FLOOR if candidate.other_floats else FUSION_FLOOR
+    verdict = _optimisations(expected, fused, plain, floor, _quantizes_activations(candidate))
+    verdicts.append(_explained(verdict, candidate))
     return Candidate(
         path=candidate.path,
         top1=top1,
@@ -259,12 +274,12 @@ def _quantizes_activations(candidate: Classifier) -> bool:
     return any("QuantizeLinear" in node.op_type for node in candidate.original.graph)
 
 
-def _optimisations(expected: Logits, fused: Run, plain: Run, rounding: bool) -> Verdict:
+def _optimisations(expected: Logits, fused: Run, plain: Run, least: float, rounding: bool) -> Verdict:
     """What graph optimisations add to the noise of compression, and what they change, beside it.
 
-    `rounding` says that activations are quantized.
+    Nothing is asked below `least`, a share of the logits' power; `rounding` says that activations are quantized.
     """
-    floor = FUSION_FLOOR * float(np.square(plain.logits).sum())
+    floor = least * float(np.square(plain.logits).sum())
     noise, total = (float(np.square(run.logits - expected).sum()) for run in (plain, fused))
     change, added = float(np.square(fused.logits - plain.logits).sum()), max(0.0, total - noise)
     most = ROUNDED_SHARE * (noise + total) if rounding else CHANGED_SHARE * noise
@@ -345,13 +360,19 @@ def _logits(
         session.run_in_batches(_inputs(model, reference, images, start, start + step), batch)
         for start in range(0, len(images), step)
     ]
-    return np.concatenate(parts).reshape(len(images), -1).astype(np.float64)
+    return against_nothing(np.concatenate(parts).reshape(len(images), -1).astype(np.float64))
+
+
+def against_nothing(logits: Logits) -> Logits:
+    """A single logit [N, 1] as that of the second of two classes, the first one's being 0: so a sigmoid takes it."""
+    return np.concatenate([np.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 
 def _latency(model: Classifier, reference: Classifier, images: ImageSet, threads: int) -> float:
+    """Milliseconds an image, one at a time, or its share of a batch that the file insists on."""
     batch = model.fixed_batch or 1
     one = _inputs(model, reference, images, 0, batch)
-    return Session(model.path, threads=threads).latency(fill(one, batch))
+    return Session(model.path, threads=threads).latency(fill(one, batch)) / batch
 
 
 def _accuracy(logits: Logits, labels: NDArray[np.int64] | None, model: Classifier) -> tuple[float | None, float | None]:

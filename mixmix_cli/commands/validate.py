@@ -54,6 +54,10 @@ def command(**given: Any) -> int:
     gates = Gates(given["max_drop"], given["min_top1"], given["min_agreement"])
     how = {"layers": given["layers"], "threads": given["threads"], "progress": terminal}
     result = validate(reference, candidates, images, gates, **how)
+    if given["junit"]:
+        from mixmix_cli.junit import write_junit
+
+        write_junit(result, given["junit"])
     if terminal.as_json:
         terminal.document(validation_json(result))
     else:
@@ -64,10 +68,6 @@ def command(**given: Any) -> int:
             if candidate.layers is not None:
                 terminal.show(layers_table(candidate, candidate.layers))
                 terminal.show(layers_note(candidate.layers))
-    if given["junit"]:
-        from mixmix_cli.junit import write_junit
-
-        write_junit(result, given["junit"])
     if given["github"]:
         for candidate in result.candidates:
             for verdict in candidate.verdicts:

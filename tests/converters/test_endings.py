@@ -35,6 +35,7 @@ LABEL = models.node("ArgMax", "scores", "label", axis=1, keepdims=0)
 INTEGER = {"label": TensorProto.INT64}
 ENDINGS: dict[str, tuple[onnx.ModelProto, str]] = {
     "softmax": (ending([SOFTMAX], {"probabilities": models.LOGITS}), "softmax"),
+    "sigmoid": (ending([models.node("Sigmoid", "scores", "shares")], {"shares": models.LOGITS}), "sigmoid"),
     "label": (ending([LABEL], {"label": ("batch",)}, INTEGER), "argmax"),
     "label of the softmax": (
         ending([SOFTMAX, models.node("ArgMax", "probabilities", "label", axis=1)], {"label": ("batch", 1)}, INTEGER),

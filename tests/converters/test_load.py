@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.errors import MixMixError, ModelError, SpecError
+from converters.input_spec import IMAGENET_MEAN, IMAGENET_STD
 from converters.load import load_classifier
 from tests import models
 
@@ -232,3 +233,41 @@ def test_a_dropout_that_drops_is_refused(training: bool, ratio: float, refused: 
         return
     with pytest.raises(ModelError, match=r"m\.onnx: node drop drops at random.*export the model in evaluation mode"):
         load_classifier(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "warned"),
+    [
+        ({"mean": 0.0}, (255.0, 0.0, 1.0), False),
+        ({"std": 1.0}, (255.0, 0.0, 1.0), False),
+        ({"scale": 255.0}, (255.0, 0.0, 1.0), False),
+        ({"scale": 1.0}, (1.0, 0.485, 0.229), True),
+        ({"mean": 0.25}, (1.0, 0.25, 0.229), True),
+        ({"mean": 0.25, "std": 0.5}, (1.0, 0.25, 0.5), False),
+    ],
+)
+def test_one_key_of_pixels_goes_with_what_is_found_as_long_as_they_agree(
+    options: dict[str, float], expected: tuple[float, float, float], warned: bool, tmp_path: Path
+) -> None:
+    model = models.assemble(
+        [
+            models.node("Sub", "image mean", "shifted"),
+            models.node("Div", "shifted std", "normal"),
+            *models.head("normal"),
+        ],
+        models.head_tensors(models.CHANNELS)
+        | {
+            "mean": 255 * np.array(IMAGENET_MEAN, np.float32)[:, None, None],
+            "std": 255 * np.array(IMAGENET_STD, np.float32)[:, None, None],
+        },
+    )
+    classifier = load_classifier(models.write(model, tmp_path / "model.onnx"), options)
+    spec = classifier.spec
+    assert (spec.scale, spec.mean[0], spec.std[0]) == expected
+    assert any(note.startswith("warning: ") for note in classifier.notes) == warned
+
+
+def test_what_is_assumed_is_in_the_units_of_the_scale_that_is_said(tmp_path: Path) -> None:
+    classifier = load_classifier(models.write(models.conv(), tmp_path / "model.onnx"), {"scale": 255.0})
+    assert classifier.spec.mean == pytest.approx([255 * value for value in IMAGENET_MEAN])
+    assert classifier.spec.std == pytest.approx([255 * value for value in IMAGENET_STD])

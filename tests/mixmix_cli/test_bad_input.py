@@ -255,6 +255,10 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
     """Importing torch takes seconds."""
     for name in ("m.onnx", "m.w4.onnx", "m.2of4.w4.onnx", "m.distilled.onnx", "there.npz", "there.xml"):
         (tmp_path / name).touch()
+    (tmp_path / "images" / "0").mkdir(parents=True)
+    for name in ("images/0/a.png", "weights.bin"):
+        (tmp_path / name).touch()
+    (tmp_path / "heavy.onnx").write_bytes(b"location weights.bin")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "other" / "images").mkdir(parents=True)
@@ -298,6 +302,8 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "data export there.npz --model m.onnx -o there.npz --force": "one of the inputs",
         "validate m.onnx m.onnx --data there.npz --junit m.onnx --force": "one of the inputs",
         "quantize m.onnx --bits 3 --data there.npz -o there.npz --force": "one of the inputs",
+        "validate m.onnx m.onnx --data images --junit images/0/a.png --force": "a part of images",
+        "validate heavy.onnx m.onnx --data there.npz --junit weights.bin --force": "a part of heavy.onnx",
         "quantize m.onnx --bits 3 -o new/": "names a folder",
         "quantize m.onnx --bits 3 -o pipe --force": "no regular file",
         "quantize m.onnx --bits 3 -o link": exists,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -47,7 +48,7 @@ def test_every_recipe_and_every_key_says_what_it_is(command: str, name: str) -> 
 def test_a_file_of_the_user_is_completed(file: Path) -> None:
     """With what only an effort sets, numbers that JSON does not have, and no word of what the file is."""
     own = file.with_name("mine.toml")
-    text = 'stages = [{ scale = 1.0, steps = 5 }]\nrate = inf\nmodels = ["\U0001f600:b:\\u007f"]\n# One.\n# Two.\n'
+    text = 'stages = [{ scale = 1.0, steps = 5 }]\nrate = 1e300\nmodels = ["\U0001f600:b:\\u007f"]\n# One.\n# Two.\n'
     own.write_text(f"{text}[effort.fast]\nmodels_per_step = 2\n")
     shown = read_recipe(KINDS["synth"], str(own))
     assert shown.about == ""
@@ -63,4 +64,10 @@ def test_what_is_wrong_is_refused_at_whatever_effort(effort: Effort, file: Path)
     file.write_text(f'unit = "block"\n[effort.{effort}]\nsteps = -1\n')
     said = "" if effort == "default" else f"at --effort {effort}, .*"
     with pytest.raises(SettingsError, match=f"{said}steps cannot be -1"):
+        read_recipe(KINDS["quantize"], str(file))
+
+
+def test_what_is_wrong_at_every_effort_is_said_of_none(file: Path) -> None:
+    file.write_text('unit = "block"\nsteps = -1\n')
+    with pytest.raises(SettingsError, match=f"^{re.escape(str(file))}: steps cannot be -1"):
         read_recipe(KINDS["quantize"], str(file))

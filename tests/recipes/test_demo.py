@@ -27,13 +27,18 @@ def test_only_what_a_demo_wrote_is_cleared(tmp_path: Path) -> None:
         _make_room(folder, overwrite=False)
     (folder / SINGLE_IMAGES).mkdir()
     (folder / SINGLE_IMAGES / MANIFEST).write_text(json.dumps({"format": 2, "identity": {}}))
-    for name in (CELLS[0].file_name, f"{CELLS[1].file_name}.quantize-1.partial"):
+    for name in (CELLS[0].file_name, f"{CELLS[1].file_name}.quantize-1.partial", f"{CELLS[0].file_name}.notes.txt"):
         (folder / name).touch()
+    for name in ("images/00003/00000-00001.png", "images/00003/mine.png", "shards/00000.json"):
+        (folder / SINGLE_IMAGES / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / SINGLE_IMAGES / name).touch()
     (folder / ".mixmix-left").mkdir()
     link = tmp_path / "link"
     link.symlink_to(folder)
     _make_room(link, overwrite=True)
-    assert [path.name for path in folder.iterdir()] == ["src"]
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    mine = {"src/main.py", f"{CELLS[0].file_name}.notes.txt", f"{SINGLE_IMAGES}/images/00003/mine.png"}
+    assert left == mine
     assert (folder / "src" / "main.py").read_text() == "mine"
 
 

@@ -201,6 +201,16 @@ def test_a_file_that_is_damaged_is_named(content: bytes, tmp_path: Path) -> None
     sentence(caught, str(path))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load_synth(write(tmp_path / "own.toml", f"\ufeffrate = 0.125\n{STAGES}")).rate == 0.125
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999"])
+def test_numbers_are_finite(value: str) -> None:
+    with pytest.raises(SettingsError, match="temperature cannot be"):
+        load_recipe(distill.DistillSettings, distill.PACKAGE, "default", overrides=[f"temperature={value}"])
+
+
 def test_a_file_needs_no_suffix(tmp_path: Path) -> None:
     assert load_synth(write(tmp_path / "own", f"rate = 0.125\n{STAGES}")).rate == 0.125
 

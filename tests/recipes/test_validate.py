@@ -10,19 +10,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+from onnxruntime.transformers import float16
 
 from converters.classifier import Classifier
 from converters.edits import ActivationEdit
 from converters.errors import MixMixError
 from converters.load import load_classifier
+from converters.runtime import Session
 from converters.targets import UINT8
 from converters.writeback import edited_classifier
 from recipes.images import ImageSet
 from recipes.validate import (
+    FUSION_FLOOR,
     Candidate,
     Gates,
     Reference,
     Run,
+    UnsettledError,
     Validation,
     _judge,
     _optimisations,
@@ -106,7 +111,7 @@ def test_quantized_activations_may_be_rounded_otherwise() -> None:
     answers, draw = with_answers(95), np.random.default_rng(0)
 
     def passes(plain: np.ndarray, fused: np.ndarray) -> bool:
-        return _optimisations(answers, Run(fused, 0.5), Run(plain, 0.7), rounding=True).passed
+        return _optimisations(answers, Run(fused, 0.5), Run(plain, 0.7), FUSION_FLOOR, rounding=True).passed
 
     plain, fused, more = (0.1 * draw.standard_normal(answers.shape) for _ in range(3))
     assert passes(answers + plain, answers + fused)
@@ -217,3 +222,66 @@ def test_models_of_two_tasks(tmp_path: Path, images: ImageSet) -> None:
     )
     with pytest.raises(MixMixError, match=r"7 classes, .* has 5: give models of one task"):
         validate(named(tmp_path / "a.onnx", models.conv()), [named(tmp_path / "b.onnx", other)], images)
+
+
+def test_sixteen_bits_are_rounded_otherwise_from_node_to_node(
+    classifier_of: Callable[[str], Classifier], judging_images: ImageSet, tmp_path: Path
+) -> None:
+    """A right model of 16 bits passes; what its optimisations change is far above float32's rounding."""
+    for name in ("excite", "residual"):
+        model = float16.convert_float_to_float16(onnx.load(classifier_of(name).path))
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        half = load_classifier(tmp_path / f"{name}.onnx")
+        assert half.other_floats
+        (candidate,) = validate(classifier_of(name), [half], judging_images, Gates(max_drop=0.01)).candidates
+        assert candidate.failed == []
+
+
+def sigmoid() -> onnx.ModelProto:
+    """A closing Sigmoid."""
+    model = models.softmax()
+    node = model.graph.node[-1]
+    node.op_type = "Sigmoid"
+    del node.attribute[:]
+    return model
+
+
+def test_a_single_logit_is_that_of_the_second_of_two_classes(
+    tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers of one class would agree, whatever they are."""
+    monkeypatch.setattr(models, "CLASSES", 1)
+    monkeypatch.setattr(models, "LOGITS", ("batch", 1))
+    reference = named(tmp_path / "a.onnx", sigmoid(), dict(GRAY))
+    other = sigmoid()
+    for tensor in other.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), tensor.name))
+    opposite = named(tmp_path / "b.onnx", other, dict(GRAY))
+    (candidate,) = validate(reference, [opposite], images, Gates(min_agreement=0.9)).candidates
+    answers = Session(reference.path).run(reference.spec.to_input(images.pixels).numpy())[0]
+    probability = np.asarray(answers, np.float64).ravel()
+    assert candidate.agreement < 0.5
+    assert "min-agreement" in candidate.failed
+    log_odds = np.log(probability / (1 - probability))
+    assert candidate.kl == pytest.approx(((2 * probability - 1) * log_odds).mean(), rel=1e-3)
+    labelled = replace(images, labels=torch.from_numpy((probability > 0.5).astype(np.int64)), label_kind="real")
+    assert validate(reference, [reference], labelled).reference.top1 == 1
+
+
+def test_a_candidate_in_training_mode_is_not_judged_in_another(tmp_path: Path, images: ImageSet) -> None:
+    model = models.batchnorm()
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
+            node.output.extend(["running.mean", "running.variance"])
+    training = named(tmp_path / "a.onnx", model, dict(GRAY))
+    with pytest.raises(UnsettledError, match=r"a\.onnx is written in training mode"):
+        validate(named(tmp_path / "b.onnx", models.batchnorm(), dict(GRAY)), [training], images)
+
+
+def test_latency_is_that_of_an_image(tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.validate.Session.latency", lambda self, inputs: 2.0 * len(inputs))
+    one = named(tmp_path / "a.onnx", models.conv(), dict(GRAY))
+    four = named(tmp_path / "b.onnx", models.conv(image=(4, *models.IMAGE[1:])), dict(GRAY))
+    result = validate(one, [four], images)
+    assert (result.reference.latency_ms, result.candidates[0].latency_ms) == (2.0, 2.0)
