@@ -60,6 +60,8 @@ TABLES = ("quantized", "pruned", "widths")
 WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
     "--bits 4": (4, None, "qdrop", ()),
     "--bits 4 --set logit_share=0": (4, None, "qdrop", ("logit_share=0",)),
+    "--bits 4 --set group_size=32": (4, None, "qdrop", ("group_size=32",)),
+    "--bits 4 --set group_size=64": (4, None, "qdrop", ("group_size=64",)),
     "--bits 4 --act-bits 8": (4, 8, "qdrop", ()),
     "--bits 4 --act-bits 4": (4, 4, "qdrop", ()),
     "--bits 3": (3, None, "qdrop", ()),

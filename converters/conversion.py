@@ -72,7 +72,7 @@ class _Expectation:
     def __init__(self, classifier: Classifier, seed: int = 0) -> None:
         self.classifier = classifier
         self.x = seeded_input(classifier, 2 * (classifier.fixed_batch or 1), seed)
-        self.logits = classifier.session(optimise=False).run_in_batches(self.x.numpy(), classifier.fixed_batch or 2)
+        self.logits = self._ask()
         if not np.isfinite(self.logits.astype(np.float64)).all():
             raise ModelError(
                 f"{classifier.path}: onnxruntime itself gets NaN or infinity on ordinary pixels: a weight is damaged,"
@@ -85,6 +85,20 @@ class _Expectation:
                 " not [batch, classes]: it is not an image classifier"
             )
         self.logits = self.logits.reshape(len(self.x), -1).astype(np.float32)
+
+    def _ask(self) -> np.ndarray:
+        """Logits of the images. Raises ConversionError where onnxruntime takes one image alone."""
+        session, batch = self.classifier.session(optimise=False), self.classifier.fixed_batch
+        try:
+            return session.run_in_batches(self.x.numpy(), batch or len(self.x))
+        except ModelError as error:
+            if batch is not None:
+                raise
+            try:
+                session.run(self.x[:1].numpy())
+            except ModelError:
+                raise error from None
+            raise self._bound(f"onnxruntime does not run it on {len(self.x)} images") from error
 
     @torch.no_grad()
     def hold(self, module: TorchClassifier) -> float:

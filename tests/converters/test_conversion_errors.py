@@ -111,6 +111,14 @@ def test_a_damaged_weight_that_hides_is_the_files_fault(load: Load) -> None:
         to_torch(load(model))
 
 
+def test_a_batch_of_one_that_the_file_does_not_declare_is_a_sentence(load: Load) -> None:
+    model = models.fixed_batch(reshape=[1, models.PIXELS])
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    with pytest.raises(ConversionError, match="wound into the graph, so that onnxruntime does not run it on 2 images"):
+        to_torch(load(model))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, IndexError])
 def test_operator_that_fails_is_a_sentence(load: Load, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def fail(_value: torch.Tensor) -> None:
