@@ -15,7 +15,7 @@ from converters import graphs, passes
 from converters.batch import BATCH, fixed_batch
 from converters.endings import Ending, find_ending
 from converters.input_spec import Detection, InputSpec
-from converters.precision import FEW_BITS, FLOATS, uses_other_floats
+from converters.precision import FEW_BITS, FLOATS, computes_in_halves, uses_other_floats
 from converters.runtime import Session
 
 STORED_AS = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
@@ -73,6 +73,11 @@ class Classifier:
     def other_floats(self) -> bool:
         """Whether the file stores or computes in a float type other than float32."""
         return uses_other_floats(self.original)
+
+    @property
+    def computes_in_halves(self) -> bool:
+        """Whether a layer multiplies in 16-bit floats: not only stores its weights so."""
+        return computes_in_halves(self.original)
 
     @property
     def open_size(self) -> bool:

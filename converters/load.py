@@ -59,8 +59,10 @@ def _load(path: Path, options: Mapping[str, Any] | None, open_size: tuple[int, i
     detection = detect(classifier, stated)
     if detection is not None and all(_alike(getattr(spec, key), detection.keys[key]) for key in said):
         spec = resolve(path, shape, properties, options, detection.keys, open_size)
-        return replace(classifier, spec=spec, detection=detection)
-    if not said or {"mean", "std"} <= set(said):  # numbers that a scale of 1 goes with
+        remarks = (*remarks, f"{' and '.join(said)} said, and what was found goes with that") if said else remarks
+        return replace(classifier, spec=spec, detection=detection, remarks=remarks)
+    sure = detection is not None and detection.confidence == 1
+    if not said or ({"mean", "std"} <= set(said) and not sure):  # numbers that a scale of 1 goes with
         return classifier
     return replace(classifier, remarks=(*remarks, _partly(said)))
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from converters.errors import ModelError, OutputError
 
 SUFFIXES = (".onnx", ".ort", ".pb")
-WRITTEN = (*SUFFIXES, ".xml", ".html")
-"""What MixMix writes itself: an earlier result may lie among images that are given."""
+PARTS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".json", ".jsonl")
+"""What image sets are made of: other files in their folders may be earlier results."""
+SHORT = 127
+"""Bytes of a name that one byte of a protocol buffer counts."""
 TEMPORARY = ".mixmix-"
 """How names of files begin that are being written; one that is left over is from a process that was killed."""
 
@@ -78,16 +80,19 @@ def ensure_makeable(folder: Path) -> None:
 
 
 def _holds(given: Path, path: Path) -> bool:
-    """Whether a file is in a folder that was given, or a model's external data: those that it names, beside it."""
+    """Whether a file is a part of an image set that was given, or external data of a model, as its bytes name them."""
     held, file = _target(given), _target(path)
-    if file.suffix in WRITTEN:
-        return False
     if held.is_dir():
-        return held in file.parents
-    if not held.is_file() or held.parent != file.parent or not held.stat().st_size:
+        return file.suffix.lower() in PARTS and held in file.parents
+    name = Path(os.path.relpath(file, held.parent)).as_posix().encode()
+    if held.suffix.lower() not in SUFFIXES or len(name) > SHORT:
         return False
-    with held.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(file.name.encode()) >= 0
+    entry = b"\x0a\x08location\x12" + bytes([len(name)]) + name  # a StringStringEntryProto of a TensorProto
+    try:
+        with held.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(entry) >= 0
+    except (OSError, ValueError):  # not to be read, or empty: another check says so
+        return False
 
 
 def _target(path: Path) -> Path:

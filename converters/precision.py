@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from converters import graphs
 
-OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+OTHER_FLOATS = (*HALVES, ir.DataType.DOUBLE)
 FLOATS = (ir.DataType.FLOAT, *OTHER_FLOATS)
 IMAGE_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.UINT8)
 """Types that an image input may have: what numpy has, and onnxruntime takes from it."""
@@ -33,6 +34,13 @@ def uses_other_floats(model: ir.Model) -> bool:
     values = [*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs]
     stored = any(value.dtype in OTHER_FLOATS or _type_of(value) in OTHER_FLOATS for value in values)
     return stored or any(_names_other_float(node) for node in model.graph.all_nodes())
+
+
+def computes_in_halves(model: ir.Model) -> bool:
+    """Whether a layer multiplies in 16-bit floats: its weight is read as it is stored, without a Cast between."""
+    layers = [node for node in model.graph.all_nodes() if node.op_type in ("Conv", "Gemm", "MatMul")]
+    operands = [value for node in layers for value in node.inputs if value is not None]
+    return any(value.dtype in HALVES or _type_of(value) in HALVES for value in operands)
 
 
 def _type_of(value: ir.Value) -> ir.DataType | None:

@@ -167,7 +167,7 @@ def states_of(output: Path) -> list[Path]:
 
 
 def left_beside(output: Path) -> bool:
-    """Whether there is any of that."""
+    """Whether interrupted runs have left something to go on from to `output`."""
     return bool(states_of(output))
 
 

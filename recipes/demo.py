@@ -181,7 +181,7 @@ def _synthesize(names: Sequence[str], directory: Path, seed: int, progress: Prog
     modules = [to_torch(load_classifier(zoo.model_path(name))) for name in names]
     settings = load_synth_recipe("small", "default", (), None, {"images": IMAGES})
     progress.say(f"{IMAGES} images from {', '.join(names)}")
-    synthesize(modules, directory, settings, seed=seed, progress=progress)
+    synthesize(modules, directory, settings, seed=seed, overwrite=True, progress=progress)  # of what `_make_room` left
     return load_images(directory)
 
 

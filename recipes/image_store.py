@@ -2,7 +2,7 @@
 
 A shard's images are written first, each under its final name only when whole; then `shards/NNNNN.json` says that it is
 finished. Several processes may add shards to one folder. `metadata.jsonl` and `manifest.json` are drawn up from these
-records when a run begins and when it ends, however it ends.
+records when a run begins and when it ends; one that was killed has only the records.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from recipes.shards import (
     is_intact,
     metadata_rows,
     read_records,
+    record_file,
     record_files,
 )
 
@@ -116,20 +117,22 @@ class ImageStore:
             raise OtherSetError(
                 f"{self.directory} has no usable {MANIFEST}, so that nothing can be resumed: choose another output"
             ) from error
-        asked = json.loads(json.dumps(self.identity))
-        if identity != asked and self.records():
+        asked, records = json.loads(json.dumps(self.identity)), self.records()
+        if identity != asked and records:
             found = list(differences(identity, asked))
             raise OtherSetError(
                 f"{self.directory} holds images made of other models or with other settings ({in_short(found)}): move"
                 " it, repeat those, or replace it with --force",
                 found,
             )
-        finished = [record for record in self.records() if is_intact(self.directory, record)]
-        kept = {self.directory / name for record in finished for name in record["files"]}
-        kept |= {self.directory / RECORDS / f"{record['index']:05d}.json" for record in finished}
-        held = [*record_files(self.directory), *image_files(self.directory)]
-        abandoned = [file for file in self.directory.rglob(f"{TEMPORARY}*") if file.is_file()]
-        _remove(self.directory, [*abandoned, *(file for file in held if file not in kept)])
+        finished = [record for record in records if is_intact(self.directory, record)]
+        left = list(_half_written(self.directory))
+        if identity != asked:  # another set was stopped before its first record; its images must not stay
+            left += image_files(self.directory)
+        for record in records:  # images of shards that are made again are replaced: nobody else's are touched
+            if record not in finished:
+                left.append(record_file(self.directory, record["index"]))
+        _remove(self.directory, left)
         return finished
 
     def add(self, index: int, seed: int, pixels: Tensor, labels: Tensor, facts: dict[str, Any]) -> None:
@@ -149,7 +152,7 @@ class ImageStore:
             files[name] = content
         facts = {"sha256": digest_of(files), "files": list(files), **facts}
         record = {"index": index, "seed": seed, "images": len(files), **facts}
-        write_atomically(self.directory / RECORDS / f"{index:05d}.json", json.dumps(record).encode())
+        write_atomically(record_file(self.directory, index), json.dumps(record).encode())
 
     def records(self) -> list[dict[str, Any]]:
         """The records of the finished shards, in order."""
@@ -176,17 +179,27 @@ class ImageStore:
 def clear_set(directory: Path) -> None:
     """Remove a set that synth wrote, and the folders that this leaves empty, but nothing else that lies there.
 
-    Raises OutputError where a file cannot be removed.
+    Where something does, the manifest stays, by which the folder is known. Raises OutputError where a file cannot be
+    removed.
     """
-    _remove(directory, [*_own_files(directory), directory / MANIFEST])  # by which it is known, last
-    for folder in (directory / IMAGES, directory / RECORDS, directory):
+    _remove(directory, _own_files(directory))
+    for folder in (directory / IMAGES, directory / RECORDS):
         with suppress(OSError):  # the user's own files lie there too
             folder.rmdir()
+    if [path.name for path in directory.iterdir()] == [MANIFEST]:
+        _remove(directory, [directory / MANIFEST])
+        directory.rmdir()
 
 
 def _own_files(directory: Path) -> list[Path]:
     """All that the store writes but the manifest."""
-    return [*record_files(directory), *image_files(directory), directory / METADATA, directory / PREVIEW]
+    own = [*record_files(directory), *image_files(directory), *_half_written(directory)]
+    return [*own, directory / METADATA, directory / PREVIEW]
+
+
+def _half_written(directory: Path) -> Iterator[Path]:
+    """What killed processes have left under temporary names."""
+    return (file for file in directory.rglob(f"{TEMPORARY}*") if file.is_file())
 
 
 def _remove(directory: Path, files: Iterable[Path]) -> None:

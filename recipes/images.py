@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipes.refusals import MANIFEST, DataError, check_source, is_set
-from recipes.shards import IMAGES, metadata_rows, read_records
+from recipes.refusals import MANIFEST, RECORDS, DataError, check_source, is_set
+from recipes.shards import image_files, metadata_rows, read_records
 
 LabelKind = Literal["real", "targets", "none"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy")
@@ -134,7 +134,7 @@ def _channels_first(shape: tuple[int, ...]) -> bool:
 def _load_synthesized(path: Path, limit: int | None) -> ImageSet:
     finished = _is_finished(path)
     try:
-        if finished:
+        if finished or not (path / RECORDS).is_dir():
             rows = [json.loads(line) for line in (path / METADATA).read_text().splitlines() if line.strip()]
         else:  # the metadata are as they were when the run began: it may have been killed since, or be running
             rows = metadata_rows(read_records(path))
@@ -201,7 +201,7 @@ def _is_synthesized(folder: Path) -> bool:
     """Whether synth wrote what is in the folder, though its manifest is gone: others have metadata of this name too."""
     if not (folder / METADATA).is_file():
         return False
-    return is_set(folder) or any(child.name.isdecimal() for child in (folder / IMAGES).glob("*/"))
+    return is_set(folder) or next(image_files(folder), None) is not None
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -235,6 +235,8 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
                 )
             return array
         with Image.open(file) as image:
+            if image.mode in ("F", "I"):
+                raise DataError(f"{file} has 32 bits a pixel: store 8 or 16")
             if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8 instead of scaling them
                 array = (np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)
             else:

@@ -74,7 +74,10 @@ class Inspection:
     @property
     def why_not_synthesize(self) -> str | None:
         """What keeps images from being made from the model alone, or None."""
-        return self._unsupported if self.unsupported else None
+        if self.unsupported:
+            return self._unsupported
+        alone = self.classes == 1 and not self.batchnorms
+        return "it has a single logit, and no BatchNorm statistics: give images with --data" if alone else None
 
     @property
     def _unsupported(self) -> str:

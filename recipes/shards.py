@@ -31,6 +31,10 @@ def image_files(directory: Path) -> Iterator[Path]:
             yield from (file for file in folder.iterdir() if _NAME.fullmatch(file.name))
 
 
+def record_file(directory: Path, shard: int) -> Path:
+    return directory / RECORDS / f"{shard:05d}.json"
+
+
 def record_files(directory: Path) -> Iterator[Path]:
     return (file for file in (directory / RECORDS).glob("*.json") if file.stem.isdecimal())
 

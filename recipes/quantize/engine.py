@@ -211,6 +211,13 @@ class _Run:
             self.quantizers.weights[layer.weight] = quantized_weight(
                 weight, layer, plan.bits, plan.act_bits, self.target, self.settings
             )
+        if self.settings.group_size:
+            grouped = sum(weight.granularity.size > 0 for weight in self.quantizers.weights.values())
+            self.progress.say(
+                f"groups of {self.settings.group_size} inputs share a scale in {grouped} of"
+                f" {len(self.quantizers.weights)} weights (those of up to 4 bits with more inputs than that, beside"
+                " float activations)"
+            )
         counts = Counter(plan.bits for plan in self.quantizers.plans)
         self.progress.say(f"layers by bits: {', '.join(f'{counts[bits]} at {bits}' for bits in sorted(counts))}")
         if self.act_bits is not None and not self.target.elsewhere:

@@ -16,7 +16,6 @@ be a few bytes short of the best.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,17 +36,15 @@ from recipes.quantize.plan import (
     activation_bits,
     at_once,
     decibels,
-    group_size,
     input_bits,
     layers_to_quantize,
     measure_noise,
+    scale_bits,
     widest,
 )
-from recipes.quantize.primitives import Granularity
 from recipes.quantize.settings import QuantizeSettings
 
 FLOAT_BITS = 32
-SCALE_BYTES = 4
 Cost = Callable[[Layer, int, int | None], float]
 """Of a layer with so many bits of its weight, and of its input."""
 
@@ -222,8 +219,9 @@ def _cost(
         return lambda layer, bits, act: layer.parameters * bits / total
 
     def stored(layer: Layer, bits: int, act: int | None) -> float:
-        each, size = target.weight_container(bits).bits, group_size(layer, bits, act, target, settings)
-        scales = math.prod(Granularity(layer.shape, layer.axis, size).scales)
-        return float(sum(-(-count * each // 8) for count in (layer.parameters, scales)) + SCALE_BYTES * scales)
+        each = target.weight_container(bits).bits
+        numbers = (layer.parameters, layer.shape[layer.axis])  # weights, and a zero point a channel
+        groups = scale_bits(layer, bits, act, target, settings)
+        return float(sum(-(-count * each // 8) for count in numbers) + groups // 8)
 
     return stored

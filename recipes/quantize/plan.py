@@ -19,6 +19,7 @@ from converters.kernels import values_between
 from converters.targets import INT4, MAX_BITS, SAFE_BITS, Target
 from converters.torch_module import Layer, TorchClassifier
 from recipes.allocate import ROUNDING, Choice, allocate
+from recipes.quantize.primitives import Granularity
 from recipes.quantize.quantizers import QuantizedWeight
 from recipes.quantize.settings import QuantizeSettings
 from recipes.sensitivity import Before, logit_noise
@@ -36,6 +37,7 @@ def at_once(_: int, measure: Callable[[Advance], Noise]) -> Noise:
     return measure(lambda: None)
 
 
+SCALE_BITS = 32
 MOST = "where more bits take the most noise out of the logits"
 
 
@@ -92,6 +94,13 @@ def group_size(layer: Layer, bits: int, act_bits: int | None, target: Target, se
     """
     few = act_bits is None and target.weight_container(bits).bits <= INT4.bits
     return settings.group_size if few and 0 < settings.group_size < layer.shape[1 - layer.axis] else 0
+
+
+def scale_bits(layer: Layer, bits: int, act_bits: int | None, target: Target, settings: QuantizeSettings) -> int:
+    """Bits of the file that the layer's scales and zero points take, beyond those of one a channel."""
+    size = group_size(layer, bits, act_bits, target, settings)
+    more = math.prod(Granularity(layer.shape, layer.axis, size).scales) - layer.shape[layer.axis]
+    return more * (SCALE_BITS + target.weight_container(bits).bits)
 
 
 def quantized_weight(
@@ -153,14 +162,16 @@ def plan_bits(
         len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
     )
     total = sum(layer.parameters for layer in layers)
+    of_scales = [[scale_bits(layer, width, act_bits, target, settings) / total for width in widths] for layer in layers]
     choices = [
         [
-            Choice(layer.parameters * _occupied(width, widths[0], target) / total, harm)
-            for width, harm in zip(widths, noise[layer.output], strict=True)
+            Choice(layer.parameters * _occupied(width, widths[0], target) / total + scales, harm)
+            for width, harm, scales in zip(widths, noise[layer.output], row, strict=True)
         ]
-        for layer in layers
+        for layer, row in zip(layers, of_scales, strict=True)
     ]
-    chosen = [widths[index] for index in allocate_enough(choices, widths[0] + extra, noise_of(settings.enough_snr))]
+    budget = widths[0] + extra + sum(row[0] for row in of_scales)
+    chosen = [widths[index] for index in allocate_enough(choices, budget, noise_of(settings.enough_snr))]
     alone = [decibels(noise[layer.output][0]) for layer in layers]
     return [
         LayerPlan(layer, width, act, _why(bits, width, act, act_bits), snr)

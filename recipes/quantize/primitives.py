@@ -69,7 +69,7 @@ class Granularity:
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The shape of one scale a row: [1, C, 1, ...] or, of groups, with ceil(I / size) in place of I inputs."""
+        """The shape of one scale a row: of a weight [8, 40, 3, 3], [8, 1, 1, 1] or, in groups of 16, [8, 3, 3, 3]."""
         lengths = enumerate(self.shape)
         if not self.size:
             return tuple(length if axis == self.axis else 1 for axis, length in lengths)

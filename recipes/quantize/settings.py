@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 from recipes.settings import Jitter, LoopSettings, Share
 
 PACKAGE = "recipes.quantize"
+LEAST_GROUP = 16
+"""Inputs that may share a scale at least: at 16, a weight of 4 bits takes 6.25 with its part of a scale and a zero
+point, which is less than 8 without groups."""
 
 
 class QuantizeSettings(LoopSettings):
@@ -41,9 +44,9 @@ class QuantizeSettings(LoopSettings):
     """Share of activation elements left unquantized in training (QDrop)."""
     equalise: float = Field(default=0.0, ge=0, le=1)
     """The power of their ranges that channels are divided by before activations get 4 bits or fewer; 0 leaves them."""
-    group_size: int = Field(default=0, ge=0)
-    """Inputs of an output channel that share a scale where weights have 4 bits or fewer and activations are float; 0
-    for all of them. Smaller groups are more exact, and cost 36 bits each."""
+    group_size: int = 0
+    """Inputs of an output channel that share a scale, 16 at least, where weights are stored in 4 bits or fewer and
+    activations are float; 0 for all of them. Smaller groups are more exact, and cost a scale and a zero point each."""
     range_steps: int = Field(default=80, ge=1)
     """How many ranges are tried for each channel of a weight, and for an activation: the full one and ever narrower."""
     range_norm: float = Field(default=2.4, gt=0)
@@ -87,6 +90,13 @@ class QuantizeSettings(LoopSettings):
     reduce_range: bool = True
     """At most 7 bits for INT8 weights beside activations of up to 8 bits, where onnxruntime's CPU kernels may take
     them: full 8 bits saturate there on processors without VNNI."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _worth_it(cls, group_size: int) -> int:
+        if group_size and group_size < LEAST_GROUP:
+            raise PydanticCustomError("group_size", "of fewer than 16, scales take more room than more bits would")
+        return group_size
 
     @field_validator("steps")
     @classmethod

@@ -163,6 +163,7 @@ def _identity(
         "size": list(size),
         "seed": seed,
         "classes": classes,
+        "units": working_units(canonical_spec(teachers)),
         "versions": {"torch": torch.__version__, "python": platform.python_version(), **versions},
         "models": [
             {

@@ -10,8 +10,8 @@ from torch import Tensor
 from converters.torch_module import BatchNorm
 from recipes.synth.statistics import Statistics
 
-LEAST = 1e-12
-"""What a norm is divided by where it is 0."""
+LEAST = 1e-6
+"""A layer whose deviations are all smaller is dead: its term has no size to be relative to."""
 
 
 def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm], *, relative: bool = False) -> Tensor:
@@ -25,7 +25,8 @@ def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm],
         mean, deviation = statistics[norm.input]
         sigma = norm.variance.sqrt()
         term = (mean - norm.mean).norm() + (deviation - sigma).norm()
-        terms.append(term / sigma.norm().clamp_min(LEAST) if relative else term)
+        size = sigma.norm()
+        terms.append(term / torch.where(size > LEAST, size, torch.ones_like(size)) if relative else term)
     return torch.stack(terms).sum()
 
 

@@ -104,7 +104,7 @@ def _distinct_names(modules: Sequence[TorchClassifier]) -> list[str]:
 def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -> tuple[list[Teacher], int]:
     """Those of the models that contribute a loss term, and the number of classes of the first model's label space.
 
-    Raises SynthesisError when no model has BatchNorm statistics and no label loss is asked for.
+    Raises SynthesisError when no model has BatchNorm statistics, and no label loss is asked for or can be had.
     """
     classes = [_classes(module) for module in modules]
     space = label_space(modules[0], classes[0])
@@ -126,6 +126,11 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
     if not teaching:
         names = ", ".join(str(module.classifier.path) for module in modules)
+        if settings.label > 0 and set(classes) == {1}:
+            raise SynthesisError(
+                f"{names}: a single logit, whose label tells nothing apart, and no BatchNorm statistics: add models"
+                " that have (--zoo; in synth, by name), or give images with --data"
+            )
         raise SynthesisError(
             f"{names}: no BatchNorm statistics to invert: add models exported with BatchNorm kept (--zoo; in synth, by"
             " name), or leave the recipe to be chosen"

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
+from converters.errors import OutputError
+from converters.outputs import ensure_writable
 from recipes import zoo
 from tests.mixmix_cli.command import TINY, run
 
@@ -251,6 +253,28 @@ class TestBadInput:
         assert "real labels" in err
 
 
+def external(location: str) -> bytes:
+    """A model whose only tensor lies in another file."""
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "graph", [], [], [tensor]))
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("location", ["w", "weights.bin", "data/weights.bin"])
+def test_external_data_of_a_model_are_a_part_of_it(location: str, tmp_path: Path) -> None:
+    model, weights = tmp_path / "model.onnx", tmp_path / location
+    weights.parent.mkdir(exist_ok=True)
+    for name in (weights, tmp_path / "m", tmp_path / "model", tmp_path / "graph"):
+        name.touch()
+    model.write_bytes(external(location))
+    with pytest.raises(OutputError, match="a part of"):
+        ensure_writable(weights, overwrite=True, inputs=[model])
+    for name in ("m", "model", "graph"):
+        ensure_writable(tmp_path / name, overwrite=True, inputs=[model])
+
+
 def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
     """Importing torch takes seconds."""
     for name in ("m.onnx", "m.w4.onnx", "m.2of4.w4.onnx", "m.distilled.onnx", "there.npz", "there.xml"):
@@ -258,7 +282,7 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
     (tmp_path / "images" / "0").mkdir(parents=True)
     for name in ("images/0/a.png", "weights.bin"):
         (tmp_path / name).touch()
-    (tmp_path / "heavy.onnx").write_bytes(b"location weights.bin")
+    (tmp_path / "heavy.onnx").write_bytes(external("weights.bin"))
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "other" / "images").mkdir(parents=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from converters.errors import OutputError
-from recipes.image_store import ImageStore, differences
+from recipes.image_store import ImageStore, clear_set, differences
 from recipes.images import from_bytes, load_images, to_bytes
 from recipes.refusals import check_set_folder
 
@@ -295,6 +295,40 @@ def test_an_image_that_was_replaced_costs_its_shard(tmp_path: Path) -> None:
     shards = {row["shard"]: tmp_path / row["file_name"] for row in read(tmp_path)[1]}
     shards[1].write_bytes(shards[0].read_bytes())
     assert finished(begin(tmp_path, resume=True)) == {0}
+
+
+def test_resuming_touches_nothing_that_another_process_is_writing(tmp_path: Path) -> None:
+    """Two commands may make the same set: one has the images of a shard, and is about to record it."""
+    store = begin(tmp_path)
+    add(store, 0)
+    record = tmp_path / "shards" / "00000.json"
+    content = record.read_bytes()
+    record.unlink()
+    begin(tmp_path, resume=True)
+    record.write_bytes(content)
+    assert finished(store) == {0}
+
+
+def test_a_set_is_cleared_but_for_what_is_not_its_own(tmp_path: Path) -> None:
+    store = begin(tmp_path / "set")
+    add(store, 0)
+    (tmp_path / "set" / "images" / "00004" / ".mixmix-x7f").write_bytes(b"half")
+    mine = tmp_path / "set" / "mine.txt"
+    mine.write_text("mine")
+    clear_set(tmp_path / "set")
+    assert set(snapshot(tmp_path / "set")) == {"manifest.json", "mine.txt"}
+    begin(tmp_path / "set", overwrite=True)  # it is known yet
+    mine.unlink()
+    clear_set(tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_set_that_lost_its_records_is_what_its_metadata_say(tmp_path: Path) -> None:
+    store = begin(tmp_path)
+    add(store, 0)
+    (tmp_path / "shards" / "00000.json").unlink()
+    (tmp_path / "shards").rmdir()
+    assert len(load_images(tmp_path)) == 3
 
 
 def test_what_is_finished_can_be_read_though_nobody_drew_it_up(tmp_path: Path) -> None:

@@ -207,12 +207,12 @@ def test_synthesized_folder_has_targets_and_only_what_the_metadata_lists(tmp_pat
 
 def test_a_data_set_may_have_metadata_of_its_own(tmp_path: Path) -> None:
     """As image folders of other tools have, under the same name."""
-    for index, name in enumerate(("cat", "dog")):
+    for index, name in enumerate(("cat", "dog", "images")):
         save_image(tmp_path / name / "a.png", random_bytes(1, 8, 8, 3, seed=index)[0])
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "cat/a.png", "text": "a cat", "label": 3}\n')
     images = load_images(tmp_path)
     assert images.labels is not None
-    assert (images.labels.tolist(), images.label_kind) == ([0, 1], "real")
+    assert (images.labels.tolist(), images.label_kind) == ([0, 1, 2], "real")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_noise_is_seeded_and_fills_the_range() -> None:
 
 def rows(*labels_and_names: object) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
-        save_image(folder / "images/00001/a.png", random_bytes(1, 4, 4, 1)[0])
+        save_image(folder / "images/00001/00000-00000.png", random_bytes(1, 4, 4, 1)[0])
         (folder / "metadata.jsonl").write_text("".join(f"{row}\n" for row in labels_and_names))
         return folder
 
@@ -342,6 +342,11 @@ def enormous(folder: Path) -> Path:
     return folder
 
 
+def float_tif(folder: Path) -> Path:
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "a.tif")
+    return folder
+
+
 def beyond_64_bits(folder: Path) -> Path:
     save_image(folder / "20240101123000123456789" / "a.png", random_bytes(1, 4, 4, 1)[0])
     return folder
@@ -381,6 +386,7 @@ BAD = {
     "npy with half a header": file("a.npy", NPY[:10] + b"{'descr': (" + NPY[21:]),
     "enormous": enormous,
     "class beyond 64 bits": beyond_64_bits,
+    "float tif": float_tif,
     "mixed sizes": mixed_sizes,
     "mixed channels": mixed_channels,
     "beside classes": stray,
@@ -388,10 +394,12 @@ BAD = {
     "metadata not json": rows("{oops"),
     "metadata a list": rows("[1]"),
     "metadata no name": rows('{"label": 1}'),
-    "metadata no label": rows('{"file_name": "images/00001/a.png"}'),
-    "metadata bad label": rows('{"file_name": "images/00001/a.png", "label": "shoe"}'),
-    "metadata huge label": rows('{"file_name": "images/00001/a.png", "label": Infinity}'),
-    "metadata label beyond 64 bits": rows('{"file_name": "images/00001/a.png", "label": 20240101123000123456789}'),
+    "metadata no label": rows('{"file_name": "images/00001/00000-00000.png"}'),
+    "metadata bad label": rows('{"file_name": "images/00001/00000-00000.png", "label": "shoe"}'),
+    "metadata huge label": rows('{"file_name": "images/00001/00000-00000.png", "label": Infinity}'),
+    "metadata label beyond 64 bits": rows(
+        '{"file_name": "images/00001/00000-00000.png", "label": 36893488147419103232}'
+    ),
     "metadata lost image": rows('{"file_name": "images/00001/b.png", "label": 1}'),
     "metadata binary": file("metadata.jsonl", b"\xff\xfe\x00"),
 }

@@ -80,9 +80,15 @@ def test_total_variation_counts_no_neighbour_that_is_not_there(size: tuple[int, 
     assert float(total_variation(images)) == 0
 
 
-def test_relative_batchnorm_loss_of_a_constant_layer_is_finite() -> None:
-    zero = BatchNorm("x", "x.out", torch.zeros(3), torch.zeros(3))
-    assert torch.isfinite(batchnorm_loss({"x": (torch.zeros(3), torch.zeros(3))}, [zero], relative=True))
+def test_a_dead_layer_does_not_drown_the_others(generator: torch.Generator) -> None:
+    """Its deviations are 0, so that its error is relative to nothing."""
+    dead = BatchNorm("dead", "dead.out", torch.zeros(3), torch.zeros(3))
+    live = random_norm(3, generator, "live")
+    off = torch.full((3,), 1e-3)
+    found = {"dead": (off, off), "live": (live.mean + 1, live.variance.sqrt())}
+    loss = float(batchnorm_loss(found, [dead, live], relative=True))
+    alone = float(batchnorm_loss(found, [live], relative=True))
+    assert loss == pytest.approx(alone, abs=0.01)
 
 
 def test_total_variation_is_the_formula_in_numpy(generator: torch.Generator) -> None:

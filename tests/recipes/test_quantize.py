@@ -432,3 +432,22 @@ def test_quantized_inputs_and_eight_bits_leave_one_scale_a_channel(
         quantize(classifier_of("inverted"), calibration_images, output, settings, bits, act_bits)
         model = onnx.load(output)
         assert not [node for node in model.graph.node for a in node.attribute if a.name == "block_size"]
+
+
+WAYS: list[dict[str, object]] = [{"compensate": True}, {"unit": "layer", "steps": 6}, {"unit": "block", "steps": 6}]
+
+
+@pytest.mark.parametrize("changes", WAYS)
+def test_groups_are_reconstructed_and_added_to(
+    changes: dict[str, object], classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """By each way of rounding; bits are added where they pay, and a file grows by scales and what may be added."""
+    classifier, sizes = classifier_of("residual"), []
+    for group_size in (0, 16):
+        settings = recipe("nearest").model_copy(update={"group_size": group_size, **changes})
+        output = tmp_path / f"{group_size}.onnx"
+        result = quantize(classifier, calibration_images, output, settings, 2)
+        sizes.append(result.size_after)
+        weights = sum(layer.weights for layer in result.layers)
+        assert sum((layer.bits - 2) * layer.weights for layer in result.layers) > 0.3 * weights
+    assert 0 < sizes[1] - sizes[0] < (36 / 16 + 0.1 * (8 - 2)) * weights / 8

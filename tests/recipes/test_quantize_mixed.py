@@ -175,23 +175,30 @@ def test_bits_of_weights_and_inputs_are_chosen_together(module_of: Modules, cali
 
 
 @pytest.mark.parametrize(
-    ("model", "container", "act_bits"),
-    [("inverted", "int4", None), ("attention", "int2", None), ("inverted", "int4", 8)],
+    ("model", "container", "act_bits", "group_size"),
+    [
+        ("inverted", "int4", None, 0),
+        ("attention", "int2", None, 0),
+        ("inverted", "int4", 8, 0),
+        ("residual", "int4", None, 16),
+        ("attention", "int2", None, 32),
+    ],
 )
 def test_the_written_file_has_the_size_that_was_asked_for(
     model: str,
     container: str,
     act_bits: int | None,
+    group_size: int,
     classifier_of: Classifiers,
     calibration_images: ImageSet,
     tmp_path: Path,
 ) -> None:
     """No larger, and no smaller than by what the last layer that did not fit would have needed."""
     target = choose_target("portable", container, act_bits)
-    ask = (classifier_of(model), calibration_images)
-    least = quantize(*ask, tmp_path / "a.onnx", NEAREST, Budget("bits", 2), act_bits, target).size_after
-    budget = least + 0.4 * classifier_of(model).parameter_count()
-    result = quantize(*ask, tmp_path / "b.onnx", NEAREST, Budget("size", budget), act_bits, target)
+    ask, how = (classifier_of(model), calibration_images), NEAREST.model_copy(update={"group_size": group_size})
+    least = quantize(*ask, tmp_path / "a.onnx", how, Budget("bits", 2), act_bits, target).size_after
+    budget = least + 0.2 * classifier_of(model).parameter_count()
+    result = quantize(*ask, tmp_path / "b.onnx", how, Budget("size", budget), act_bits, target)
     assert result.size_after == (tmp_path / "b.onnx").stat().st_size
     assert 0.85 * budget < result.size_after <= budget
     assert result.bits is None

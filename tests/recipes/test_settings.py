@@ -211,6 +211,12 @@ def test_numbers_are_finite(value: str) -> None:
         load_recipe(distill.DistillSettings, distill.PACKAGE, "default", overrides=[f"temperature={value}"])
 
 
+@pytest.mark.parametrize("size", [-1, 1, 15])
+def test_groups_whose_scales_take_more_than_they_save_are_refused(size: int) -> None:
+    with pytest.raises(SettingsError, match=r"group_size cannot be .* scales take more room"):
+        load_recipe(quantize.QuantizeSettings, quantize.PACKAGE, "qdrop", overrides=[f"group_size={size}"])
+
+
 def test_a_file_needs_no_suffix(tmp_path: Path) -> None:
     assert load_synth(write(tmp_path / "own", f"rate = 0.125\n{STAGES}")).rate == 0.125
 
