@@ -14,7 +14,9 @@ from pathlib import Path
 from converters.errors import ModelError, OutputError
 
 SUFFIXES = (".onnx", ".ort", ".pb")
-PARTS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy", ".json", ".jsonl")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy")
+"""Files that are images of a set."""
+PARTS = (*PICTURES, ".json", ".jsonl")
 """What image sets are made of: other files in their folders may be earlier results."""
 SHORT = 127
 """Bytes of a name that one byte of a protocol buffer counts."""

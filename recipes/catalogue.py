@@ -94,7 +94,7 @@ def read_recipe(kind: Kind, recipe: str) -> Recipe:
     Raises SettingsError where `load_recipe` does, at any effort.
     """
     load_recipe(kind.settings, kind.package, recipe)
-    for effort in get_args(Effort):
+    for effort in (effort for effort in get_args(Effort) if effort != "default"):
         try:
             load_recipe(kind.settings, kind.package, recipe, effort)
         except SettingsError as error:

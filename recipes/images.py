@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from converters.outputs import PICTURES
 from recipes.refusals import MANIFEST, RECORDS, DataError, check_source, is_set
 from recipes.shards import image_files, metadata_rows, read_records
 
 LabelKind = Literal["real", "targets", "none"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy")
 METADATA, PREVIEW = "metadata.jsonl", "preview.png"
 MOST_LABEL = torch.iinfo(torch.int64).max
 
@@ -173,7 +173,7 @@ def _load_folder(path: Path, limit: int | None, size: tuple[int, int] | None) ->
             (f for folder in folders for f in sorted(folder.iterdir()) if f.is_dir() and _image_files(f)), None
         )
         hint = f"name {deeper.parent}" if deeper is not None else "name a folder with images in it"
-        raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}): {hint}")
+        raise DataError(f"{path} holds no images ({', '.join(PICTURES)}): {hint}")
     numbered = all(folder.name.isdecimal() for folder in within)
     odd = next((folder for folder in within if numbered and int(folder.name) > MOST_LABEL), None)
     if odd is not None:
@@ -205,7 +205,7 @@ def _is_synthesized(folder: Path) -> bool:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in SUFFIXES)
+    return sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in PICTURES)
 
 
 def _stack(files: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:

@@ -251,9 +251,8 @@ class Batch:
         self.generator = torch.Generator().manual_seed(seed)
         spec = canonical_spec(teachers)
         shape = (1, -1, 1, 1)
-        mean, std = (torch.tensor(values, device=self.device).view(shape) for values in working_units(spec))
-        self.mean, self.std = mean, std
-        self.low, self.high = -mean / std, (1 - mean) / std
+        self.mean, self.std = (torch.tensor(each, device=self.device).view(shape) for each in working_units(spec))
+        self.low, self.high = -self.mean / self.std, (1 - self.mean) / self.std
         self.channels = spec.channel_count
         self.augmentation = Augmentation(flip=settings.flip, roll=settings.shift, jitter=settings.jitter)
         self.precisions = {

@@ -36,7 +36,7 @@ def random_bytes(count: int, height: int, width: int, channels: int, seed: int =
 
 
 def save_npz(path: Path, **arrays: NDArray[np.generic]) -> Path:
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes a name for allow_pickle
     return path
 
 

@@ -361,7 +361,7 @@ def test_a_black_picture_is_at_the_limits_in_colour_too() -> None:
     teacher = SimpleNamespace(name="none", module=SimpleNamespace(spec=spec, device=torch.device("cpu"), layers=list))
     how = settings(stages=(Stage(scale=1.0, steps=1),))
     batch = Batch([cast("Teacher", teacher)], how, (28, 28), torch.arange(4), 0)
-    batch._stage = lambda images, *_: torch.full_like(images, -1e3)  # type: ignore[method-assign]
+    batch._stage = lambda images, *_: torch.full_like(images, -1e3)  # type: ignore[method-assign]  # of this batch
     with pytest.raises(DivergedError, match="4 of 4 images"):
         batch.optimise(Silent())
 
