@@ -73,7 +73,7 @@ ROWS = {
     "obs, images from the target, --effort paper": Row("obs", made(TARGET, recipe="small", effort="paper")),
     "obs, images from six models": Row("obs", made(*ALL, recipe="small")),
 }
-# What no model alone can give: the target has no statistics, and the class is all that it says of its images.
+# The target has no statistics, and says of its images what their class is and how even its channels are to be.
 STATISTICS_GONE = {
     "obs (default), real images": Row("obs", REAL),
     "obs, Gaussian noise": Row("obs", Source("noise")),

@@ -45,6 +45,8 @@ class Inspection:
     obstacle: str | None = None
     """Why a graph that converts cannot be written back in few bits."""
     zeros: list[LayerZeros] = field(default_factory=list)
+    shaping: int = 0
+    """Convolutions whose channels images can be asked to make even; none where there are BatchNorm statistics."""
 
     @property
     def sparsity(self) -> float:
@@ -76,8 +78,9 @@ class Inspection:
         """What keeps images from being made from the model alone, or None."""
         if self.unsupported:
             return self._unsupported
-        alone = self.classes == 1 and not self.batchnorms
-        return "it has a single logit, and no BatchNorm statistics: give images with --data" if alone else None
+        if self.classes == 1 and not self.batchnorms and not self.shaping:
+            return "it has a single logit, and neither BatchNorm statistics nor convolutions: give images with --data"
+        return None
 
     @property
     def _unsupported(self) -> str:
@@ -105,10 +108,11 @@ def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspec
     read = {norm.input for norm in norms}
     layers = module.layers()
     folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
+    shaping = 0 if norms else len(folded_convolutions(module))
     classes, macs = _count(module)
     blocks, obstacle = find_blocks(module), _obstacle(classifier)
     zeros = [_zeros(layer, module.constant(layer.weight), pattern) for layer in layers]
-    return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros)
+    return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros, shaping)
 
 
 def _zeros(layer: Layer, weight: Tensor, pattern: NofM | None) -> LayerZeros:
@@ -124,6 +128,24 @@ def _obstacle(classifier: Classifier) -> str | None:
     except MixMixError as error:
         return str(error).removeprefix(f"{classifier.path}: ")
     return None
+
+
+def folded_convolutions(module: TorchClassifier) -> list[str]:
+    """Outputs of convolutions that BatchNorm may have been folded into, of more than one place.
+
+    Folding leaves a bias. What no weighted layer comes after is left out: its channels are classes.
+    """
+    layers = {layer.output: layer for layer in module.layers()}
+    leading: set[str] = set()
+    for step in reversed(module.whole.steps):
+        if leading.intersection(step.outputs) or step.outputs[0] in layers:
+            leading.update(step.inputs)
+    values = layer_outputs(module)
+    return [
+        name
+        for name, layer in layers.items()
+        if layer.op == "Conv" and layer.bias is not None and name in leading and values[name].shape[2:].numel() > 1
+    ]
 
 
 @torch.no_grad()

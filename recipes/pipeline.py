@@ -84,9 +84,9 @@ def load_suitable_recipe(
         else:
             name = "small-labels" if small else "labels"
             progress.say(
-                f"no model has BatchNorm statistics: images are shaped by labels alone (recipe {name}), and what fits"
-                " them may fit real ones far less; name models that have statistics too, if you can (quantize --zoo"
-                " MODELS; synth MODELS)"
+                "no model has BatchNorm statistics: images are shaped by labels, and by convolutions that it may have"
+                f" been folded into (recipe {name}), and what fits them may fit real ones less; name models that have"
+                " statistics too, if you can (quantize --zoo MODELS; synth MODELS)"
             )
     return name, load_synth_recipe(name, effort, overrides, steps, changes)
 

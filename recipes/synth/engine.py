@@ -1,8 +1,9 @@
 """From classifiers to images.
 
 The way of a batch: noise or dead leaves in normalised units -> pixels -> augmentation -> mixing -> each model's own
-input -> tapped BatchNorm inputs and logits -> weighted loss -> Adam step -> clip to the valid pixel range. Low
-resolution first. A finished batch is rounded to 8 bits, judged again as it will be read back, and written as one shard.
+input -> tapped values (BatchNorm inputs, or outputs of what it was folded into) and logits -> weighted loss -> Adam
+step -> clip to the valid pixel range. Low resolution first. A finished batch is rounded to 8 bits, judged again as it
+will be read back, and written as one shard.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Synthesis:
     """Of all calls that made the set, per process."""
     models: list[str]
     left_out: list[str]
-    """Models that have nothing to say: no statistics, and no label loss is asked for."""
+    """Models that have nothing to say: no statistics, and neither labels nor even channels are asked of them."""
     losses: dict[str, float]
     retried: int = 0
     """How many batches diverged and were made again from another seed."""
@@ -171,6 +172,7 @@ def _identity(
                 "sha256": teacher.module.classifier.sha256,
                 "input": teacher.module.spec.model_dump(mode="json"),
                 "batchnorms": len(teacher.norms),
+                "convolutions": len(teacher.convolutions),
                 "labels": teacher.labels,
             }
             for teacher in teachers
@@ -308,7 +310,7 @@ class Batch:
                 self.weights.register(name, float(terms[name].detach()), self.device)
             if settings.weight_rate and (alphas is None or new):
                 alphas = torch.optim.Adam(self.weights.alpha.values(), lr=settings.weight_rate, betas=settings.betas)
-            factors = {name: settings.label if name.startswith("label") else settings.batchnorm for name in terms}
+            factors = {name: getattr(settings, name.split("/")[0]) for name in terms}
             loss = self.weights.combine(terms, factors) / drawn + prior
             optimizer.zero_grad(set_to_none=True)
             if alphas is not None:
@@ -345,8 +347,11 @@ class Batch:
         drawn = self._draw_models()
         for teacher in drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
-            statistics, logits = self._look(teacher, shown, scale, closely=settings.batchnorm > 0)
-            if statistics:
+            closely = settings.batchnorm > 0 or not teacher.norms
+            statistics, logits = self._look(teacher, shown, scale, closely=closely)
+            if statistics and not teacher.norms:
+                terms[f"unevenness/{teacher.name}"] = objectives.unevenness_loss(statistics, teacher.convolutions)
+            elif statistics:
                 terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(
                     statistics, teacher.norms, relative=settings.relative
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from recipes.synth.statistics import Statistics
 
 LEAST = 1e-6
 """A layer whose deviations are all smaller is dead: its term has no size to be relative to."""
+DEAD = 1e-3
+"""Share of the root mean square of a layer's values, of which a channel's deviation falls short when it is dead."""
 
 
 def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm], *, relative: bool = False) -> Tensor:
@@ -28,6 +30,28 @@ def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm],
         size = sigma.norm()
         terms.append(term / torch.where(size > LEAST, size, torch.ones_like(size)) if relative else term)
     return torch.stack(terms).sum()
+
+
+def unevenness_loss(statistics: Mapping[str, Statistics], outputs: Iterable[str]) -> Tensor:
+    """mean over convolutions of mean_c (m_c / s)^2 + mean_c log(s_c / s)^2, with log s = mean_c log s_c.
+
+    m_c and s_c are mean and deviation of channel c of each of `outputs`, from `statistics`. Where BatchNorm was folded
+    into a convolution, they were its offset beta_c and its scale |gamma_c| in training. Both are lost, and what is
+    known of them is that training moves them little from where they begin, beta_c = 0 and gamma_c all alike: up to a
+    factor this is the negative logarithm of a normal prior for beta_c / s and log |gamma_c| (ours). The size s of a
+    layer is free. Channels that hardly vary are left out: no image can change what is dead.
+    """
+    terms = []
+    for name in outputs:
+        mean, deviation = statistics[name]
+        least = DEAD * (mean.square() + deviation.square()).mean().sqrt()
+        alive = (deviation > least).to(deviation)
+        count = alive.sum().clamp_min(1)
+        logarithms = deviation.clamp_min(LEAST).log()
+        size = (alive * logarithms).sum() / count
+        uneven = (logarithms - size).square() + (mean / size.exp()).square()
+        terms.append((alive * uneven).sum() / count)
+    return torch.stack(terms).mean()
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from converters.errors import MixMixError, SpecError
 from converters.input_spec import InputSpec
 from converters.torch_module import BatchNorm, Segment, TorchClassifier
+from recipes.inspect import folded_convolutions
 from recipes.synth import objectives
 from recipes.synth.settings import SynthSettings
 from recipes.synth.statistics import Observer, Statistics
@@ -34,6 +35,8 @@ class Teacher:
     name: str
     module: TorchClassifier
     norms: list[BatchNorm]
+    convolutions: list[str]
+    """Outputs of convolutions that BatchNorm may have been folded into: looked at where there are no `norms`."""
     labels: bool
     segment: Segment
     runs_smaller: bool
@@ -50,10 +53,13 @@ class Teacher:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def look(self, pixels: Tensor, scale: float = 1.0, *, closely: bool = True) -> tuple[dict[str, Statistics], Tensor]:
-        """Statistics of its BatchNorm inputs (none unless `closely`) and its logits, of canonical images in [0, 1]."""
+        """Statistics and logits of canonical images in [0, 1].
+
+        The former are of BatchNorm inputs, or of `convolutions`, and none unless `closely`.
+        """
         module = self.module
         x = module.spec.to_input(pixels, self.input_size(scale)).contiguous(memory_format=torch.channels_last)
-        observer = Observer([norm.input for norm in self.norms] if closely else [])
+        observer = Observer([*(norm.input for norm in self.norms), *self.convolutions] if closely else [])
         logits = self.segment({module.input_name: x}, transforms=observer.transforms)[module.logits_name]
         return observer.statistics, logits
 
@@ -85,7 +91,7 @@ def _runs_smaller(module: TorchClassifier, scale: float) -> bool:
         return module(module.spec.to_input(pixels, (height, width))).shape[0] == 2
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, IndexError, MixMixError):
         return False
 
 
@@ -104,7 +110,8 @@ def _distinct_names(modules: Sequence[TorchClassifier]) -> list[str]:
 def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -> tuple[list[Teacher], int]:
     """Those of the models that contribute a loss term, and the number of classes of the first model's label space.
 
-    Raises SynthesisError when no model has BatchNorm statistics, and no label loss is asked for or can be had.
+    Raises SynthesisError when no model has BatchNorm statistics, and neither labels nor even channels are asked for or
+    can be had.
     """
     classes = [_classes(module) for module in modules]
     space = label_space(modules[0], classes[0])
@@ -118,18 +125,19 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 name=name,
                 module=module,
                 norms=norms,
+                convolutions=[] if norms or not settings.unevenness else folded_convolutions(module),
                 labels=shares and settings.label > 0,
                 segment=module.segment([module.input_name], [module.logits_name]),
                 runs_smaller=all(_runs_smaller(module, scale) for scale in sorted(scales)),
             )
         )
-    teaching = [t for t in teachers if t.labels or (t.norms and settings.batchnorm > 0)]
+    teaching = [t for t in teachers if t.labels or t.convolutions or (t.norms and settings.batchnorm > 0)]
     if not teaching:
         names = ", ".join(str(module.classifier.path) for module in modules)
         if settings.label > 0 and set(classes) == {1}:
             raise SynthesisError(
-                f"{names}: a single logit, whose label tells nothing apart, and no BatchNorm statistics: add models"
-                " that have (--zoo; in synth, by name), or give images with --data"
+                f"{names}: a single logit, whose label tells nothing apart, and neither BatchNorm statistics nor"
+                " convolutions to ask for: add models that have (--zoo; in synth, by name), or give images with --data"
             )
         raise SynthesisError(
             f"{names}: no BatchNorm statistics to invert: add models exported with BatchNorm kept (--zoo; in synth, by"
@@ -172,12 +180,14 @@ def working_units(spec: InputSpec) -> tuple[tuple[float, ...], tuple[float, ...]
 
 @torch.no_grad()
 def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, float]:
-    """Each model's statistics loss and cross-entropy on finished images, neither augmented nor mixed."""
+    """Each model's loss of statistics or unevenness, and cross-entropy, of images neither augmented nor mixed."""
     losses: dict[str, float] = {}
     for teacher in teachers:
         statistics, logits = teacher.look(pixels.to(teacher.module.device))
         if teacher.norms:
             losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(statistics, teacher.norms))
+        if teacher.convolutions:
+            losses[f"unevenness/{teacher.name}"] = float(objectives.unevenness_loss(statistics, teacher.convolutions))
         if teacher.labels:
             losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, teacher.classes(labels.to(logits.device))))
     return losses

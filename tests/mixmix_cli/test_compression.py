@@ -67,7 +67,7 @@ def test_a_batch_fixed_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """No statistics, no zoo, no images: they are shaped by the model's labels, and the manifest says so."""
+    """No statistics, no zoo, no images: the model's labels and convolutions shape them, and the manifest says so."""
     model = tmp_path / "folded.onnx"
     model.write_bytes(zoo.model_path("inverted_folded").read_bytes())
     status, _, err = run(capsys, "quantize", "--bits", 4, model, "-n", 8, "--effort", "fast", *FEW)
@@ -78,7 +78,7 @@ def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert identity["recipe"] == "small-labels"
     status, out, _ = run(capsys, "synth", model, "-o", tmp_path / "d", "-n", 4, "--steps", 8, "--json")
     assert status == 0
-    assert list(json.loads(out)["final"]) == ["label/folded"]
+    assert list(json.loads(out)["final"]) == ["unevenness/folded", "label/folded"]
 
 
 def test_zoo_takes_what_a_glob_gives(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from converters.torch_module import BatchNorm, TorchClassifier
 from recipes.synth.mixing import draw_mix, mixed_cross_entropy
-from recipes.synth.objectives import LearnedWeights, batchnorm_loss, deep_inversion_prior, total_variation
+from recipes.synth.objectives import (
+    LearnedWeights,
+    batchnorm_loss,
+    deep_inversion_prior,
+    total_variation,
+    unevenness_loss,
+)
 from recipes.synth.statistics import Observer, observe
 
 
@@ -68,6 +76,62 @@ def test_batchnorm_loss_has_a_finite_gradient_where_roots_have_none(case: str, g
     loss_of({"x": x}, [norm]).backward()
     assert x.grad is not None
     assert bool(torch.isfinite(x.grad).all())
+
+
+def unevenness(*values: Tensor) -> Tensor:
+    """`unevenness_loss` of some layers' outputs."""
+    seen = {str(number): observe(x)[1] for number, x in enumerate(values)}
+    return unevenness_loss(seen, seen)
+
+
+def test_unevenness_loss_is_the_formula_in_numpy(generator: torch.Generator) -> None:
+    sizes = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64).view(3, 1, 1)
+    a = sizes * torch.randn(4, 3, 5, 6, generator=generator, dtype=torch.float64) + 1
+    b = torch.randn(4, 8, 7, generator=generator, dtype=torch.float64)
+    expected = []
+    for x in (a, b):
+        channels = np.moveaxis(x.numpy(), 1, 0).reshape(x.shape[1], -1)
+        size = np.exp(np.log(channels.std(1)).mean())
+        expected.append(np.mean((channels.mean(1) / size) ** 2) + np.mean(np.log(channels.std(1) / size) ** 2))
+    assert float(unevenness(a, b)) == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+@settings(deadline=None)
+@given(size=st.floats(1e-2, 1e3))
+def test_unevenness_loss_is_zero_for_even_channels_of_any_size(size: float) -> None:
+    x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    even = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), correction=0, keepdim=True)
+    assert float(unevenness(size * even)) == pytest.approx(0, abs=1e-9)
+    assert float(unevenness(size * x)) == pytest.approx(float(unevenness(x)), rel=1e-6)
+    assert float(unevenness(size * (even + 0.5))) == pytest.approx(0.25)
+
+
+def test_unevenness_loss_leaves_dead_channels_out(generator: torch.Generator) -> None:
+    """Those that BatchNorm scaled to nothing, and those whose input has died."""
+    x = torch.randn(4, 3, 5, 6, generator=generator)
+    with_dead = torch.cat([x, torch.full((4, 2, 5, 6), 0.3)], 1).requires_grad_(True)
+    loss = unevenness(with_dead)
+    assert float(loss) == pytest.approx(float(unevenness(x)))
+    loss.backward()
+    assert with_dead.grad is not None
+    assert bool((with_dead.grad[:, 3:] == 0).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (1, 3, 1, 1)])
+def test_unevenness_loss_asks_nothing_of_a_constant_layer(shape: tuple[int, ...], value: float) -> None:
+    """As a single image has where its map is of one place."""
+    x = torch.full(shape, value).requires_grad_(True)
+    loss = unevenness(x)
+    loss.backward()
+    assert float(loss) == pytest.approx(0, abs=1e-9)
+    assert x.grad is not None
+    assert float(x.grad.abs().max()) < 1e-6
+
+
+def test_unevenness_loss_passes_gradcheck(generator: torch.Generator) -> None:
+    x = torch.randn(3, 2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unevenness, (x,))
 
 
 def test_total_variation_of_a_constant_is_zero() -> None:

@@ -22,11 +22,12 @@ from converters.errors import OutputError
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier
+from recipes.compare import compare
 from recipes.images import from_bytes, gaussian_noise, load_images, to_bytes
 from recipes.progress import Silent, Task
 from recipes.ranks import Ranks
 from recipes.synth.engine import Batch, DivergedError, Plateau, deal_labels, synthesize
-from recipes.synth.settings import Stage, SynthSettings
+from recipes.synth.settings import Stage, SynthSettings, load_synth_recipe
 from recipes.synth.teachers import SynthesisError, Teacher, judge, make_teachers
 
 Modules = Callable[[str], TorchClassifier]
@@ -231,13 +232,39 @@ def test_a_last_stage_below_full_size_is_enlarged(zoo: list[TorchClassifier], tm
     assert load_images(tmp_path / "set").pixels.shape == (2, 1, 28, 28)
 
 
-def test_models_without_statistics_need_a_label_loss(module_of: Modules, tmp_path: Path) -> None:
+def test_models_without_statistics_need_another_loss(module_of: Modules, tmp_path: Path) -> None:
     folded = [module_of("inverted_folded")]
     with pytest.raises(SynthesisError, match="BatchNorm"):
         synthesize(folded, tmp_path / "set", settings(label=0.0))
     assert not (tmp_path / "set").exists()
     result = synthesize(folded, tmp_path / "set", settings())
     assert set(result.losses) == {"label/inverted_folded"}
+
+
+def test_a_model_without_statistics_has_even_channels_to_ask_for(module_of: Modules, tmp_path: Path) -> None:
+    """Labels or none; a model that has statistics is asked for those alone."""
+    modules = [module_of("inverted_folded"), module_of("plain")]
+    result = synthesize(modules, tmp_path / "both", settings(label=0.0, unevenness=1.0))
+    assert set(result.losses) == {"unevenness/inverted_folded", "batchnorm/plain"}
+    result = synthesize(modules[:1], tmp_path / "alone", settings(unevenness=1.0))
+    assert set(result.losses) == {"unevenness/inverted_folded", "label/inverted_folded"}
+    assert result.left_out == []
+
+
+def test_even_channels_bring_images_closer_to_the_statistics_that_were_folded(
+    module_of: Modules, tmp_path: Path
+) -> None:
+    """Which the twin of the folded model has kept."""
+    folded, kept = module_of("inverted_folded"), module_of("inverted")
+    distances = {}
+    for name, unevenness in (("labels", 0.0), ("even", 1.0)):
+        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], None, {"images": 32})
+        synthesize([folded], tmp_path / name, how)
+        images = load_images(tmp_path / name)
+        compared = compare(kept, images, images, permutations=1).to_stored
+        assert compared is not None
+        distances[name] = compared[0]
+    assert distances["even"] < 0.6 * distances["labels"]
 
 
 def test_a_folded_model_may_stand_in_the_zoo(module_of: Modules, tmp_path: Path) -> None:

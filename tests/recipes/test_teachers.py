@@ -18,6 +18,7 @@ from converters.input_spec import InputSpec
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier
 from recipes.image_store import OtherSetError
+from recipes.inspect import inspect_model
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import Stage, SynthSettings
 from recipes.synth.teachers import SynthesisError, make_teachers, working_units
@@ -107,6 +108,60 @@ def test_the_labels_of_a_single_class_shape_nothing(
     monkeypatch.setattr(models, "CLASSES", 1)
     with pytest.raises(SynthesisError, match="a single logit, whose label tells nothing apart"):
         synthesize([to_torch(load(models.conv()))], tmp_path / "set", settings())
+
+
+def fully_convolutional() -> onnx.ModelProto:
+    """Convolutions: one with a bias and one without, one of a pooled value, and two whose channels are classes."""
+    nodes = [
+        models.node("Conv", "image a.weight a.bias", "a"),
+        models.node("Relu", "a", "active"),
+        models.node("Conv", "active b.weight", "b"),
+        models.node("GlobalAveragePool", "b", "pooled"),
+        models.node("Conv", "pooled gate.weight a.bias", "gate"),
+        models.node("Mul", "b gate", "gated"),
+        models.node("Conv", "gated one.weight one.bias", "one"),
+        models.node("Conv", "active two.weight one.bias", "two"),
+        models.node("Add", "one two", "map"),
+        models.node("GlobalAveragePool", "map", "answers"),
+        models.node("Flatten", "answers", "logits"),
+    ]
+    tensors = {"a.weight": models.weights(4, models.CHANNELS, 3, 3), "a.bias": models.weights(4, seed=1)}
+    tensors |= {f"{name}.weight": models.weights(4, 4, 1, 1, seed=seed) for seed, name in enumerate(("b", "gate"), 2)}
+    classes = models.CLASSES
+    tensors |= {
+        f"{name}.weight": models.weights(classes, 4, 1, 1, seed=seed) for seed, name in ((4, "one"), (5, "two"))
+    }
+    return models.assemble(nodes, tensors | {"one.bias": models.weights(classes, seed=6)})
+
+
+def test_convolutions_that_batchnorm_was_folded_into_are_looked_at(load: Load, module_of: Modules) -> None:
+    """Those with a bias; not those of one place, nor any whose channels are classes; none beside stored statistics."""
+    module = to_torch(load(fully_convolutional()))
+    (teacher,), _ = make_teachers([module], settings(unevenness=1.0))
+    assert teacher.convolutions == ["a"]
+    for other, how in (
+        (module, settings()),
+        (module_of("plain"), settings(unevenness=1.0)),
+        (to_torch(load(models.gemm(trans_b=1))), settings(unevenness=1.0)),
+        (to_torch(load(models.conv(bias=False))), settings(unevenness=1.0)),
+    ):
+        (without,), _ = make_teachers([other], how)
+        assert without.convolutions == []
+
+
+def test_a_single_logit_behind_convolutions_is_enough(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `inspect` says the same as `synth`."""
+    monkeypatch.setattr(models, "CLASSES", 1)
+    with_bias = load(models.conv())
+    made = synthesize([to_torch(with_bias)], tmp_path / "set", settings(unevenness=1.0))
+    assert list(made.losses) == ["unevenness/model"]
+    assert inspect_model(with_bias).why_not_synthesize is None
+    without = load(models.conv(bias=False))
+    with pytest.raises(SynthesisError, match="nor convolutions to ask for"):
+        synthesize([to_torch(without)], tmp_path / "other", settings(unevenness=1.0))
+    assert "nor convolutions" in str(inspect_model(without).why_not_synthesize)
 
 
 def test_labels_of_another_first_model_are_another_set(module_of: Modules, load: Load, tmp_path: Path) -> None:
