@@ -108,8 +108,9 @@ def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspec
     read = {norm.input for norm in norms}
     layers = module.layers()
     folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
-    shaping = 0 if norms else len(folded_convolutions(module))
-    classes, macs = _count(module)
+    values = layer_outputs(module)
+    classes, macs = values[module.logits_name].shape[1], sum(_macs(module, values).values())
+    shaping = 0 if norms else len(folded_convolutions(module, values))
     blocks, obstacle = find_blocks(module), _obstacle(classifier)
     zeros = [_zeros(layer, module.constant(layer.weight), pattern) for layer in layers]
     return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros, shaping)
@@ -130,17 +131,17 @@ def _obstacle(classifier: Classifier) -> str | None:
     return None
 
 
-def folded_convolutions(module: TorchClassifier) -> list[str]:
-    """Outputs of convolutions that BatchNorm may have been folded into, of more than one place.
+def folded_convolutions(module: TorchClassifier, values: Mapping[str, Tensor]) -> list[str]:
+    """Outputs of convolutions that BatchNorm may have been folded into, of more than one place in `values`.
 
-    Folding leaves a bias. What no weighted layer comes after is left out: its channels are classes.
+    These are `layer_outputs`. Folding leaves a bias. What no weighted layer comes after is left out: its channels are
+    classes.
     """
     layers = {layer.output: layer for layer in module.layers()}
     leading: set[str] = set()
     for step in reversed(module.whole.steps):
         if leading.intersection(step.outputs) or step.outputs[0] in layers:
             leading.update(step.inputs)
-    values = layer_outputs(module)
     return [
         name
         for name, layer in layers.items()
@@ -153,12 +154,6 @@ def layer_outputs(module: TorchClassifier) -> dict[str, Tensor]:
     """What the weighted layers, and the logits, are for one black image, by value name."""
     outputs = list(dict.fromkeys([layer.output for layer in module.layers()] + [module.logits_name]))
     return module.segment([module.input_name], outputs)({module.input_name: module.black_image()})
-
-
-def _count(module: TorchClassifier) -> tuple[int, int]:
-    """Classes, and multiply-accumulates of the weighted layers for one image."""
-    values = layer_outputs(module)
-    return values[module.logits_name].shape[1], sum(_macs(module, values).values())
 
 
 def layer_macs(module: TorchClassifier) -> dict[str, int]:

@@ -310,7 +310,7 @@ class Batch:
                 self.weights.register(name, float(terms[name].detach()), self.device)
             if settings.weight_rate and (alphas is None or new):
                 alphas = torch.optim.Adam(self.weights.alpha.values(), lr=settings.weight_rate, betas=settings.betas)
-            factors = {name: getattr(settings, name.split("/")[0]) for name in terms}
+            factors = {name: getattr(settings, name.split("/")[0]) for name in terms}  # a term is named for its factor
             loss = self.weights.combine(terms, factors) / drawn + prior
             optimizer.zero_grad(set_to_none=True)
             if alphas is not None:
@@ -349,12 +349,7 @@ class Batch:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
             closely = settings.batchnorm > 0 or not teacher.norms
             statistics, logits = self._look(teacher, shown, scale, closely=closely)
-            if statistics and not teacher.norms:
-                terms[f"unevenness/{teacher.name}"] = objectives.unevenness_loss(statistics, teacher.convolutions)
-            elif statistics:
-                terms[f"batchnorm/{teacher.name}"] = objectives.batchnorm_loss(
-                    statistics, teacher.norms, relative=settings.relative
-                )
+            terms |= teacher.statistics_loss(statistics, relative=settings.relative)
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
                     _, logits = self._look(teacher, mixed, scale, closely=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from converters.errors import MixMixError, SpecError
 from converters.input_spec import InputSpec
 from converters.torch_module import BatchNorm, Segment, TorchClassifier
-from recipes.inspect import folded_convolutions
+from recipes.inspect import folded_convolutions, layer_outputs
 from recipes.synth import objectives
 from recipes.synth.settings import SynthSettings
 from recipes.synth.statistics import Observer, Statistics
@@ -62,6 +62,14 @@ class Teacher:
         observer = Observer([*(norm.input for norm in self.norms), *self.convolutions] if closely else [])
         logits = self.segment({module.input_name: x}, transforms=observer.transforms)[module.logits_name]
         return observer.statistics, logits
+
+    def statistics_loss(self, statistics: Mapping[str, Statistics], *, relative: bool = False) -> dict[str, Tensor]:
+        """The loss term of what `look` saw, by name; none of nothing."""
+        if not statistics:
+            return {}
+        if self.norms:
+            return {f"batchnorm/{self.name}": objectives.batchnorm_loss(statistics, self.norms, relative=relative)}
+        return {f"unevenness/{self.name}": objectives.unevenness_loss(statistics, self.convolutions)}
 
 
 def label_space(module: TorchClassifier, classes: int) -> str:
@@ -125,7 +133,9 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 name=name,
                 module=module,
                 norms=norms,
-                convolutions=[] if norms or not settings.unevenness else folded_convolutions(module),
+                convolutions=[]
+                if norms or not settings.unevenness
+                else folded_convolutions(module, layer_outputs(module)),
                 labels=shares and settings.label > 0,
                 segment=module.segment([module.input_name], [module.logits_name]),
                 runs_smaller=all(_runs_smaller(module, scale) for scale in sorted(scales)),
@@ -184,10 +194,7 @@ def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[s
     losses: dict[str, float] = {}
     for teacher in teachers:
         statistics, logits = teacher.look(pixels.to(teacher.module.device))
-        if teacher.norms:
-            losses[f"batchnorm/{teacher.name}"] = float(objectives.batchnorm_loss(statistics, teacher.norms))
-        if teacher.convolutions:
-            losses[f"unevenness/{teacher.name}"] = float(objectives.unevenness_loss(statistics, teacher.convolutions))
+        losses |= {name: float(loss) for name, loss in teacher.statistics_loss(statistics).items()}
         if teacher.labels:
             losses[f"label/{teacher.name}"] = float(F.cross_entropy(logits, teacher.classes(labels.to(logits.device))))
     return losses

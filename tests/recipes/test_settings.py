@@ -53,7 +53,6 @@ def test_every_shipped_recipe_loads_at_every_effort(
 @pytest.mark.parametrize(("kind", "package", "name"), SHIPPED)
 def test_more_effort_never_means_fewer_steps(kind: type[Settings], package: str, name: str) -> None:
     # every kind has `steps`, which their base class has not
-    # every recipe has steps, which their base class does not declare
     fast, default, paper = (load_recipe(kind, package, name, effort).steps for effort in ("fast", "default", "paper"))  # type: ignore[attr-defined]
     assert fast <= default <= paper
 
