@@ -6,6 +6,7 @@
     python benchmarks/synthesis_quality.py per-step -o quality/    # models a step, at equal model-steps
     python benchmarks/synthesis_quality.py efforts -o quality/     # --effort fast, default and paper
     python benchmarks/synthesis_quality.py without -o quality/     # a folded target, and one with LayerNorm alone
+    python benchmarks/synthesis_quality.py part -o quality/        # a target of which most BatchNorm was folded
     python benchmarks/synthesis_quality.py alike -o quality/       # how well MMD ranks the sets of the other tables
 
 Every set has 128 images. It is quantized on (recipe qdrop, 100 steps a block), or pruned on (recipe obs), and the
@@ -32,10 +33,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import onnx_ir as ir
 import scipy.stats
 import torch
 from train_zoo import DATA, load_split
 
+from converters import passes
 from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.load import load_classifier
@@ -209,6 +212,8 @@ TABLES = {
             "recipe labels, the target": made(TARGET, recipe="labels"),
             "recipe small-labels (chosen by itself), the target": made(TARGET, recipe="small-labels"),
             "recipe small, six models": made(*ALL, recipe="small"),
+            "recipe small, the target and those that are no twin": made(TARGET, "OTHERS", recipe="small"),
+            "statistics of those that are no twin": made("OTHERS", recipe="small"),
         }
         | REAL,
         (
@@ -220,12 +225,40 @@ TABLES = {
         ),
         seeds=3,
     ),
+    "part": Table(
+        {
+            "statistics alone": made(TARGET, recipe="small", unevenness=0.0),
+            "recipe small (chosen by itself)": made(TARGET, recipe="small"),
+            "recipe small-labels": made(TARGET, recipe="small-labels"),
+        }
+        | REAL,
+        [(f"inverted, {kept} of 20 kept", how) for kept in (1, 6) for how in (Widths(2), Widths(2, 4), Zeros(0.7))],
+        seeds=3,
+    ),
 }
+MADE = tempfile.TemporaryDirectory()
+"""Files of targets that are not in the zoo."""
 
 
 @cache
 def classifier(name: str) -> Classifier:
-    return load_classifier(zoo.model_path(name))
+    """That of the zoo or, of `NAME, K of N kept`, with BatchNorm folded behind the first K."""
+    family, _, kept = name.partition(", ")
+    path = zoo.model_path(family)
+    return load_classifier(part_folded(path, int(kept.split()[0])) if kept else path)
+
+
+def part_folded(path: Path, kept: int) -> Path:
+    model = ir.load(path)
+    held = [node for node in model.graph if node.op_type == "BatchNormalization"][:kept]
+    for node in held:
+        node.op_type = "Held"
+    passes.fold_batchnorm(model)
+    for node in held:
+        node.op_type = "BatchNormalization"
+    output = Path(MADE.name) / f"{path.stem}_{kept}.onnx"
+    ir.save(model, output)
+    return output
 
 
 @cache
@@ -256,12 +289,13 @@ def image_set(title: str, source: Source, target: str, seed: int, folder: Path) 
         return ImageSet(from_bytes(to_bytes(pixels)), source=title)
     if source.kind == "real":
         return training(IMAGES, seed)
-    names = [target if name == TARGET else name for name in source.models]
-    if names == ["OTHERS"]:
-        names = [name for name in ALL if name != target]
-    if names == ["OTHER"]:
-        names = ["residual" if target == "inverted" else "inverted"]
-    for_target = f" for {target}" if {TARGET, "OTHER", "OTHERS"} & set(source.models) else ""
+    stands = {
+        TARGET: [target],
+        "OTHERS": [name for name in ALL if name != target.removesuffix("_folded")],
+        "OTHER": ["residual" if target == "inverted" else "inverted"],
+    }
+    names = [name for model in source.models for name in stands.get(model, [model])]
+    for_target = f" for {target}" if stands.keys() & set(source.models) else ""
     directory = folder / "sets" / f"{title}{for_target}, {seed}".replace("/", "-")
     settings = load_synth_recipe(source.recipe, source.effort, source.overrides, None, {"images": IMAGES})
     synthesize([module(name) for name in names], directory, settings, recipe=source.recipe, seed=seed, resume=True)

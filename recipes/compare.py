@@ -24,6 +24,8 @@ from recipes.images import ImageSet
 BATCH = 64
 LARGEST = 2000
 """Images of each set that the test is made on, evenly spread over it: it holds a number for each pair of them."""
+CONSTANT = 1e-6
+"""Share of a layer's means that its deviations come to by rounding alone."""
 FEWEST = 4
 """Images that a set must have: with fewer no division of the pooled samples says anything."""
 
@@ -40,7 +42,7 @@ class Comparison:
     p_value: float
     permutations: int
     distance: float
-    """Mean over layers of (||mean_a - mean_b|| + ||std_a - std_b||) / ||std_b||."""
+    """Mean over layers of (||mean_a - mean_b|| + ||std_a - std_b||) / ||std_b||; of a constant b, over its size."""
     to_stored: tuple[float, float] | None
     """The same distance of `a` and of `b` from the stored BatchNorm statistics; None where there are none."""
     layers: list[tuple[str, float]]
@@ -144,9 +146,14 @@ def _statistics(
 
 
 def _distance(a: Statistics, b: Statistics) -> float:
-    """(||mean_a - mean_b|| + ||std_a - std_b||) / ||std_b||."""
+    """(||mean_a - mean_b|| + ||std_a - std_b||) / ||std_b||.
+
+    Where b is constant, which leaves no deviation to be relative to, over ||mean_b||; where it is all zeros, over 1.
+    """
     (mean_a, std_a), (mean_b, std_b) = a, (b[0].cpu().double(), b[1].cpu().double())
-    return float(((mean_a - mean_b).norm() + (std_a - std_b).norm()) / std_b.norm().clamp_min(1e-12))
+    deviation, value = float(std_b.norm()), float(mean_b.norm())
+    size = deviation if deviation > CONSTANT * value else value or 1.0
+    return float((mean_a - mean_b).norm() + (std_a - std_b).norm()) / size
 
 
 def _mean(values: Sequence[float]) -> float:

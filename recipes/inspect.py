@@ -46,7 +46,7 @@ class Inspection:
     """Why a graph that converts cannot be written back in few bits."""
     zeros: list[LayerZeros] = field(default_factory=list)
     shaping: int = 0
-    """Convolutions whose channels images can be asked to make even; none where there are BatchNorm statistics."""
+    """Convolutions whose channels images can be asked to make even."""
 
     @property
     def sparsity(self) -> float:
@@ -110,7 +110,7 @@ def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspec
     folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
     values = layer_outputs(module)
     classes, macs = values[module.logits_name].shape[1], sum(_macs(module, values).values())
-    shaping = 0 if norms else len(folded_convolutions(module, values))
+    shaping = len(folded_convolutions(module, values))
     blocks, obstacle = find_blocks(module), _obstacle(classifier)
     zeros = [_zeros(layer, module.constant(layer.weight), pattern) for layer in layers]
     return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros, shaping)
@@ -134,18 +134,20 @@ def _obstacle(classifier: Classifier) -> str | None:
 def folded_convolutions(module: TorchClassifier, values: Mapping[str, Tensor]) -> list[str]:
     """Outputs of convolutions that BatchNorm may have been folded into, of more than one place in `values`.
 
-    These are `layer_outputs`. Folding leaves a bias. What no weighted layer comes after is left out: its channels are
-    classes.
+    These are `layer_outputs`. Folding leaves a bias, and no BatchNorm behind it. What no weighted layer comes after is
+    left out: its channels are classes.
     """
     layers = {layer.output: layer for layer in module.layers()}
     leading: set[str] = set()
     for step in reversed(module.whole.steps):
         if leading.intersection(step.outputs) or step.outputs[0] in layers:
             leading.update(step.inputs)
+    kept = {norm.input for norm in module.batchnorms()}
     return [
         name
         for name, layer in layers.items()
-        if layer.op == "Conv" and layer.bias is not None and name in leading and values[name].shape[2:].numel() > 1
+        if layer.op == "Conv" and layer.bias is not None and name not in kept
+        if name in leading and values[name].shape[2:].numel() > 1
     ]
 
 

@@ -89,10 +89,22 @@ def _image_set(source: Source, content: SetRecord) -> Section:
     else:
         blocks.append(Picture(content.sheet, "The first images of the set, made from the models alone."))
     rows = [
-        [text(m.name), number(m.batchnorms), text({True: "yes", False: "no", None: None}[m.labels]), text(m.sha256)]
+        [
+            text(m.name),
+            number(m.batchnorms),
+            number(m.convolutions),
+            text({True: "yes", False: "no", None: None}[m.labels]),
+            text(m.sha256),
+        ]
         for m in made.models
     ]
-    columns = [Column("model"), Column("BatchNorm"), Column("label loss", False), Column("SHA-256", False)]
+    columns = [
+        Column("model"),
+        Column("BatchNorm"),
+        Column("even convolutions"),
+        Column("label loss", False),
+        Column("SHA-256", False),
+    ]
     blocks.append(Table("Models that the images were made from", columns, rows))
     blocks += _losses(content.losses, "means over all batches")
     blocks += _loss_curves(shards)

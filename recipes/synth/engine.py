@@ -261,6 +261,7 @@ class Batch:
             teacher.name: choose_precision(settings.precision, teacher.module.layers(), self.device)
             for teacher in teachers
         }
+        self.factors = {name: factor for teacher in teachers for name, factor in teacher.factors(settings).items()}
         self.weights = objectives.LearnedWeights()
         self.done = 0
 
@@ -310,8 +311,7 @@ class Batch:
                 self.weights.register(name, float(terms[name].detach()), self.device)
             if settings.weight_rate and (alphas is None or new):
                 alphas = torch.optim.Adam(self.weights.alpha.values(), lr=settings.weight_rate, betas=settings.betas)
-            factors = {name: getattr(settings, name.split("/")[0]) for name in terms}  # a term is named for its factor
-            loss = self.weights.combine(terms, factors) / drawn + prior
+            loss = self.weights.combine(terms, self.factors) / drawn + prior
             optimizer.zero_grad(set_to_none=True)
             if alphas is not None:
                 alphas.zero_grad(set_to_none=True)
@@ -347,7 +347,7 @@ class Batch:
         drawn = self._draw_models()
         for teacher in drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
-            closely = settings.batchnorm > 0 or not teacher.norms
+            closely = settings.batchnorm > 0 or bool(teacher.convolutions)
             statistics, logits = self._look(teacher, shown, scale, closely=closely)
             terms |= teacher.statistics_loss(statistics, relative=settings.relative)
             if teacher.labels:

@@ -36,7 +36,7 @@ class Teacher:
     module: TorchClassifier
     norms: list[BatchNorm]
     convolutions: list[str]
-    """Outputs of convolutions that BatchNorm may have been folded into: looked at where there are no `norms`."""
+    """Outputs of convolutions that BatchNorm may have been folded into, where even channels are asked for."""
     labels: bool
     segment: Segment
     runs_smaller: bool
@@ -55,7 +55,7 @@ class Teacher:
     def look(self, pixels: Tensor, scale: float = 1.0, *, closely: bool = True) -> tuple[dict[str, Statistics], Tensor]:
         """Statistics and logits of canonical images in [0, 1].
 
-        The former are of BatchNorm inputs, or of `convolutions`, and none unless `closely`.
+        The former are of BatchNorm inputs and of `convolutions`, and none unless `closely`.
         """
         module = self.module
         x = module.spec.to_input(pixels, self.input_size(scale)).contiguous(memory_format=torch.channels_last)
@@ -63,13 +63,23 @@ class Teacher:
         logits = self.segment({module.input_name: x}, transforms=observer.transforms)[module.logits_name]
         return observer.statistics, logits
 
+    def factors(self, settings: SynthSettings) -> dict[str, float]:
+        """What each of its loss terms is multiplied with, by name: of both kinds of layers, each layer counts alike."""
+        layers = max(1, len(self.norms) + len(self.convolutions))
+        return {
+            f"batchnorm/{self.name}": settings.batchnorm * len(self.norms) / layers,
+            f"unevenness/{self.name}": settings.unevenness * len(self.convolutions) / layers,
+            f"label/{self.name}": settings.label,
+        }
+
     def statistics_loss(self, statistics: Mapping[str, Statistics], *, relative: bool = False) -> dict[str, Tensor]:
-        """The loss term of what `look` saw, by name; none of nothing."""
-        if not statistics:
-            return {}
-        if self.norms:
-            return {f"batchnorm/{self.name}": objectives.batchnorm_loss(statistics, self.norms, relative=relative)}
-        return {f"unevenness/{self.name}": objectives.unevenness_loss(statistics, self.convolutions)}
+        """The loss terms of what `look` saw, by name; none of nothing."""
+        terms = {}
+        if statistics and self.norms:
+            terms[f"batchnorm/{self.name}"] = objectives.batchnorm_loss(statistics, self.norms, relative=relative)
+        if statistics and self.convolutions:
+            terms[f"unevenness/{self.name}"] = objectives.unevenness_loss(statistics, self.convolutions)
+        return terms
 
 
 def label_space(module: TorchClassifier, classes: int) -> str:
@@ -133,9 +143,7 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 name=name,
                 module=module,
                 norms=norms,
-                convolutions=[]
-                if norms or not settings.unevenness
-                else folded_convolutions(module, layer_outputs(module)),
+                convolutions=folded_convolutions(module, layer_outputs(module)) if settings.unevenness else [],
                 labels=shares and settings.label > 0,
                 segment=module.segment([module.input_name], [module.logits_name]),
                 runs_smaller=all(_runs_smaller(module, scale) for scale in sorted(scales)),
@@ -190,7 +198,7 @@ def working_units(spec: InputSpec) -> tuple[tuple[float, ...], tuple[float, ...]
 
 @torch.no_grad()
 def judge(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, float]:
-    """Each model's loss of statistics or unevenness, and cross-entropy, of images neither augmented nor mixed."""
+    """Each model's losses of statistics, unevenness and labels, of images neither augmented nor mixed."""
     losses: dict[str, float] = {}
     for teacher in teachers:
         statistics, logits = teacher.look(pixels.to(teacher.module.device))

@@ -139,6 +139,17 @@ def test_channels_behind_a_matmul_are_the_last_axis(load: Callable[..., Classifi
     assert result.layers[0][1] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_set_of_one_image_has_the_size_of_its_values(load: Callable[..., Classifier]) -> None:
+    """Deviations of zero are nothing to be relative to: the distance was 1e12."""
+    module = to_torch(load(models.gemm(trans_b=1)))
+    a = gaussian_noise(8, module.spec.channel_count, module.spec.size, 0)
+    b = replace(a, pixels=a.pixels[:1].repeat(8, 1, 1, 1))
+    found = module(module.spec.to_input(a.pixels)).detach().double()
+    (_, distance), *_ = compare(module, a, b, permutations=9).layers
+    expected = ((found.mean(0) - found[0]).norm() + found.std(0, correction=0).norm()) / found[0].norm()
+    assert distance == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_too_few_images_and_wrong_channels_are_refused(module_of: Modules) -> None:
     module, enough = module_of("plain"), gaussian_noise(8, 1, (28, 28), 0)
     with pytest.raises(MixMixError, match="at least 4"):

@@ -385,7 +385,8 @@ def test_an_unfinished_set_says_so(made: Path, tmp_path: Path) -> None:
 def test_a_black_picture_is_at_the_limits_in_colour_too() -> None:
     """Mean and standard deviation bring a limit back as 3e-8: it is the 8-bit value that counts."""
     spec = InputSpec(size=(28, 28), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    teacher = SimpleNamespace(name="none", module=SimpleNamespace(spec=spec, device=torch.device("cpu"), layers=list))
+    module = SimpleNamespace(spec=spec, device=torch.device("cpu"), layers=list)
+    teacher = SimpleNamespace(name="none", module=module, factors=lambda _: {})
     how = settings(stages=(Stage(scale=1.0, steps=1),))
     batch = Batch([cast("Teacher", teacher)], how, (28, 28), torch.arange(4), 0)
     batch._stage = lambda images, *_: torch.full_like(images, -1e3)  # type: ignore[method-assign]  # of this batch

@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
+from converters import passes
 from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.input_spec import InputSpec
 from converters.load import load_classifier
 from converters.torch_module import TorchClassifier
+from recipes import zoo
 from recipes.image_store import OtherSetError
 from recipes.inspect import inspect_model
 from recipes.synth.engine import synthesize
@@ -135,7 +139,7 @@ def fully_convolutional() -> onnx.ModelProto:
 
 
 def test_convolutions_that_batchnorm_was_folded_into_are_looked_at(load: Load, module_of: Modules) -> None:
-    """Those with a bias; not those of one place, nor any whose channels are classes; none beside stored statistics."""
+    """Those with a bias; not those of one place, or whose channels are classes, or that BatchNorm is behind."""
     module = to_torch(load(fully_convolutional()))
     (teacher,), _ = make_teachers([module], settings(unevenness=1.0))
     assert teacher.convolutions == ["a"]
@@ -147,6 +151,29 @@ def test_convolutions_that_batchnorm_was_folded_into_are_looked_at(load: Load, m
     ):
         (without,), _ = make_teachers([other], how)
         assert without.convolutions == []
+
+
+def test_where_some_batchnorm_was_folded_the_layers_count_alike(tmp_path: Path) -> None:
+    """One BatchNorm that is left says little: the convolutions that lost theirs are looked at beside it."""
+    model = ir.load(zoo.model_path("plain"))
+    first, *others = (node for node in model.graph if node.op_type == "BatchNormalization")
+    first.op_type = "Held"
+    passes.fold_batchnorm(model)
+    first.op_type = "BatchNormalization"
+    ir.save(model, tmp_path / "part.onnx")
+    module = to_torch(load_classifier(tmp_path / "part.onnx"))
+    how = settings(label=0.5, unevenness=2.0)
+    (teacher,), _ = make_teachers([module], how)
+    assert [norm.input for norm in teacher.norms] == [first.inputs[0].name]
+    assert len(teacher.convolutions) == len(others)
+    assert teacher.norms[0].input not in teacher.convolutions
+    layers = 1 + len(others)
+    assert teacher.factors(how) == pytest.approx(
+        {"batchnorm/part": 1 / layers, "unevenness/part": 2 * len(others) / layers, "label/part": 0.5}
+    )
+    statistics, _ = teacher.look(torch.rand(4, 1, 28, 28))
+    assert set(teacher.statistics_loss(statistics)) == {"batchnorm/part", "unevenness/part"}
+    assert set(synthesize([module], tmp_path / "set", how).losses) == set(teacher.factors(how))
 
 
 def test_a_single_logit_behind_convolutions_is_enough(
