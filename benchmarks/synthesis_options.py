@@ -103,7 +103,7 @@ class Painted(Batch):
             _, terms, prior = self._terms(images, 1.0)
             for name in terms.keys() - self.weights.first.keys():
                 self.weights.register(name, float(terms[name].detach()), self.device)
-            loss = self.weights.combine(terms, {}) + prior
+            loss = self.weights.combine(terms, self.factors) + prior
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -7,7 +7,8 @@ Two witnesses are heard, in this order.
    says as much by its type.
 2. The first BatchNorm, which stored mean and deviation of what it read in training. For each known normalisation,
    photographs go through the layers before it; the right one gives the stored numbers back. The misfit of a channel is
-   (m - mu)^2 / (s^2 + sigma^2) + log(s / sigma)^2, and a candidate's the mean over channels.
+   (m - mu)^2 / (s^2 + sigma^2) + log(s / sigma)^2, and a candidate's the mean over the three quarters of the channels
+   that it fits best: trained nets have dead ones among the first, which no image gives back.
 
 Nothing else in a trained file tells the range well enough: a model without either is left to the user.
 
@@ -17,6 +18,7 @@ The photographs are eight crops of four pictures in the public domain (NASA, Spa
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +42,10 @@ from converters.runtime import Session
 PHOTOGRAPHS, PHOTOGRAPH_SIDE = "photographs.jpg", 128
 LEAST_CONFIDENCE = 0.6
 """A normalisation is believed from here on: the misfit of the next is at least half as large again (0.6 / 0.4)."""
+FITTING = 0.75
+"""Share of the channels that a normalisation is judged by."""
+MOST_MISFIT = 1.0
+"""Misfit of a normalisation that is off by more than a factor of e in most channels: the best of several bad ones."""
 LEAST_ORDER_CONFIDENCE = 0.54
 """An unusual channel order is believed from here on; photographs have nearly the same statistics in red and blue."""
 NEAR = 0.03
@@ -250,7 +256,7 @@ def _by_statistics(classifier: Classifier, orders: tuple[str, ...]) -> Detection
     least, next_least = (min(misfits[known, order] for order in orders) for known in (best, second))
     confidence = _share(next_least, least)
     standardised = orders == ("gray",) and best is KNOWN[0]  # by mean and deviation of a data set that nothing tells
-    if confidence < LEAST_CONFIDENCE or standardised:
+    if least > MOST_MISFIT or confidence < LEAST_CONFIDENCE or standardised:
         return None
     order, doubt = _order(best, orders, {order: misfits[best, order] for order in orders})
     evidence = f"photographs give the first BatchNorm's statistics back to {least:.3f} (next: {next_least:.3f})"
@@ -284,4 +290,5 @@ def _misfit(session: Session, spec: InputSpec, mean: NDArray[np.float64], varian
     axes = tuple(axis for axis in range(values.ndim) if axis != 1)
     found_mean, found_variance, variance = values.mean(axes), values.var(axes) + 1e-12, variance + 1e-12
     shift = (found_mean - mean) ** 2 / (found_variance + variance)
-    return float((shift + (0.5 * np.log(found_variance / variance)) ** 2).mean())
+    by_channel = np.sort(shift + (0.5 * np.log(found_variance / variance)) ** 2)
+    return float(by_channel[: math.ceil(FITTING * len(by_channel))].mean())

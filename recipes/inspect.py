@@ -134,19 +134,21 @@ def _obstacle(classifier: Classifier) -> str | None:
 def folded_convolutions(module: TorchClassifier, values: Mapping[str, Tensor]) -> list[str]:
     """Outputs of convolutions that BatchNorm may have been folded into, of more than one place in `values`.
 
-    These are `layer_outputs`. Folding leaves a bias, and no BatchNorm behind it. What no weighted layer comes after is
-    left out: its channels are classes.
+    These are `layer_outputs`. Folding leaves a bias. Left out is what a BatchNorm comes after before the next weighted
+    layer, as it was not folded, and what no weighted layer comes after at all, as its channels are classes.
     """
     layers = {layer.output: layer for layer in module.layers()}
+    normalised = {norm.input for norm in module.batchnorms()}
     leading: set[str] = set()
     for step in reversed(module.whole.steps):
         if leading.intersection(step.outputs) or step.outputs[0] in layers:
             leading.update(step.inputs)
-    kept = {norm.input for norm in module.batchnorms()}
+        if normalised.intersection(step.outputs) and step.outputs[0] not in layers:
+            normalised.update(step.inputs)
     return [
         name
         for name, layer in layers.items()
-        if layer.op == "Conv" and layer.bias is not None and name not in kept
+        if layer.op == "Conv" and layer.bias is not None and name not in normalised
         if name in leading and values[name].shape[2:].numel() > 1
     ]
 

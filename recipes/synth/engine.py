@@ -96,7 +96,7 @@ def synthesize(
     used = {teacher.module for teacher in teachers}
     left_out = [str(module.classifier.path) for module in modules if module not in used]
     if left_out:
-        progress.say(f"left out, without BatchNorm statistics: {', '.join(left_out)}")
+        progress.say(f"left out, as nothing can be asked of them: {', '.join(left_out)}")
     height, width = (max(module.spec.size[axis] for module in modules) for axis in (0, 1))
     full = size or (height, width)
     store = ImageStore(directory, _identity(teachers, settings, recipe, full, seed, classes, versions or {}))
@@ -347,8 +347,7 @@ class Batch:
         drawn = self._draw_models()
         for teacher in drawn:
             shown = mixed if settings.mixing == "all" or mix is None else pixels
-            closely = settings.batchnorm > 0 or bool(teacher.convolutions)
-            statistics, logits = self._look(teacher, shown, scale, closely=closely)
+            statistics, logits = self._look(teacher, shown, scale)
             terms |= teacher.statistics_loss(statistics, relative=settings.relative)
             if teacher.labels:
                 if mix is not None and settings.mixing == "label":
@@ -357,7 +356,7 @@ class Batch:
         return len(drawn), terms, self._prior(images)
 
     def _look(
-        self, teacher: Teacher, pixels: Tensor, scale: float, *, closely: bool
+        self, teacher: Teacher, pixels: Tensor, scale: float, *, closely: bool = True
     ) -> tuple[dict[str, Statistics], Tensor]:
         """`Teacher.look` in the precision that is asked for."""
         with computing_in(self.precisions[teacher.name], self.device):

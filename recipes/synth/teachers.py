@@ -30,7 +30,7 @@ class SynthesisError(MixMixError):
 
 @dataclass(frozen=True)
 class Teacher:
-    """One model of the zoo: where its statistics are read, and whether its classes are the target's."""
+    """One model of the zoo: which of its layers are looked at, and whether its classes are the target's."""
 
     name: str
     module: TorchClassifier
@@ -136,7 +136,7 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
     scales = {stage.scale for stage in settings.stages if stage.scale != 1}
     teachers = []
     for module, count, name in zip(modules, classes, _distinct_names(modules), strict=True):
-        norms = module.batchnorms()
+        norms = module.batchnorms() if settings.batchnorm else []
         shares = 1 < count == classes[0] and label_space(module, count) == space  # one class tells nothing apart
         teachers.append(
             Teacher(
@@ -149,7 +149,7 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 runs_smaller=all(_runs_smaller(module, scale) for scale in sorted(scales)),
             )
         )
-    teaching = [t for t in teachers if t.labels or t.convolutions or (t.norms and settings.batchnorm > 0)]
+    teaching = [t for t in teachers if t.labels or t.convolutions or t.norms]
     if not teaching:
         names = ", ".join(str(module.classifier.path) for module in modules)
         if settings.label > 0 and set(classes) == {1}:

@@ -66,6 +66,20 @@ def test_statistics_tell_the_normalisation(load: Load, known: Known, seed: int) 
     assert sorted(classifier.spec.mean) == sorted(known.mean)
 
 
+@pytest.mark.parametrize("known", KNOWN[:2], ids=lambda known: known.name)
+def test_channels_that_no_image_gives_back_do_not_decide(load: Load, known: Known) -> None:
+    """As in EfficientNet-Lite1 and Lite2, which have dead channels among the first ones."""
+    model = trained(known, 0)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("bn.mean", "bn.var"):
+            numbers = onnx.numpy_helper.to_array(tensor).copy()
+            numbers[:4] = {"bn.mean": 3.0, "bn.var": 1e-12}[tensor.name]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(numbers, tensor.name))
+    found = load(model).detection
+    assert found is not None
+    assert found.name == known.name
+
+
 def test_options_override_what_is_detected(write: Callable[[onnx.ModelProto], Path]) -> None:
     path = write(trained(KNOWN[2], 0))
     spec = load_classifier(path, {"mean": [0.1, 0.2, 0.3]}).spec

@@ -242,7 +242,7 @@ def test_models_without_statistics_need_another_loss(module_of: Modules, tmp_pat
 
 
 def test_a_model_without_statistics_has_even_channels_to_ask_for(module_of: Modules, tmp_path: Path) -> None:
-    """Labels or none; a model that has statistics is asked for those alone."""
+    """Labels or none; a model that has all its statistics is asked for those alone."""
     modules = [module_of("inverted_folded"), module_of("plain")]
     result = synthesize(modules, tmp_path / "both", settings(label=0.0, unevenness=1.0))
     assert set(result.losses) == {"unevenness/inverted_folded", "batchnorm/plain"}

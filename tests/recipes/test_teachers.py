@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from converters.torch_module import TorchClassifier
 from recipes import zoo
 from recipes.image_store import OtherSetError
 from recipes.inspect import inspect_model
+from recipes.pipeline import load_suitable_recipe
+from recipes.progress import Silent
 from recipes.synth.engine import synthesize
+from recipes.synth.objectives import LearnedWeights
 from recipes.synth.settings import Stage, SynthSettings
 from recipes.synth.teachers import SynthesisError, make_teachers, working_units
 from tests import models
@@ -153,27 +156,85 @@ def test_convolutions_that_batchnorm_was_folded_into_are_looked_at(load: Load, m
         assert without.convolutions == []
 
 
-def test_where_some_batchnorm_was_folded_the_layers_count_alike(tmp_path: Path) -> None:
-    """One BatchNorm that is left says little: the convolutions that lost theirs are looked at beside it."""
+def normalised_after_activation() -> onnx.ModelProto:
+    """image -Conv with bias-> a -Relu-> active -BatchNormalization-> normed -Conv with bias-> b: nothing was folded."""
+    nodes = [
+        models.node("Conv", "image a.weight a.bias", "a"),
+        models.node("Relu", "a", "active"),
+        models.batchnorm_node("active", "normed"),
+        models.node("Conv", "normed b.weight b.bias", "b"),
+        *models.head("b"),
+    ]
+    tensors = {"a.weight": models.weights(4, models.CHANNELS, 3, 3), "b.weight": models.weights(4, 4, 3, 3, seed=2)}
+    tensors |= {f"{name}.bias": models.weights(4, seed=1) for name in ("a", "b")}
+    return models.assemble(nodes, tensors | models.statistics(4) | models.head_tensors(4))
+
+
+def test_a_convolution_that_a_batchnorm_follows_lost_none(load: Load) -> None:
+    (teacher,), _ = make_teachers([to_torch(load(normalised_after_activation()))], settings(unevenness=1.0))
+    assert teacher.convolutions == ["b"]
+
+
+def partly_folded(path: Path) -> TorchClassifier:
+    """`plain` with its first BatchNorm, and the others folded."""
     model = ir.load(zoo.model_path("plain"))
-    first, *others = (node for node in model.graph if node.op_type == "BatchNormalization")
+    first = next(node for node in model.graph if node.op_type == "BatchNormalization")
     first.op_type = "Held"
     passes.fold_batchnorm(model)
     first.op_type = "BatchNormalization"
-    ir.save(model, tmp_path / "part.onnx")
-    module = to_torch(load_classifier(tmp_path / "part.onnx"))
+    ir.save(model, path)
+    return to_torch(load_classifier(path))
+
+
+def test_where_some_batchnorm_was_folded_the_layers_count_alike(
+    module_of: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One BatchNorm that is left says little: the convolutions that lost theirs are looked at beside it."""
+    first, *others = (norm.input for norm in module_of("plain").batchnorms())
+    module = partly_folded(tmp_path / "part.onnx")
     how = settings(label=0.5, unevenness=2.0)
     (teacher,), _ = make_teachers([module], how)
-    assert [norm.input for norm in teacher.norms] == [first.inputs[0].name]
+    assert [norm.input for norm in teacher.norms] == [first]
     assert len(teacher.convolutions) == len(others)
-    assert teacher.norms[0].input not in teacher.convolutions
-    layers = 1 + len(others)
-    assert teacher.factors(how) == pytest.approx(
-        {"batchnorm/part": 1 / layers, "unevenness/part": 2 * len(others) / layers, "label/part": 0.5}
-    )
+    assert first not in teacher.convolutions
+    factors = {
+        "batchnorm/part": 1 / (1 + len(others)),
+        "unevenness/part": 2 * len(others) / (1 + len(others)),
+        "label/part": 0.5,
+    }
+    assert teacher.factors(how) == pytest.approx(factors)
+    used = []
+    combine = LearnedWeights.combine
+
+    def spy(self: LearnedWeights, terms: Mapping[str, Tensor], given: Mapping[str, float]) -> Tensor:
+        used.append({name: given[name] for name in terms})
+        return combine(self, terms, given)
+
+    monkeypatch.setattr(LearnedWeights, "combine", spy)
+    assert set(synthesize([module], tmp_path / "set", how).losses) == set(factors)
+    assert used
+    assert all(each == pytest.approx(factors) for each in used)
+
+
+def test_statistics_that_are_not_asked_for_are_not_looked_at(tmp_path: Path) -> None:
+    how = settings(label=0.5, unevenness=2.0, batchnorm=0.0)
+    (teacher,), _ = make_teachers([partly_folded(tmp_path / "part.onnx")], how)
+    assert teacher.norms == []
+    assert teacher.factors(how)["unevenness/part"] == 2
     statistics, _ = teacher.look(torch.rand(4, 1, 28, 28))
-    assert set(teacher.statistics_loss(statistics)) == {"batchnorm/part", "unevenness/part"}
-    assert set(synthesize([module], tmp_path / "set", how).losses) == set(teacher.factors(how))
+    assert set(statistics) == set(teacher.convolutions)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+def test_a_partly_folded_model_is_asked_for_both_as_it_is(
+    small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = partly_folded(tmp_path / "part.onnx")
+    monkeypatch.setattr("recipes.pipeline.SMALL", 64 if small else 1)
+    name, how = load_suitable_recipe(None, [module.classifier], "fast", (), None, {}, Silent())
+    assert name == ("small" if small else "default")
+    (teacher,), _ = make_teachers([module], how)
+    assert all(factor > 0 for key, factor in teacher.factors(how).items() if key != "label/part")
 
 
 def test_a_single_logit_behind_convolutions_is_enough(
