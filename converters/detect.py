@@ -8,7 +8,8 @@ Two witnesses are heard, in this order.
 2. The first BatchNorm, which stored mean and deviation of what it read in training. For each known normalisation,
    photographs go through the layers before it; the right one gives the stored numbers back. The misfit of a channel is
    (m - mu)^2 / (s^2 + sigma^2) + log(s / sigma)^2, and a candidate's the mean over the three quarters of the channels
-   that it fits best: trained nets have dead ones among the first, which no image gives back.
+   that it fits best: trained nets have dead ones among the first, which no image gives back. Two orders of channels are
+   compared over all of them, as few filters tell red from blue.
 
 Nothing else in a trained file tells the range well enough: a model without either is left to the user.
 
@@ -245,22 +246,27 @@ def _by_statistics(classifier: Classifier, orders: tuple[str, ...]) -> Detection
             return None
         session, mean, variance = found
         misfits = {
-            (known, order): _misfit(session, _spec(classifier, known.keys(order)), mean, variance)
+            known: [_misfits(session, _spec(classifier, known.keys(order)), mean, variance) for order in orders]
             for known in KNOWN
-            for order in orders
         }
     except ModelError:  # onnxruntime does not run that stretch: no witness
         return None
-    ranked = sorted(KNOWN, key=lambda known: min(misfits[known, order] for order in orders))
-    best, second = ranked[:2]
-    least, next_least = (min(misfits[known, order] for order in orders) for known in (best, second))
+    by_known = {known: min(map(_of_fitting, found)) for known, found in misfits.items()}
+    best, second = sorted(KNOWN, key=lambda known: by_known[known])[:2]
+    least, next_least = by_known[best], by_known[second]
     confidence = _share(next_least, least)
     standardised = orders == ("gray",) and best is KNOWN[0]  # by mean and deviation of a data set that nothing tells
     if least > MOST_MISFIT or confidence < LEAST_CONFIDENCE or standardised:
         return None
-    order, doubt = _order(best, orders, {order: misfits[best, order] for order in orders})
+    by_order = {order: float(found.mean()) for order, found in zip(orders, misfits[best], strict=True)}
+    order, doubt = _order(best, orders, by_order)
     evidence = f"photographs give the first BatchNorm's statistics back to {least:.3f} (next: {next_least:.3f})"
     return Detection(best.keys(order), best.name, confidence, second.name, evidence + doubt)
+
+
+def _of_fitting(misfits: NDArray[np.float64]) -> float:
+    """The mean of the share FITTING of one candidate's misfits [C] that is least."""
+    return float(np.sort(misfits)[: math.ceil(FITTING * len(misfits))].mean())
 
 
 def _share(worse: float, better: float) -> float:
@@ -284,11 +290,13 @@ def _spec(classifier: Classifier, keys: Mapping[str, Any]) -> InputSpec:
     return InputSpec(size=classifier.spec.size, layout=classifier.spec.layout, **keys)
 
 
-def _misfit(session: Session, spec: InputSpec, mean: NDArray[np.float64], variance: NDArray[np.float64]) -> float:
+def _misfits(
+    session: Session, spec: InputSpec, mean: NDArray[np.float64], variance: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Of each channel [C]."""
     pixels = photographs()
     values = np.asarray(session.run(spec.to_input(pixels).contiguous().numpy())[0], np.float64)
     axes = tuple(axis for axis in range(values.ndim) if axis != 1)
     found_mean, found_variance, variance = values.mean(axes), values.var(axes) + 1e-12, variance + 1e-12
     shift = (found_mean - mean) ** 2 / (found_variance + variance)
-    by_channel = np.sort(shift + (0.5 * np.log(found_variance / variance)) ** 2)
-    return float(by_channel[: math.ceil(FITTING * len(by_channel))].mean())
+    return shift + (0.5 * np.log(found_variance / variance)) ** 2
