@@ -144,7 +144,7 @@ class TestBadInput:
 
     def test_model_without_statistics(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         folded = zoo.model_path("inverted_folded")
-        err = self.refused(capsys, tmp_path, "synth", folded, "-o", tmp_path / "d", "--recipe", "default")
+        err = self.refused(capsys, tmp_path, "synth", folded, "-o", tmp_path / "d", "--recipe", "single")
         assert "BatchNorm" in err
 
     def test_output_that_is_the_model_itself(
