@@ -60,14 +60,14 @@ from recipes.validate import decibels, softmax
 SPEC = {"scale": 255.0, "mean": (127.0,) * 3, "std": (128.0,) * 3}  # of the pretrained weights
 SURE = 0.3
 TABLES = ("quantized", "pruned", "widths", "zoo")
-ZOO: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
-    "its own, labels and even channels (chosen by itself)": (("folded",), "labels", ()),
-    "two others' statistics": (("lite1", "lite2"), "default", ()),
-    "two others' statistics, and its even channels": (("folded", "lite1", "lite2"), "default", ()),
-    "its own statistics, as in the kept file": (("kept",), "default", ()),
-    "its own statistics and the two others'": (("kept", "lite1", "lite2"), "default", ()),
+ZOO: dict[str, tuple[tuple[str, ...], str]] = {
+    "its own, labels and even channels (chosen by itself)": (("folded",), "labels"),
+    "two others' statistics": (("lite1", "lite2"), "default"),
+    "two others' statistics, and its even channels": (("folded", "lite1", "lite2"), "default"),
+    "its own statistics, as in the kept file": (("kept",), "default"),
+    "its own statistics and the two others'": (("kept", "lite1", "lite2"), "default"),
 }
-"""Models, recipe and overrides, by what images are made of."""
+"""Models and recipe, by what images are made of."""
 WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
     "--bits 4": (4, None, "qdrop", ()),
     "--bits 4 --set logit_share=0": (4, None, "qdrop", ("logit_share=0",)),
@@ -241,9 +241,9 @@ def zoo(terminal: Terminal, kept: Classifier, folded: Classifier, judge: Judge, 
     recipe = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", options.overrides)
     columns = ["images", "seconds", "from stored statistics", "MMD^2 to photographs", "agreement", "sure", "SNR dB"]
     cells = []
-    for number, (title, (names, how, overrides)) in enumerate(ZOO.items()):
+    for number, (title, (names, how)) in enumerate(ZOO.items()):
         data = options.output / f"zoo{number}-{options.images}-{options.seed}"
-        settings = load_synth_recipe(how, "default", overrides, None, {"images": options.images})
+        settings = load_synth_recipe(how, "default", (), None, {"images": options.images})
         models = [modules[name] for name in names]
         made = synthesize(models, data, settings, seed=options.seed, resume=data.exists(), progress=terminal)
         images = load_images(data)
