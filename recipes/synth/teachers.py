@@ -73,11 +73,11 @@ class Teacher:
         }
 
     def statistics_loss(self, statistics: Mapping[str, Statistics], *, relative: bool = False) -> dict[str, Tensor]:
-        """The loss terms of what `look` saw, by name; none of nothing."""
+        """The loss terms, by name, of what `look` saw closely."""
         terms = {}
-        if statistics and self.norms:
+        if self.norms:
             terms[f"batchnorm/{self.name}"] = objectives.batchnorm_loss(statistics, self.norms, relative=relative)
-        if statistics and self.convolutions:
+        if self.convolutions:
             terms[f"unevenness/{self.name}"] = objectives.unevenness_loss(statistics, self.convolutions)
         return terms
 
