@@ -33,7 +33,10 @@ MOST_CHANNELS = 4096
 
 PIXEL_KEYS = ("mean", "std", "scale")
 ASSUMED_SIDE = 224
-SHAPES = {"size": "it is [height, width], such as [224, 224], both positive"}
+SHAPES = {
+    "size": "it is [height, width], such as [224, 224], both positive",
+    "channels": f'it is "rgb", "bgr", "gray", or a number from 1 to {MOST_CHANNELS}',
+}
 """How keys are written that a validator has no plain words for."""
 ASSUMED = ("source", "assumed")
 """Beside the keys in a file's metadata: whoever wrote them did not know."""
@@ -229,7 +232,7 @@ def resolve(
         spec = InputSpec.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "input"
+        key = str(first["loc"][0]) if first["loc"] else "input"
         if first["type"] == "extra_forbidden":
             hint = nearest(key, set(InputSpec.model_fields) - {"source"})
             raise SpecError(f"{where}: the input spec has no key {key}{hint}: correct or remove it") from error

@@ -278,6 +278,15 @@ def pixels(_context: click.Context, parameter: click.Parameter, value: str | Non
     return height, width
 
 
+def image_channels(_context: click.Context, parameter: click.Parameter, value: str | None) -> str | int | None:
+    """`rgb`, `bgr`, `gray`, or how many."""
+    if value is None or value in ("rgb", "bgr", "gray"):
+        return value
+    if re.fullmatch("[0-9]{1,9}", value) and int(value):
+        return int(value)
+    raise click.BadParameter(f"{value!r} is not rgb, bgr, gray, or a number of channels", param=parameter)
+
+
 def input_spec(function: F) -> F:
     """Input-spec keys, gathered by `spec_from`."""
     return _apply(
@@ -287,7 +296,7 @@ def input_spec(function: F) -> F:
             click.option("--std", callback=numbers, help="Input standard deviation a channel."),
             click.option("--scale", type=float, help="What pixel value 1.0 becomes before mean and std: 1 or 255."),
             click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Order of the input's dimensions."),
-            click.option("--channels", help="rgb, bgr, gray, or a number."),
+            click.option("--channels", callback=image_channels, help="rgb, bgr, gray, or a number."),
         ],
     )
 
@@ -295,6 +304,4 @@ def input_spec(function: F) -> F:
 def spec_from(values: dict[str, Any]) -> dict[str, Any]:
     """Take the input-spec options out of a command's keyword arguments."""
     spec = {key: values.pop(key, None) for key in ("mean", "std", "scale", "layout", "channels")}
-    if isinstance(spec["channels"], str) and spec["channels"].isdecimal():
-        spec["channels"] = int(spec["channels"])
     return {key: value for key, value in spec.items() if value is not None}

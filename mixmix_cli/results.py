@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from recipes.inspect import Inspection
     from recipes.synth.engine import Synthesis
     from recipes.validate import Candidate, Validation
-    from recipes.zoo import Zoo, ZooFacts
+    from recipes.zoo import Zoo
+    from recipes.zoo_facts import ZooFacts
 
 
 def synthesis_json(result: Synthesis) -> dict[str, Any]:

@@ -1,17 +1,24 @@
-"""Models of installed libraries, with trained weights and what they expect of an image."""
+"""Models of installed libraries, with trained weights and what they expect of an image, and zoos of them as files."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import nn
 
-from converters.errors import MixMixError
+from converters.errors import MixMixError, ModelError, OutputError
+from converters.export import write_kept
+from converters.files import read_model
 from converters.input_spec import InputSpec
+from recipes.progress import Progress, Silent
+from recipes.zoo import Exported, Member, Zoo, is_installed, make_folder
 
 IMAGENET = "imagenet-1k"
 LIBRARIES = ("timm", "torchvision")
+SOURCE = "mixmix.source"
+"""Metadata key of what an exported file was made from."""
 
 
 class LibraryError(MixMixError):
@@ -24,10 +31,6 @@ class Made:
 
     module: nn.Module
     spec: InputSpec
-
-
-def is_installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
 
 
 def create(library: str, name: str, *, trained: bool = True) -> Made:
@@ -81,3 +84,51 @@ def _from_timm(name: str, trained: bool) -> Made:
         std=tuple(shown["std"]), labels=labels, source="metadata",
     )  # fmt: skip
     return Made(module, spec)
+
+
+def export_zoo(
+    zoo: Zoo,
+    directory: Path,
+    *,
+    trained: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    version: str = "",
+) -> Exported:
+    """Write the members' ONNX files, BatchNorm kept, input spec and source in their metadata; one that is there stays.
+
+    A member that cannot be had does not stop the others. Raises OutputError where the folder cannot be made.
+    """
+    progress = progress or Silent()
+    make_folder(directory)
+    done = Exported([], [], {})
+    with progress.task(f"exporting {zoo.name}", len(zoo.members)) as task:
+        for member in zoo.members:
+            path = directory / member.file_name
+            try:
+                if path.exists() and not overwrite:
+                    _same_source(path, member, trained=trained)
+                    done.kept.append(path)
+                else:
+                    made = create(member.library, member.name, trained=trained)
+                    example = torch.zeros(2, made.spec.channel_count, *made.spec.size)
+                    facts = {SOURCE: member.source(trained=trained), "mixmix.version": version}
+                    write_kept(made.module, example, path, made.spec, facts)
+                    done.written.append(path)
+            except MixMixError as error:
+                done.failed[member.file_name] = str(error)
+            task.advance(1, member.name)
+    return done
+
+
+def _same_source(path: Path, member: Member, *, trained: bool) -> None:
+    """Raise OutputError where the file at `path` is another model, or has other weights, than what would be written."""
+    wanted = member.source(trained=trained)
+    try:
+        found = read_model(path).model.metadata_props.get(SOURCE)
+    except ModelError:
+        raise OutputError(f"{path} cannot be read as {wanted}: move it, or replace it with --force") from None
+    if found != wanted:
+        raise OutputError(
+            f"{path} is {found or 'of another origin'}, not {wanted}: move it, or replace it with --force"
+        )

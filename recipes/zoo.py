@@ -1,4 +1,4 @@
-"""Model zoos: the embedded one, and the paper's, exported from installed model libraries.
+"""Model zoos: the embedded one, and the paper's, whose models installed libraries have. Imports nothing heavy.
 
 The embedded zoo: small Fashion-MNIST classifiers of six families, and labelled images to judge by, trained and exported
 by `benchmarks/train_zoo.py`. Fashion-MNIST is (c) 2017 Zalando SE, MIT licence.
@@ -6,29 +6,17 @@ by `benchmarks/train_zoo.py`. Fashion-MNIST is (c) 2017 Zalando SE, MIT licence.
 
 from __future__ import annotations
 
+import importlib.util
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import torch
-
-from converters.classifier import Classifier
-from converters.conversion import to_torch
 from converters.errors import MixMixError, OutputError, nearest
-from converters.export import write_kept
-from converters.files import read_model
-from converters.load import load_classifier
 from converters.outputs import ensure_writable, write_atomically
-from recipes.inspect import layer_outputs
-from recipes.libraries import create, is_installed
-from recipes.progress import Progress, Silent
 
 EMBEDDED = Path(str(resources.files("recipes"))) / "embedded"
 FAMILIES = ("plain", "residual", "inverted", "shuffle", "dense", "excite")
-SOURCE = "mixmix.source"
-"""Metadata key of what an exported file was made from."""
 WITHOUT_BATCHNORM = ("attention", "inverted_folded")
 
 
@@ -45,6 +33,10 @@ def test_images_path() -> Path:
 def calibration_images_path() -> Path:
     """256 labelled training images: the bound that real data set."""
     return EMBEDDED / "calibration.npz"
+
+
+def is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 @dataclass(frozen=True)
@@ -120,47 +112,12 @@ class Exported:
     failed: dict[str, str]
 
 
-def export_zoo(
-    zoo: Zoo,
-    directory: Path,
-    *,
-    trained: bool = True,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    version: str = "",
-) -> Exported:
-    """Write the members' ONNX files, BatchNorm kept, input spec and source in their metadata; one that is there stays.
-
-    A member that cannot be had does not stop the others. Raises OutputError where the folder cannot be made.
-    """
-    progress = progress or Silent()
-    _make_folder(directory)
-    done = Exported([], [], {})
-    with progress.task(f"exporting {zoo.name}", len(zoo.members)) as task:
-        for member in zoo.members:
-            path = directory / member.file_name
-            try:
-                if path.exists() and not overwrite:
-                    _same_source(path, member, trained=trained)
-                    done.kept.append(path)
-                else:
-                    made = create(member.library, member.name, trained=trained)
-                    example = torch.zeros(2, made.spec.channel_count, *made.spec.size)
-                    facts = {SOURCE: member.source(trained=trained), "mixmix.version": version}
-                    write_kept(made.module, example, path, made.spec, facts)
-                    done.written.append(path)
-            except MixMixError as error:
-                done.failed[member.file_name] = str(error)
-            task.advance(1, member.name)
-    return done
-
-
 def export_embedded(directory: Path, *, overwrite: bool = False) -> Exported:
     """Copy the embedded models, BatchNorm kept; one that is there stays.
 
     Raises OutputError where the folder cannot be made.
     """
-    _make_folder(directory)
+    make_folder(directory)
     done = Exported([], [], {})
     for source in map(model_path, FAMILIES):
         path, content = directory / source.name, source.read_bytes()
@@ -176,76 +133,10 @@ def export_embedded(directory: Path, *, overwrite: bool = False) -> Exported:
     return done
 
 
-def _make_folder(directory: Path) -> None:
+def make_folder(directory: Path) -> None:
+    """Make it where it is not there. Raises OutputError where it cannot be."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL character
         reason = getattr(error, "strerror", None) or "no folder's name"
         raise OutputError(f"{directory} cannot be created ({reason}): choose another output") from error
-
-
-def _same_source(path: Path, member: Member, *, trained: bool) -> None:
-    """Raise OutputError where the file at `path` is another model, or has other weights, than what would be written."""
-    found, wanted = read_model(path).model.metadata_props.get(SOURCE), member.source(trained=trained)
-    if found != wanted:
-        raise OutputError(
-            f"{path} is {found or 'of another origin'}, not {wanted}: move it, or replace it with --force"
-        )
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What matters about one file in a zoo."""
-
-    path: Path
-    classes: int
-    parameters: int
-    batchnorms: int
-    width: int
-    """Units of its widest layer: elements of a layer's output for one image."""
-
-
-@dataclass(frozen=True)
-class ZooFacts:
-    """A zoo of files, and the number of models that theorem 4.2 asks for.
-
-    Networks of width w on inputs of dimension d represent any function together when m >= ceil((d + 1) / w).
-    """
-
-    models: list[Fact]
-    dimension: int
-    """d: numbers in the largest input of any of them."""
-    width: int
-    """w: of the narrowest of them."""
-
-    @property
-    def needed(self) -> int:
-        return -(-(self.dimension + 1) // self.width)
-
-
-def show_files(classifiers: Sequence[Classifier], progress: Progress | None = None) -> ZooFacts:
-    """Convert, check and measure each model. Raises MixMixError for one that cannot be converted."""
-    progress = progress or Silent()
-    facts, dimension = [], 0
-    with progress.task("measuring models", len(classifiers)) as task:
-        for classifier in classifiers:
-            module = to_torch(classifier)
-            values = layer_outputs(module)
-            facts.append(
-                Fact(
-                    path=classifier.path,
-                    classes=values[module.logits_name].shape[1],
-                    parameters=classifier.parameter_count(),
-                    batchnorms=len(module.batchnorms()),
-                    width=max(value.numel() for value in values.values()),
-                )
-            )
-            spec = classifier.spec
-            dimension = max(dimension, spec.channel_count * spec.size[0] * spec.size[1])
-            task.advance(1, classifier.name)
-    return ZooFacts(facts, dimension, min(fact.width for fact in facts))
-
-
-def embedded_files() -> list[Classifier]:
-    """The embedded models, BatchNorm kept."""
-    return [load_classifier(model_path(name)) for name in FAMILIES]

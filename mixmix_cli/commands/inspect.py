@@ -23,9 +23,12 @@ def command(**given: Any) -> int:
     Example: mixmix inspect model.onnx
     """
     from converters.errors import MixMixError
+    from converters.outputs import ensure_model
     from recipes.patterns import parse_n_of_m
 
     pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
+    if len(given["models"]) == 1:
+        ensure_model(given["models"][0])
     from converters.load import load_classifier
     from mixmix_cli.console import terminal_for
     from mixmix_cli.results import inspection_json, inspection_page, pattern_page

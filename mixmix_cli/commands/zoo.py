@@ -56,19 +56,25 @@ def show(**given: Any) -> int:
     files = [name for name in names if name.endswith(".onnx")]
     if files and len(files) < len(names):
         raise click.UsageError("name zoos or files, not both")
+    from converters.outputs import ensure_model
     from mixmix_cli.console import terminal_for
     from mixmix_cli.results import files_json, files_page, zoo_json, zoo_page
-    from recipes.zoo import embedded_files, find_zoo, show_files
+    from recipes.zoo import find_zoo
 
+    for file in files:
+        ensure_model(Path(file))
+    zoos = [] if files or names == ("embedded",) else [find_zoo(name) for name in names]
     terminal = terminal_for(given)
-    if files or names == ("embedded",):
-        facts = show_files(_load(names) if files else embedded_files(), terminal)
+    if not zoos:
+        from converters.load import load_classifier
+        from recipes.zoo_facts import embedded_files, show_files
+
+        facts = show_files([load_classifier(Path(file)) for file in files] or embedded_files(), terminal)
         if terminal.as_json:
             terminal.document(files_json(facts))
         else:
             terminal.show(files_page(facts))
         return 0
-    zoos = [find_zoo(name) for name in names]
     if terminal.as_json:
         documents = [zoo_json(zoo) for zoo in zoos]
         terminal.document(documents[0] if len(documents) == 1 else documents)
@@ -76,12 +82,6 @@ def show(**given: Any) -> int:
         for zoo in zoos:
             terminal.show(zoo_page(zoo))
     return 0
-
-
-def _load(names: tuple[str, ...]) -> list[Any]:
-    from converters.load import load_classifier
-
-    return [load_classifier(Path(name)) for name in names]
 
 
 @command.command("export")
@@ -100,7 +100,7 @@ def export(**given: Any) -> int:
     if given["zoo"] == "embedded" and given["untrained"]:
         raise click.UsageError("the embedded zoo comes with its weights: leave --untrained out")
     from mixmix_cli.console import terminal_for
-    from recipes.zoo import export_embedded, export_zoo, find_zoo
+    from recipes.zoo import export_embedded, find_zoo
 
     terminal = terminal_for(given)
     output, overwrite = given["output"], given["force"]
@@ -108,6 +108,8 @@ def export(**given: Any) -> int:
         done = export_embedded(output, overwrite=overwrite)
     else:
         zoo, trained = find_zoo(given["zoo"]), not given["untrained"]
+        from recipes.libraries import export_zoo
+
         done = export_zoo(zoo, output, trained=trained, overwrite=overwrite, progress=terminal, version=__version__)
     if terminal.as_json:
         terminal.document({"dir": output, "written": done.written, "kept": done.kept, "failed": done.failed})

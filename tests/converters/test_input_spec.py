@@ -202,7 +202,7 @@ def test_what_is_assumed(shape: list[int | None], layout: str, channels: str | i
         ("scale = 0", "scale"),
         ("scale = inf", "scale"),
         ('layout = "CHWN"', "layout"),
-        ('channels = "cmyk"', "channels"),
+        ('channels = "cmyk"', 'channels cannot be used (it is "rgb", "bgr", "gray", or a number from 1'),
         ("channels = 0", "channels"),
         ("channels = -1", "channels"),
         ("channels = [3]", "channels"),

@@ -347,6 +347,12 @@ def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
         "data compare there.npz gone --model m.onnx": missing,
         "report there.xml -o m.onnx": exists,
         "zoo show m.onnx mixmix": "not both",
+        "zoo show mixmix-residul": "'mixmix-residual'",
+        "zoo show m.onnx gone.onnx": "gone.onnx does not exist",
+        "zoo export resnet -o new": "there is no zoo 'resnet'",
+        "inspect gone.onnx": "gone.onnx does not exist",
+        "inspect m.onnx --channels purple": "'purple' is not rgb, bgr, gray, or a number of channels",
+        "synth m.onnx -o new --channels 0": "'0' is not rgb",
     }
     code = (
         "import sys; from mixmix_cli.__main__ import main\n"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.zoo import Fact, ZooFacts
+from recipes.zoo_facts import Fact, ZooFacts
 
 Vector = Sequence[float]
 

@@ -15,6 +15,7 @@ from converters.load import load_classifier
 from recipes import libraries, zoo
 from recipes.pipeline import choose_models
 from recipes.synth.settings import load_synth_recipe
+from recipes.zoo_facts import show_files
 
 
 def small(*models: str) -> zoo.Zoo:
@@ -47,7 +48,7 @@ def test_a_misspelt_zoo_is_told_the_nearest() -> None:
 
 
 def test_exported_members_keep_statistics_and_say_what_they_take(tmp_path: Path) -> None:
-    done = zoo.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models", trained=False)
+    done = libraries.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models", trained=False)
     (path,) = done.written
     assert (path.name, done.kept, done.failed) == ("shufflenet_v2_x0_5.onnx", [], {})
     classifier = load_classifier(path)
@@ -58,17 +59,20 @@ def test_exported_members_keep_statistics_and_say_what_they_take(tmp_path: Path)
         "metadata", (224, 224), (0.485, 0.456, 0.406), "imagenet-1k",
     )  # fmt: skip
     before = path.read_bytes()
-    again = zoo.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models", trained=False)
+    again = libraries.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models", trained=False)
     assert (again.written, again.kept) == ([], [path])
     assert path.read_bytes() == before
-    trained = zoo.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models")
+    trained = libraries.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models")
     assert "random weights, not" in trained.failed["shufflenet_v2_x0_5.onnx"]  # never taken for the trained one
-    assert classifier.original.metadata_props[zoo.SOURCE] == "torchvision/shufflenet_v2_x0_5, random weights"
-    facts = zoo.show_files([classifier])
+    assert classifier.original.metadata_props[libraries.SOURCE] == "torchvision/shufflenet_v2_x0_5, random weights"
+    facts = show_files([classifier])
     assert facts.models[0].batchnorms == 56
     assert facts.models[0].classes == 1000
     assert facts.dimension == 3 * 224 * 224
     assert facts.needed == -(-(facts.dimension + 1) // facts.models[0].width)
+    path.write_bytes(before[:1000])
+    cut_off = libraries.export_zoo(small("shufflenet_v2_x0_5"), tmp_path / "models", trained=False)
+    assert "replace it with --force" in cut_off.failed["shufflenet_v2_x0_5.onnx"]
 
 
 def test_a_member_that_cannot_be_had_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +84,7 @@ def test_a_member_that_cannot_be_had_does_not_stop_the_others(tmp_path: Path, mo
         zoo.Member("c", None, "elsewhere", "net"),
         *small("shufflenet_v2_x0_5").members,
     )
-    done = zoo.export_zoo(zoo.Zoo("mixed", "for tests", members), tmp_path, trained=False)
+    done = libraries.export_zoo(zoo.Zoo("mixed", "for tests", members), tmp_path, trained=False)
     assert [path.name for path in done.written] == ["shufflenet_v2_x0_5.onnx"]
     assert "pip install timm" in done.failed["resnet50d.onnx"]
     assert "no_such_net" in done.failed["no_such_net.onnx"]
@@ -102,7 +106,7 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(monkeypatch: pytest.Mon
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="file"):
-        zoo.export_zoo(small("resnet18"), tmp_path / "file" / "models", trained=False)
+        libraries.export_zoo(small("resnet18"), tmp_path / "file" / "models", trained=False)
 
 
 @pytest.mark.parametrize("name", ["mixmix-mobile", "mixmix-residual"])
