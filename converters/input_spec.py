@@ -14,6 +14,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,9 +101,7 @@ class InputSpec(BaseModel):
         if tuple(images.shape[-2:]) != size:
             images = torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
         images = self._adapt_channels(images)
-        shape = (1, -1, 1, 1)
-        mean = images.new_tensor(self.mean).view(shape)
-        std = images.new_tensor(self.std).view(shape)
+        mean, std = (_by_channel(values, images.device, images.dtype) for values in (self.mean, self.std))
         normalised = (images * self.scale - mean) / std
         return normalised if self.layout == "NCHW" else normalised.permute(0, 2, 3, 1)
 
@@ -111,7 +110,7 @@ class InputSpec(BaseModel):
         if have == 1 and want == 3:
             images = images.expand(-1, 3, -1, -1)
         elif have == 3 and want == 1:
-            images = (images * images.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            images = (images * _by_channel(LUMA, images.device, images.dtype)).sum(1, keepdim=True)
         elif have != want:
             raise SpecError(f"images have {have} channels and the model takes {want}: give images that fit the model")
         return images.flip(1) if self.channels == "bgr" else images
@@ -123,6 +122,12 @@ class InputSpec(BaseModel):
             METADATA_PREFIX + key: value if isinstance(value, str) else json.dumps(value)
             for key, value in values.items()
         }
+
+
+@lru_cache(64)
+def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[1, C, 1, 1]. Sent once: a GPU is waited for where a few numbers go to it in each step."""
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 def _channel_count(channels: object) -> int:

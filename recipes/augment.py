@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.devices import send
 from recipes.settings import Jitter
 
 KERNEL = 3.0
@@ -61,7 +62,12 @@ class Augmentation:
 
 def _chosen(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Which of the images, about `share` of them: booleans [N, 1, 1, 1] where the pixels are."""
-    return (torch.rand(len(pixels), 1, 1, 1, generator=generator) < share).to(pixels.device)
+    return send(_drawn(len(pixels), share, generator), pixels.device)
+
+
+def _drawn(count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Which of `count` images, about `share` of them: booleans [N, 1, 1, 1]."""
+    return torch.rand(count, 1, 1, 1, generator=generator) < share
 
 
 def _each(chosen: Tensor, changed: Tensor, pixels: Tensor) -> Tensor:
@@ -74,32 +80,35 @@ def _shift(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     if not any(limits):
         return pixels
     padded = F.pad(pixels, (limits[1], limits[1], limits[0], limits[0]), mode="replicate")
+    device = pixels.device
     rows, columns = (
-        torch.randint(0, 2 * limit + 1, (len(pixels), 1), generator=generator) + torch.arange(side)
+        send(torch.randint(0, 2 * limit + 1, (len(pixels), 1), generator=generator) + torch.arange(side), device)
         for limit, side in zip(limits, (height, width), strict=True)
     )
-    index = torch.arange(len(pixels))[:, None, None, None]
-    channel = torch.arange(pixels.shape[1])[None, :, None, None]
+    index = torch.arange(len(pixels), device=device)[:, None, None, None]
+    channel = torch.arange(pixels.shape[1], device=device)[None, :, None, None]
     return padded[index, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def _blur(pixels: Tensor, share: float, sigma: tuple[float, float], generator: torch.Generator) -> Tensor:
     """Of the chosen images alone: it is the most expensive of all this."""
     low, high = sigma
-    deviation = (low + (high - low) * torch.rand(len(pixels), 1, generator=generator)).to(pixels).expand(-1, 2)
-    chosen = _chosen(pixels, share, generator).flatten()
-    if not chosen.any():
+    deviation = (low + (high - low) * torch.rand(len(pixels), 1, generator=generator)).to(pixels.dtype).expand(-1, 2)
+    drawn = _drawn(len(pixels), share, generator).flatten().nonzero().flatten()
+    if not len(drawn):
         return pixels
     from kornia import filters
 
-    side = 2 * math.ceil(KERNEL * high) + 1
-    blurred = filters.gaussian_blur2d(pixels[chosen], side, deviation[chosen], border_type="replicate")
+    side, chosen = 2 * math.ceil(KERNEL * high) + 1, send(drawn, pixels.device)
+    deviation = send(deviation[drawn], pixels.device)
+    blurred = filters.gaussian_blur2d(pixels[chosen], side, deviation, border_type="replicate")
     return pixels.index_put((chosen,), blurred)
 
 
 def _jitter(pixels: Tensor, amounts: Jitter, generator: torch.Generator) -> Tensor:
     def factor(amount: float) -> Tensor:
-        return (1 + amount * (2 * torch.rand(len(pixels), generator=generator) - 1)).to(pixels)
+        drawn = 1 + amount * (2 * torch.rand(len(pixels), generator=generator) - 1)
+        return send(drawn.to(pixels.dtype), pixels.device)
 
     if not any(amounts):
         return pixels

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from converters.torch_module import Layer
 from recipes.ranks import local_rank
@@ -31,6 +32,20 @@ def multiplies_bfloat16() -> bool:
 def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
     """A context in which what gains by it is computed in `precision`; nothing changes for float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`, without waiting until that is done with what it was given before.
+
+    Memory of the processor has been read when this returns (CUDA stages what is not pinned), so that it may be changed
+    or freed then. What comes back from a device has to be waited for: `Tensor.to`.
+    """
+    return x.to(device, non_blocking=x.device.type == "cpu")
+
+
+def pick(x: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """`x[rows]` on `device`, wherever `x` [N, ...] and `rows` [n] are."""
+    return send(x[send(rows, x.device)], device)
 
 
 def choose_device(name: str) -> torch.device:

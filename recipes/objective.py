@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recipes.devices import pick
+
 LEAST_POWER = 1e-12  # of a block's output, that errors are relative to
 LEAST_ERROR = 1e-6  # relative, below which it makes no difference any more
 LEAST_MOVE = 1e-20  # of the logits, mean square
@@ -61,7 +63,7 @@ class Objective:
 
         The output alone counts where the logits do not feel it, or where a slope is infinite.
         """
-        d = y - self.target[rows].to(y.device)
+        d = y - pick(self.target, rows, y.device)
         loss = d.square().mean() / (self.power * max(plain.output, LEAST_ERROR))
         if self.slopes is None or not LEAST_MOVE <= plain.logits < math.inf:
             return loss
@@ -113,7 +115,7 @@ def _few(slopes: Tensor, rows: Tensor, like: Tensor) -> Iterator[tuple[slice, Te
     step = max(1, AT_ONCE // slopes[0].numel())
     for start in range(0, len(rows), step):
         at = slice(start, min(start + step, len(rows)))
-        yield at, slopes[rows[at]].to(like).flatten(2)
+        yield at, pick(slopes, rows[at], like.device).to(like.dtype).flatten(2)
 
 
 def mean_square(x: Tensor, batch: int) -> float:

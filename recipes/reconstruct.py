@@ -22,7 +22,7 @@ from torch import Tensor
 
 from converters.torch_module import Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
-from recipes.devices import computing_in
+from recipes.devices import computing_in, pick
 from recipes.memory import rows_like
 from recipes.objective import BlockError, Objective
 from recipes.settings import LoopSettings
@@ -288,9 +288,9 @@ def reconstruct(
         if not len(order):
             order = torch.randperm(len(changed_input), generator=generator)
         chosen, order = order[: loop.batch], order[loop.batch :]
-        x = changed_input[chosen].to(device)
+        x = pick(changed_input, chosen, device)
         if loop.input_drop:
-            x = torch.lerp(x, float_input[chosen].to(device), masks.like(x))
+            x = torch.lerp(x, pick(float_input, chosen, device), masks.like(x))
         parameters = {n: w.tensor() for n, w in weights.items()}
         with computing_in(loop.precision, device):
             y = segment({name: x}, parameters, values)[output]

@@ -22,6 +22,7 @@ from torch import Tensor
 from converters.errors import MixMixError
 from recipes.augment import Augmentation
 from recipes.checkpoint import Checkpoint, State
+from recipes.devices import pick, send
 from recipes.images import ImageSet
 from recipes.progress import Task
 from recipes.ranks import ALONE, Part, Ranks
@@ -106,7 +107,7 @@ def train(
         if len(order) < 2:
             order = torch.randperm(len(images), generator=generator)
         chosen, order = order[: how.batch], order[how.batch :]
-        pixels = how.augmentation(images.pixels[chosen].to(tensors[0].device), generator)
+        pixels = how.augmentation(pick(images.pixels, chosen, tensors[0].device), generator)
         part = Part.of(ranks, len(pixels))
         loss = loss_of(part.take(mix_images(pixels, how.mixing, generator)), part)
         optimizer.zero_grad(set_to_none=True)
@@ -172,6 +173,6 @@ def mix_images(pixels: Tensor, share: float, generator: torch.Generator) -> Tens
     count = len(pixels)
     weight = torch.rand(count, generator=generator)
     weight = torch.where(torch.rand(count, generator=generator) < share, weight, 1.0)
-    weight = weight.to(pixels).view(-1, 1, 1, 1)
-    partner = torch.randperm(count, generator=generator).to(pixels.device)
-    return weight * pixels + (1 - weight) * pixels[partner]
+    weight = send(weight.to(pixels.dtype), pixels.device).view(-1, 1, 1, 1)
+    partner = torch.randperm(count, generator=generator)
+    return weight * pixels + (1 - weight) * pick(pixels, partner, pixels.device)

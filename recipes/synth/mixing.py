@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.devices import pick, send
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -30,11 +32,11 @@ class Mix:
 
     def apply(self, images: Tensor) -> Tensor:
         """The mixed images [N, C, H, W]; gradients reach both partners."""
-        rows = _relative(self.size[0], self.top, self.height)
-        columns = _relative(self.size[1], self.left, self.width)
-        inside = ((rows.abs() < 1)[:, :, None] & (columns.abs() < 1)[:, None, :])[:, None].to(images.device)
-        grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), -1).to(images)
-        partner = images[self.partner.to(images.device)]
+        rows = send(_relative(self.size[0], self.top, self.height), images.device)
+        columns = send(_relative(self.size[1], self.left, self.width), images.device)
+        inside = ((rows.abs() < 1)[:, :, None] & (columns.abs() < 1)[:, None, :])[:, None]
+        grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), -1).to(images.dtype)
+        partner = pick(images, self.partner, images.device)
         placed = F.grid_sample(partner, grid, mode="bilinear", padding_mode="border", align_corners=False)
         return torch.where(inside, placed, images)
 
@@ -58,7 +60,7 @@ def draw_mix(count: int, size: tuple[int, int], box: tuple[float, float], genera
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, mix: Mix) -> Tensor:
     """(1 - b) CE(logits, y) + b CE(logits, yp), averaged over the batch."""
-    share = mix.share.to(logits)
+    share = send(mix.share.to(logits.dtype), logits.device)
     own = F.cross_entropy(logits, labels, reduction="none")
-    partners = F.cross_entropy(logits, labels[mix.partner.to(labels.device)], reduction="none")
+    partners = F.cross_entropy(logits, pick(labels, mix.partner, logits.device), reduction="none")
     return ((1 - share) * own + share * partners).mean()

@@ -1,0 +1,116 @@
+"""What `test_elsewhere.py` looks at: every engine with its tensors elsewhere, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.conversion import to_torch
+from converters.load import load_classifier
+from recipes import zoo
+from recipes.catalogue import KINDS
+from recipes.compare import compare
+from recipes.distill.engine import distill
+from recipes.images import ImageSet, load_images
+from recipes.prune.engine import prune
+from recipes.prune.goal import make_goal
+from recipes.quantize.engine import quantize
+from recipes.settings import load_recipe
+from recipes.synth.engine import synthesize
+from recipes.synth.settings import load_synth_recipe
+from tests.elsewhere import ELSEWHERE, Waits
+
+ENGINES: dict[str, Callable[..., object]] = {"quantize": quantize, "prune": prune, "distill": distill}
+CPU = torch.device("cpu")
+FEW, MORE = 4, 5
+"""Steps of the shorter of two runs, and by how many the longer one, whose waits are compared, is longer."""
+
+Run = Callable[[torch.device, int, Path], Tensor]
+"""What comes of an engine on a device, after so many steps."""
+
+
+def synth(recipe: str, *names: str, **changes: Any) -> Run:
+    """The pixels that come of it."""
+
+    def run(device: torch.device, steps: int, folder: Path) -> Tensor:
+        overrides = {"stages": [{"scale": 0.5, "steps": 2}, {"scale": 1.0, "steps": steps}]} | changes
+        settings = load_synth_recipe(
+            recipe, "default", [f"{key}={json.dumps(value)}" for key, value in overrides.items()], None, {"images": 8}
+        )
+        modules = [to_torch(load_classifier(zoo.model_path(name))).to(device) for name in names]
+        synthesize(modules, folder, settings, recipe=recipe, size=None, seed=0)
+        return load_images(folder).pixels
+
+    return run
+
+
+def smaller(command: str, recipe: str, *how: Any, **changes: Any) -> Run:
+    """The logits of the file that comes of it."""
+
+    def run(device: torch.device, steps: int, folder: Path) -> Tensor:
+        overrides = {key: steps if value == "steps" else value for key, value in changes.items()}
+        words = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        settings = load_recipe(KINDS[command].settings, KINDS[command].package, recipe, "fast", words)
+        model, output = load_classifier(zoo.model_path("plain")), folder.with_suffix(".onnx")
+        models = [model, load_classifier(zoo.model_path("residual"))] if command == "distill" else [model]
+        ENGINES[command](*models, images(), output, settings, *how, device=device)
+        small = load_classifier(output)
+        return torch.from_numpy(small.session().run(small.spec.to_input(images().pixels).numpy())[0])
+
+    return run
+
+
+def distances(device: torch.device, _steps: int, _folder: Path) -> Tensor:
+    found = compare(to_torch(load_classifier(zoo.model_path("plain"))).to(device), images(), images(), permutations=2)
+    return torch.tensor([found.mmd2, found.distance])
+
+
+def images() -> ImageSet:
+    return load_images(zoo.calibration_images_path(), 16)
+
+
+SINGLE: dict[str, Any] = {"precision": "float32"}
+"""Which not every processor chooses."""
+EVERYTHING: dict[str, Any] = {"batch": 4, "shift": 0.1, "jitter": [0.2, 0.2, 0.2, 0.1]}
+RUNS: dict[str, Run] = {
+    "synth small": synth("small", "plain"),
+    "synth paper": synth("paper", "plain", "residual", **EVERYTHING),
+    "synth small-labels": synth("small-labels", "inverted_folded"),
+    "compare": distances,
+    "quantize": smaller("quantize", "qdrop", 4, 4, steps="steps", **SINGLE),
+    "quantize qat": smaller("quantize", "qat", 4, 4, steps=2, train_steps="steps", train_batch=8, **SINGLE),
+    "prune": smaller("prune", "obs", make_goal("unstructured", 0.5), steps=2, **SINGLE),
+    "prune channels": smaller("prune", "obs", make_goal("channel", 0.3), steps=2, **SINGLE),
+    "distill": smaller("distill", "default", steps="steps", batch=8),
+}
+STEPWISE = ("synth small", "synth paper", "synth small-labels", "quantize", "quantize qat", "distill")
+"""Runs of as many steps as they are told; what trains blocks in `prune` is what does so in `quantize`."""
+
+
+def waiting(run: Run, steps: int, folder: Path) -> tuple[Tensor, Counter[str]]:
+    """What comes of it elsewhere, and where the host waited."""
+    counter = Waits()
+    with counter.counted():
+        return run(ELSEWHERE, steps, folder), counter.at
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for name, run in RUNS.items():
+        here = run(CPU, FEW, folder / f"{name} here")
+        there, short = waiting(run, FEW, folder / f"{name} there")
+        long = waiting(run, FEW + MORE, folder / f"{name} longer")[1] if name in STEPWISE else Counter[str]()
+        found[name] = {"difference": float((here - there).norm() / here.norm()), "waits": long - short}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
