@@ -2,7 +2,8 @@
 that say they are elsewhere, and are treated so.
 
 As on a GPU, operands have to be on one device, but for numbers and for indices; numpy does not reach them; generators
-of the processor do not draw there. `Waits` counts where the host would have to wait until the device has caught up.
+of the processor do not draw there. `Watch` counts what the device is given to do, and where the host would have to wait
+until it has caught up.
 
 torch starts its threads for devices at the first backward pass: import this before.
 """
@@ -89,27 +90,35 @@ class Remote(Tensor):
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy (force={force})")
 
 
-class Waits:
-    """How often the host has waited, by the line of ours that made it wait."""
+class Watch:
+    """How many operations have been started, and how often the host has waited, by the line of ours that made it."""
 
-    _current: Waits | None = None
+    _current: Watch | None = None
 
     def __init__(self) -> None:
-        self.at: Counter[str] = Counter()
+        self.operations = 0
+        self.waits: Counter[str] = Counter()
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        Waits._current = self
+    def kept(self) -> Iterator[None]:
+        Watch._current = self
         try:
             yield
         finally:
-            Waits._current = None
+            Watch._current = None
 
     @classmethod
-    def note(cls) -> None:
+    def started(cls, op: Operator) -> None:
+        """Note an operation, unless it moves no data: a view, or memory that nothing is in yet."""
+        views = any(result.alias_info is not None and not result.alias_info.is_write for result in op._schema.returns)
+        if cls._current is not None and not views and "empty" not in op._schema.name:
+            cls._current.operations += 1
+
+    @classmethod
+    def waited(cls) -> None:
         if cls._current is not None:
             ours = [f for f in traceback.extract_stack() if "/recipes/" in f.filename or "/converters/" in f.filename]
-            cls._current.at[f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
+            cls._current.waits[f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
 
 
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -130,10 +139,12 @@ def _compute(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         _copied(args[0], there, waits=not kwargs.get("non_blocking"))
     elif remote:
         _check_together(op, args, tensors)
+    if there:
+        Watch.started(op)
     if there and kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a {NAME!r} device type for generator but found 'cpu' in {op}")
     if remote and op in _LOOKS:
-        Waits.note()
+        Watch.waited()
     origin: dict[int, Remote] = {}
 
     def fetched(x: Any) -> Any:
@@ -159,7 +170,7 @@ def _compute(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 def _copied(source: Tensor, there: bool, *, waits: bool) -> None:
     if isinstance(source, Remote) != there and waits:
-        Waits.note()
+        Watch.waited()
 
 
 def _check_together(op: Operator, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
@@ -168,7 +179,7 @@ def _check_together(op: Operator, args: Sequence[Any], tensors: Sequence[Tensor]
         indices = [x for x in args[1] if isinstance(x, Tensor)]
         here = [x for x in here if not any(x is index for index in indices)]
         if any(not isinstance(x, Remote) or x.dtype == torch.bool for x in indices):  # sent, or counted first
-            Waits.note()
+            Watch.waited()
     if here:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME} and cpu in {op}")
 

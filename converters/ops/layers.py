@@ -134,16 +134,43 @@ def gemm(attributes: Attributes) -> Body:
     return run
 
 
+class _Line:
+    """What BatchNormalization multiplies with and adds, kept until one of the tensors that it comes from is another."""
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self._of: list[tuple[Tensor, int]] = []
+        self._line: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        operands = (scale, bias, mean, variance)
+        if any(tensor.requires_grad for tensor in operands):
+            return self._computed(*operands)
+        current = self._line is not None and all(
+            tensor is known and tensor._version == version
+            for tensor, (known, version) in zip(operands, self._of, strict=True)
+        )
+        if not current:
+            self._of, self._line = [(tensor, tensor._version) for tensor in operands], self._computed(*operands)
+        assert self._line is not None
+        return self._line
+
+    def _computed(self, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        slope = scale * torch.rsqrt(variance + self.epsilon)
+        return slope, bias - mean * slope
+
+
 @operator("BatchNormalization")
 def batch_normalization(attributes: Attributes) -> Body:
     """Inference form at every version: exports that keep BatchNorm trainable are used with their stored statistics."""
     epsilon = attributes.get("epsilon", 1e-5)
+    line = _Line(epsilon)
 
     def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         if scale.dim() == 1:  # as one multiplication and addition: its gradient is a third of F.batch_norm's work
             shape = (1, -1, *[1] * (x.dim() - 2))
-            slope = scale * torch.rsqrt(variance + epsilon)
-            return torch.addcmul((bias - mean * slope).view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
+            slope, offset = line(scale, bias, mean, variance)
+            return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
         return (x - mean) * torch.rsqrt(variance + epsilon) * scale + bias  # one entry a place: opset 7, spatial=0
 
     return run

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from converters.torch_module import BatchNorm
-from recipes.synth.statistics import Statistics
+from recipes.synth.statistics import Statistics, norms_by_layer, spread, sums_by_layer
 
 LEAST = 1e-6
 """A layer whose deviations are all smaller is dead: its term has no size to be relative to."""
@@ -22,14 +22,13 @@ def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm],
     `statistics` holds mean and biased deviation [C] of each layer's input. `relative` divides each layer's term by
     ||sigma||_2, so that a layer counts by how far off it is and not by its units.
     """
-    terms = []
-    for norm in norms:
-        mean, deviation = statistics[norm.input]
-        sigma = norm.variance.sqrt()
-        term = (mean - norm.mean).norm() + (deviation - sigma).norm()
-        size = sigma.norm()
-        terms.append(term / torch.where(size > LEAST, size, torch.ones_like(size)) if relative else term)
-    return torch.stack(terms).sum()
+    mean, deviation, counts = _joined(statistics, (norm.input for norm in norms))
+    mu, sigma = torch.cat([norm.mean for norm in norms]), torch.cat([norm.variance for norm in norms]).sqrt()
+    terms = norms_by_layer(mean - mu, counts) + norms_by_layer(deviation - sigma, counts)
+    if relative:
+        sizes = norms_by_layer(sigma, counts)
+        terms = terms / torch.where(sizes > LEAST, sizes, torch.ones_like(sizes))
+    return terms.sum()
 
 
 def unevenness_loss(statistics: Mapping[str, Statistics], outputs: Iterable[str]) -> Tensor:
@@ -41,17 +40,21 @@ def unevenness_loss(statistics: Mapping[str, Statistics], outputs: Iterable[str]
     factor this is the negative logarithm of a normal prior for beta_c / s and log |gamma_c| (ours). The size s of a
     layer is free. Channels that hardly vary are left out: no image can change what is dead.
     """
-    terms = []
-    for name in outputs:
-        mean, deviation = statistics[name]
-        least = DEAD * (mean.square() + deviation.square()).mean().sqrt()
-        alive = (deviation > least).to(deviation)
-        count = alive.sum().clamp_min(1)
-        logarithms = deviation.clamp_min(LEAST).log()
-        size = (alive * logarithms).sum() / count
-        uneven = (logarithms - size).square() + (mean / size.exp()).square()
-        terms.append((alive * uneven).sum() / count)
-    return torch.stack(terms).mean()
+    mean, deviation, counts = _joined(statistics, outputs)
+    with torch.no_grad():
+        power = sums_by_layer(mean.square() + deviation.square(), counts) / sums_by_layer(torch.ones_like(mean), counts)
+        alive = (deviation > spread(DEAD * power.sqrt(), counts)).to(deviation)
+        count = sums_by_layer(alive, counts).clamp_min(1)
+    logarithms = deviation.clamp_min(LEAST).log()
+    size = sums_by_layer(alive * logarithms, counts) / count
+    uneven = (logarithms - spread(size, counts)).square() + (mean / spread(size.exp(), counts)).square()
+    return (sums_by_layer(alive * uneven, counts) / count).mean()
+
+
+def _joined(statistics: Mapping[str, Statistics], names: Iterable[str]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Means and deviations of the channels of all these layers, and how many channels each of them has."""
+    means, deviations = zip(*(statistics[name] for name in names), strict=True)
+    return torch.cat(means), torch.cat(deviations), tuple(map(len, means))
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.errors import UnsupportedOperatorError
 from converters.ops import registry
-from converters.ops.layers import conv
+from converters.ops.layers import batch_normalization, conv
 from converters.runtime import Session
 from tests.converters.oracle import Array, assert_close, check, find, ints, single
 from tests.models import random
@@ -89,6 +90,36 @@ def test_batch_normalization(rank: int, epsilon: float | None, opset: int) -> No
     vectors = [random(3, seed=seed) for seed in range(1, 4)]
     operands = [random(2, 3, *[4] * (rank - 2)), *vectors, random(3, seed=4) ** 2 + 0.01]
     check("BatchNormalization", operands, opset=opset, **({} if epsilon is None else {"epsilon": epsilon}))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_batch_normalization_follows_operands_that_change(trained: bool) -> None:
+    """What it multiplies with and adds is kept between calls, and must not be that of earlier operands."""
+    normalise = batch_normalization({})
+    x, scale, bias, mean, variance = (torch.rand(4, 3, 2, 2), *torch.rand(4, 3).add(0.1))
+    if trained:
+        scale.requires_grad_(True)
+
+    def assert_right() -> None:
+        for _ in range(2):
+            expected = F.batch_norm(x, mean, variance, scale, bias, eps=1e-5)
+            torch.testing.assert_close(normalise(x, scale, bias, mean, variance), expected)
+
+    assert_right()
+    for operand in (scale, bias, mean, variance):
+        with torch.no_grad():
+            operand.mul_(2)
+        assert_right()
+    for replaced in range(4):
+        scale, bias, mean, variance = (
+            operand.detach() * 3 if index == replaced else operand
+            for index, operand in enumerate((scale, bias, mean, variance))
+        )
+        assert_right()
+    if trained:
+        scale = scale.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(normalise(x, scale, bias, mean, variance).sum(), scale)
+        assert bool(gradient.any())
 
 
 REDUCTIONS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from recipes.quantize.engine import quantize
 from recipes.settings import load_recipe
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
-from tests.elsewhere import ELSEWHERE, Waits
+from tests.elsewhere import ELSEWHERE, Watch
 
 ENGINES: dict[str, Callable[..., object]] = {"quantize": quantize, "prune": prune, "distill": distill}
 CPU = torch.device("cpu")
@@ -94,21 +93,26 @@ STEPWISE = ("synth small", "synth paper", "synth small-labels", "quantize", "qua
 """Runs of as many steps as they are told; what trains blocks in `prune` is what does so in `quantize`."""
 
 
-def waiting(run: Run, steps: int, folder: Path) -> tuple[Tensor, Counter[str]]:
-    """What comes of it elsewhere, and where the host waited."""
-    counter = Waits()
-    with counter.counted():
-        return run(ELSEWHERE, steps, folder), counter.at
+def watched(run: Run, steps: int, folder: Path) -> tuple[Tensor, Watch]:
+    """What comes of it elsewhere, and what was to be done there."""
+    watch = Watch()
+    with watch.kept():
+        return run(ELSEWHERE, steps, folder), watch
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, run in RUNS.items():
         here = run(CPU, FEW, folder / f"{name} here")
-        there, short = waiting(run, FEW, folder / f"{name} there")
-        long = waiting(run, FEW + MORE, folder / f"{name} longer")[1] if name in STEPWISE else Counter[str]()
-        found[name] = {"difference": float((here - there).norm() / here.norm()), "waits": long - short}
+        there, short = watched(run, FEW, folder / f"{name} there")
+        found[name] = {"difference": float((here - there).norm() / here.norm())}
+        if name in STEPWISE:
+            _, long = watched(run, FEW + MORE, folder / f"{name} longer")
+            found[name] |= {
+                "waits": long.waits - short.waits,
+                "operations": (long.operations - short.operations) / MORE,
+            }
     print(json.dumps(found))
 
 

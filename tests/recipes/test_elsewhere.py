@@ -10,6 +10,10 @@ from pathlib import Path
 BY_OTHER_SUMS = 1e-4
 """Largest difference relative to the whole: sums may be taken in another order elsewhere."""
 
+MOST_OPERATIONS = {"synth small": 205, "synth small-labels": 340}
+"""A step, of 6 layers with BatchNorm and of 20 folded ones: what starting them costs decides how fast a GPU is.
+They took 347 and 1,374 while means and deviations were compared layer by layer."""
+
 LOOKS = ("recipes/synth/engine.py", "recipes/training.py")
 """Where a loss is read now and then, for people and to see whether it still falls."""
 
@@ -25,8 +29,10 @@ def test_every_engine_runs_elsewhere_and_waits_for_no_step(tmp_path: Path) -> No
         "prune channels", "distill",
     }  # fmt: skip
     assert {name: run for name, run in found.items() if not run["difference"] <= BY_OTHER_SUMS} == {}
+    for name, most in MOST_OPERATIONS.items():
+        assert found[name]["operations"] <= most
     for name, run in found.items():
-        for line, count in run["waits"].items():
+        for line, count in run.get("waits", {}).items():
             assert any(look in line for look in LOOKS), f"{name} waits in each step at {line}"
             assert count <= 2, f"{name} waits {count} times in five steps at {line}"
 
@@ -34,7 +40,7 @@ def test_every_engine_runs_elsewhere_and_waits_for_no_step(tmp_path: Path) -> No
 def test_what_a_gpu_refuses_is_refused_elsewhere() -> None:
     code = """
 import torch
-from tests.elsewhere import ELSEWHERE, Waits
+from tests.elsewhere import ELSEWHERE, Watch
 there, here = torch.ones(3, device=ELSEWHERE), torch.ones(3)
 for attempt in (lambda: there + here, lambda: there.numpy(), lambda: torch.where(there > 0, here, here),
                 lambda: torch.rand(3, device=ELSEWHERE, generator=torch.Generator())):
@@ -44,15 +50,15 @@ for attempt in (lambda: there + here, lambda: there.numpy(), lambda: torch.where
         continue
     raise SystemExit("it was done")
 assert (there + here[0]).device == there.add_(1).device == ELSEWHERE
-counter = Waits()
-with counter.counted():
+watch = Watch()
+with watch.kept():
     here.to(ELSEWHERE, non_blocking=True)
-    assert not counter.at
+    assert not watch.waits
     for wait in (lambda: here.to(ELSEWHERE), lambda: there.cpu(), lambda: float(there.sum()),
                  lambda: there[torch.tensor([0])], lambda: there[there > 5]):
-        before = counter.at.total()
+        before = watch.waits.total()
         wait()
-        assert counter.at.total() == before + 1, wait
+        assert watch.waits.total() == before + 1, wait
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from converters.torch_module import TorchClassifier
-from recipes.synth.statistics import Observer, observe
+from recipes.synth.statistics import Observer, norms_by_layer, observe, spread, sums_by_layer
 
 SHAPES = [(4, 3, 5, 6), (6, 7), (3, 2, 8), (2, 3, 2, 3, 4)]
 
@@ -96,3 +96,63 @@ def test_an_observer_sees_what_a_tap_reads(
     (actual,) = torch.autograd.grad(logits.square().sum(), pixels, retain_graph=True)
     (expected,) = torch.autograd.grad(module(x).square().sum(), pixels)
     torch.testing.assert_close(actual, expected)
+
+
+COUNTS = (3, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("together", "alone"),
+    [(norms_by_layer, torch.linalg.vector_norm), (sums_by_layer, torch.sum)],
+)
+def test_what_is_done_for_all_layers_at_once_is_done_for_each(
+    together: Callable[[Tensor, tuple[int, ...]], Tensor],
+    alone: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+) -> None:
+    x = torch.randn(sum(COUNTS), generator=generator, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(together(x, COUNTS), torch.stack([alone(part) for part in x.split(COUNTS)]))
+    assert torch.autograd.gradcheck(lambda x: together(x, COUNTS), (x,))
+
+
+def test_numbers_of_layers_are_spread_over_their_channels(generator: torch.Generator) -> None:
+    x = torch.randn(len(COUNTS), generator=generator, dtype=torch.float64, requires_grad=True)
+    assert spread(x, COUNTS).tolist() == [x[0].item()] * 3 + [x[1].item()] + [x[2].item()] * 4
+    assert torch.autograd.gradcheck(lambda x: spread(x, COUNTS), (x,))
+
+
+def test_a_norm_of_zero_has_no_slope() -> None:
+    x = torch.tensor([0.0, 0.0, 3.0, 4.0], requires_grad=True)
+    norms_by_layer(x, (2, 2)).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([0.0, 0.0, 0.6, 0.8]))
+
+
+def test_layers_that_are_seen_together_have_the_statistics_and_gradients_of_each(generator: torch.Generator) -> None:
+    """The second one reads the first, and neither has the channels or the elements of the other."""
+    x = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def losses(observed: Callable[[str, Tensor], tuple[Tensor, tuple[Tensor, Tensor]]], x: Tensor) -> Tensor:
+        y, _ = observed("first", x)
+        z, _ = observed("second", y[:, :2, 1:].tanh())
+        return z.square().sum()
+
+    def together(x: Tensor) -> Tensor:
+        observer = Observer(["first", "second"])
+        through = losses(lambda name, x: (observer.transforms[name](x), (x, x)), x)
+        return through + sum(((m * d.log()).sum() for m, d in observer.statistics.values()), through.new_zeros(()))
+
+    def each(x: Tensor) -> Tensor:
+        seen = []
+
+        def observed(_name: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            seen.append(plainly(x))
+            return x, seen[-1]
+
+        through = losses(observed, x)
+        return through + sum(((m * d.log()).sum() for m, d in seen), through.new_zeros(()))
+
+    torch.testing.assert_close(together(x), each(x))
+    (actual,), (expected,) = (torch.autograd.grad(loss(x), x) for loss in (together, each))
+    torch.testing.assert_close(actual, expected)
+    assert torch.autograd.gradcheck(together, (x,))
