@@ -127,7 +127,8 @@ class InputSpec(BaseModel):
 @lru_cache(64)
 def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """[1, C, 1, 1]. Sent once: a GPU is waited for where a few numbers go to it in each step."""
-    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+    with torch.inference_mode(False):  # of whoever asked first
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 def _channel_count(channels: object) -> int:

@@ -35,10 +35,10 @@ def computing_in(precision: torch.dtype, device: torch.device) -> torch.autocast
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`, without waiting until that is done with what it was given before.
+    """`x` on `device`, without asking to wait until that is done with what it was given before.
 
-    Memory of the processor has been read when this returns (CUDA stages what is not pinned), so that it may be changed
-    or freed then. What comes back from a device has to be waited for: `Tensor.to`.
+    For memory that is not pinned: CUDA stages it before this returns, so that it may be changed or freed then. What
+    comes back from a device has to be waited for: `Tensor.to`.
     """
     return x.to(device, non_blocking=x.device.type == "cpu")
 

@@ -126,8 +126,9 @@ def _same_source(path: Path, member: Member, *, trained: bool) -> None:
     wanted = member.source(trained=trained)
     try:
         found = read_model(path).model.metadata_props.get(SOURCE)
-    except ModelError:
-        raise OutputError(f"{path} cannot be read as {wanted}: move it, or replace it with --force") from None
+    except ModelError as error:
+        remedy = "move it" if path.is_dir() else "move it, or replace it with --force"
+        raise OutputError(f"{path} is not {wanted} ({error}): {remedy}") from None
     if found != wanted:
         raise OutputError(
             f"{path} is {found or 'of another origin'}, not {wanted}: move it, or replace it with --force"

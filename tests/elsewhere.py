@@ -10,6 +10,7 @@ torch starts its threads for devices at the first backward pass: import this bef
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,12 +118,21 @@ class Watch:
     @classmethod
     def waited(cls) -> None:
         if cls._current is not None:
-            ours = [f for f in traceback.extract_stack() if "/recipes/" in f.filename or "/converters/" in f.filename]
+            ours = [f for f in traceback.extract_stack() if re.search("(?<!tests)/(recipes|converters)/", f.filename)]
             cls._current.waits[f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
 
 
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-_LOOKS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
+_LOOKS = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.masked_scatter.default,
+    aten.equal.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.bincount.default,
+)
 """Whose result, or its shape, the host needs."""
 
 
@@ -143,7 +153,8 @@ def _compute(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         Watch.started(op)
     if there and kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a {NAME!r} device type for generator but found 'cpu' in {op}")
-    if remote and op in _LOOKS:
+    checks = op is aten.segment_reduce.default and not kwargs.get("unsafe")  # its lengths
+    if remote and (op in _LOOKS or checks):
         Watch.waited()
     origin: dict[int, Remote] = {}
 
@@ -162,10 +173,7 @@ def _compute(op: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     values, options = tree_map(fetched, (args, dict(kwargs)))
     if device is not None and there:
         options["device"] = torch.device("cpu")
-    found = op(*values, **options)
-    if op is aten._to_copy.default and not there:
-        return found.clone() if remote and found is values[0] else found
-    return tree_map(placed, found)
+    return tree_map(placed, op(*values, **options))
 
 
 def _copied(source: Tensor, there: bool, *, waits: bool) -> None:
@@ -192,5 +200,5 @@ _ANY = torch.library.Library("_", "IMPL")
 _ANY.fallback(lambda op, *args, **kwargs: _compute(op, args, kwargs), "PrivateUse1")
 _ANY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 _ATEN = torch.library.Library("aten", "IMPL")  # what torch calls without asking Python first
-for _op in (aten._to_copy.default, aten.empty.memory_format, aten.empty_strided.default, aten._copy_from.default):
+for _op in (aten._to_copy.default, aten.empty.memory_format, aten.empty_strided.default):
     _ATEN.impl(_op, _kernel(_op), "PrivateUse1")

@@ -135,25 +135,26 @@ def gemm(attributes: Attributes) -> Body:
 
 
 class _Line:
-    """What BatchNormalization multiplies with and adds, kept until one of the tensors that it comes from is another."""
+    """What BatchNormalization multiplies with and adds, kept until one of the tensors that it comes from is another.
+
+    A tensor is another where something was written into it by torch, but not through `Tensor.data` or shared memory.
+    """
 
     def __init__(self, epsilon: float) -> None:
         self.epsilon = epsilon
-        self._of: list[tuple[Tensor, int]] = []
-        self._line: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[list[tuple[Tensor, int]], tuple[Tensor, Tensor]] | None = None
 
-    def __call__(self, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        operands = (scale, bias, mean, variance)
-        if any(tensor.requires_grad for tensor in operands):
+    def __call__(self, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_inference_mode_enabled() or any(x.requires_grad or x.is_inference() for x in operands):
             return self._computed(*operands)
-        current = self._line is not None and all(
-            tensor is known and tensor._version == version
-            for tensor, (known, version) in zip(operands, self._of, strict=True)
-        )
-        if not current:
-            self._of, self._line = [(tensor, tensor._version) for tensor in operands], self._computed(*operands)
-        assert self._line is not None
-        return self._line
+        kept = self._kept
+        if kept is not None and all(
+            x is known and x._version == version for x, (known, version) in zip(operands, kept[0], strict=True)
+        ):
+            return kept[1]
+        line = self._computed(*operands)
+        self._kept = [(x, x._version) for x in operands], line
+        return line
 
     def _computed(self, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         slope = scale * torch.rsqrt(variance + self.epsilon)

@@ -154,15 +154,11 @@ def _for_each_channel(
     return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(device)
 
 
-def observe(x: Tensor) -> tuple[Tensor, Statistics]:
-    """x [N, C, ...] as it is, to go on with, and its statistics. Their gradient goes into x together with that of x."""
-    observer = Observer(["x"])
-    y = observer.transforms["x"](x)
-    return y, observer.statistics["x"]
-
-
 class Observer:
-    """Sees named values as they appear in a forward pass, to which `transforms` goes."""
+    """Sees named values [N, C, ...] as they appear in a forward pass, to which `transforms` goes.
+
+    The gradient of their statistics goes into them together with what comes back through the pass.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._seen: dict[str, tuple[float, Tensor, Tensor]] = {}
@@ -180,7 +176,7 @@ class Observer:
 
     @cached_property
     def statistics(self) -> dict[str, Statistics]:
-        """Of each value, by name, when the pass is over."""
+        """Of each value that was seen, by name: to be read when the pass is over, in the same grad mode."""
         if not self._seen:
             return {}
         shares, means, variances = zip(*self._seen.values(), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -67,8 +68,11 @@ def smaller(command: str, recipe: str, *how: Any, **changes: Any) -> Run:
 
 
 def distances(device: torch.device, _steps: int, _folder: Path) -> Tensor:
-    found = compare(to_torch(load_classifier(zoo.model_path("plain"))).to(device), images(), images(), permutations=2)
-    return torch.tensor([found.mmd2, found.distance])
+    real, pixels = images(), images().pixels
+    few, others = (dataclasses.replace(real, pixels=part, labels=None) for part in pixels.split(8))
+    found = compare(to_torch(load_classifier(zoo.model_path("plain"))).to(device), few, others, permutations=2)
+    assert found.to_stored is not None
+    return torch.tensor([100 * found.mmd2, found.distance, *found.to_stored, *(of for _, of in found.layers)])
 
 
 def images() -> ImageSet:

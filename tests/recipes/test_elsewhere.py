@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 BY_OTHER_SUMS = 1e-4
 """Largest difference relative to the whole: sums may be taken in another order elsewhere."""
 
@@ -21,7 +22,7 @@ LOOKS = ("recipes/synth/engine.py", "recipes/training.py")
 def test_every_engine_runs_elsewhere_and_waits_for_no_step(tmp_path: Path) -> None:
     """In a process of its own: torch starts its threads for devices at the first backward pass."""
     command = [sys.executable, "-m", "tests.recipes.runs_elsewhere", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) == {
@@ -50,15 +51,17 @@ for attempt in (lambda: there + here, lambda: there.numpy(), lambda: torch.where
         continue
     raise SystemExit("it was done")
 assert (there + here[0]).device == there.add_(1).device == ELSEWHERE
+three = torch.tensor([3], device=ELSEWHERE)
 watch = Watch()
 with watch.kept():
     here.to(ELSEWHERE, non_blocking=True)
     assert not watch.waits
     for wait in (lambda: here.to(ELSEWHERE), lambda: there.cpu(), lambda: float(there.sum()),
-                 lambda: there[torch.tensor([0])], lambda: there[there > 5]):
+                 lambda: there[torch.tensor([0])], lambda: there[there > 5], lambda: there.unique(),
+                 lambda: torch.segment_reduce(there, "sum", lengths=three)):
         before = watch.waits.total()
         wait()
         assert watch.waits.total() == before + 1, wait
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,8 @@ from recipes.synth.objectives import (
     total_variation,
     unevenness_loss,
 )
-from recipes.synth.statistics import Observer, observe
+from recipes.synth.statistics import Observer
+from tests.recipes.observing import observe
 
 
 def statistics(x: Tensor, name: str = "x", correction: int = 0) -> BatchNorm:

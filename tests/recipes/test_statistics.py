@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from converters.torch_module import TorchClassifier
-from recipes.synth.statistics import Observer, norms_by_layer, observe, spread, sums_by_layer
+from recipes.synth.statistics import Observer, norms_by_layer, spread, sums_by_layer
+from tests.recipes.observing import observe
 
 SHAPES = [(4, 3, 5, 6), (6, 7), (3, 2, 8), (2, 3, 2, 3, 4)]
 
