@@ -76,7 +76,7 @@ class Remote(Tensor):
         made.held = held
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are placed below, operator by operator
 
     @classmethod
     def __torch_dispatch__(

@@ -27,7 +27,7 @@ def command(**given: Any) -> int:
     from recipes.patterns import parse_n_of_m
 
     pattern = None if given["pattern"] is None else parse_n_of_m(given["pattern"])
-    if len(given["models"]) == 1:
+    if len(given["models"]) == 1:  # of several, the others are worth knowing, and each is asked for in its turn
         ensure_model(given["models"][0])
     from converters.load import load_classifier
     from mixmix_cli.console import terminal_for

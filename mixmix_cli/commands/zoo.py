@@ -53,7 +53,7 @@ def show(**given: Any) -> int:
     Example: mixmix zoo show mixmix-mobile
     """
     names = given["zoo"]
-    files = [name for name in names if name.endswith(".onnx")]
+    files = [Path(name) for name in names if name.endswith(".onnx")]
     if files and len(files) < len(names):
         raise click.UsageError("name zoos or files, not both")
     from converters.outputs import ensure_model
@@ -62,14 +62,14 @@ def show(**given: Any) -> int:
     from recipes.zoo import find_zoo
 
     for file in files:
-        ensure_model(Path(file))
+        ensure_model(file)
     zoos = [] if files or names == ("embedded",) else [find_zoo(name) for name in names]
     terminal = terminal_for(given)
     if not zoos:
         from converters.load import load_classifier
         from recipes.zoo_facts import embedded_files, show_files
 
-        facts = show_files([load_classifier(Path(file)) for file in files] or embedded_files(), terminal)
+        facts = show_files([load_classifier(file) for file in files] or embedded_files(), terminal)
         if terminal.as_json:
             terminal.document(files_json(facts))
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from converters.torch_module import BatchNorm
-from recipes.synth.statistics import Statistics, norms_by_layer, spread, sums_by_layer
+from recipes.synth.statistics import Statistics, lengths, norms_by_layer, spread, sums_by_layer
 
 LEAST = 1e-6
 """A layer whose deviations are all smaller is dead: its term has no size to be relative to."""
@@ -42,7 +42,7 @@ def unevenness_loss(statistics: Mapping[str, Statistics], outputs: Iterable[str]
     """
     mean, deviation, counts = _joined(statistics, outputs)
     with torch.no_grad():
-        power = sums_by_layer(mean.square() + deviation.square(), counts) / sums_by_layer(torch.ones_like(mean), counts)
+        power = sums_by_layer(mean.square() + deviation.square(), counts) / lengths(counts, mean.device)
         alive = (deviation > spread(DEAD * power.sqrt(), counts)).to(deviation)
         count = sums_by_layer(alive, counts).clamp_min(1)
     logarithms = deviation.clamp_min(LEAST).log()

@@ -103,7 +103,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...]) -> Tensor:
         ctx.counts = counts
-        return torch.segment_reduce(x, "sum", lengths=_lengths(counts, x.device), unsafe=True)
+        return torch.segment_reduce(x, "sum", lengths=lengths(counts, x.device), unsafe=True)
 
     @staticmethod
     @once_differentiable
@@ -136,7 +136,8 @@ def spread(x: Tensor, counts: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(64)
-def _lengths(counts: tuple[int, ...], device: torch.device) -> Tensor:
+def lengths(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """How many channels each layer has [L]."""
     return torch.tensor(counts, device=device)
 
 
@@ -151,7 +152,7 @@ def _for_each_channel(
     values: tuple[float, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """The value of its layer for each channel."""
-    return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(counts)).to(device)
+    return torch.tensor(values, dtype=dtype, device=device)[_layer_of(counts, device)]
 
 
 class Observer:
@@ -181,5 +182,5 @@ class Observer:
             return {}
         shares, means, variances = zip(*self._seen.values(), strict=True)
         counts = list(map(len, means))
-        gathered = _Gather.apply(shares, *means, *variances)
-        return dict(zip(self._seen, zip(*(each.split(counts) for each in gathered), strict=True), strict=True))
+        mean, deviation = _Gather.apply(shares, *means, *variances)
+        return dict(zip(self._seen, zip(mean.split(counts), deviation.split(counts), strict=True), strict=True))

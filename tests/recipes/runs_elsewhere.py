@@ -36,14 +36,17 @@ Run = Callable[[torch.device, int, Path], Tensor]
 """What comes of an engine on a device, after so many steps."""
 
 
+def as_words(overrides: dict[str, Any]) -> list[str]:
+    """As --set takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
 def synth(recipe: str, *names: str, **changes: Any) -> Run:
     """The pixels that come of it."""
 
     def run(device: torch.device, steps: int, folder: Path) -> Tensor:
         overrides = {"stages": [{"scale": 0.5, "steps": 2}, {"scale": 1.0, "steps": steps}]} | changes
-        settings = load_synth_recipe(
-            recipe, "default", [f"{key}={json.dumps(value)}" for key, value in overrides.items()], None, {"images": 8}
-        )
+        settings = load_synth_recipe(recipe, "default", as_words(overrides), None, {"images": 8})
         modules = [to_torch(load_classifier(zoo.model_path(name))).to(device) for name in names]
         synthesize(modules, folder, settings, recipe=recipe, size=None, seed=0)
         return load_images(folder).pixels
@@ -56,8 +59,8 @@ def smaller(command: str, recipe: str, *how: Any, **changes: Any) -> Run:
 
     def run(device: torch.device, steps: int, folder: Path) -> Tensor:
         overrides = {key: steps if value == "steps" else value for key, value in changes.items()}
-        words = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-        settings = load_recipe(KINDS[command].settings, KINDS[command].package, recipe, "fast", words)
+        kind = KINDS[command]
+        settings = load_recipe(kind.settings, kind.package, recipe, "fast", as_words(overrides))
         model, output = load_classifier(zoo.model_path("plain")), folder.with_suffix(".onnx")
         models = [model, load_classifier(zoo.model_path("residual"))] if command == "distill" else [model]
         ENGINES[command](*models, images(), output, settings, *how, device=device)
