@@ -326,7 +326,7 @@ def test_conv_transpose(groups: int, opset: int) -> None:
 
 
 def test_a_cache_of_keys_is_not_a_classifiers() -> None:
-    """Attention's past keys and values are those of text that is being written; the conversion names the node."""
+    """Past keys and values are those of text that is being written: the operator refuses them, and says so."""
     x = torch.from_numpy(random(1, 2, 3, 4))
     with pytest.raises(NotImplementedError, match="cache"):
         registry._TABLE["", "Attention", 23]({})(x, x, x, None, x, x)
