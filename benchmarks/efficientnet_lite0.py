@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from exporting import export_folded
 from numpy.typing import NDArray
 from photographs import CROPS, random_crops
+from record import machine
 
 from converters.classifier import Classifier
 from converters.conversion import to_torch
@@ -181,7 +180,7 @@ def main() -> None:
     settings = load_synth_recipe("default", "default", (), None, {"images": options.images})
     made = synthesize([to_torch(kept)], data, settings, seed=options.seed, resume=data.exists(), progress=terminal)
     synthesized = load_images(data)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(machine())
     print(f"{made.images} images in {made.seconds:.0f} s; float files {kept.size_bytes / 1e6:.2f} MB (kept),", end=" ")
     print(f"{folded.size_bytes / 1e6:.2f} MB (folded); n = {len(judge.crops)} crops, {int(judge.sure.sum())} sure")
     if "quantized" in options.tables:

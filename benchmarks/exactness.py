@@ -13,8 +13,6 @@ noise as a share of the noise of quantization itself.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +20,10 @@ from pathlib import Path
 import light_models
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from conversion_matrix import LITE0, NOT_EXPORTED, bring_alive, models, write_seeded
 from exporting import export_legacy
+from record import machine
 from torch import nn
 
 from converters import graphs
@@ -120,10 +118,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, onnxruntime", end=" ")
-    print(
-        f"{onnxruntime.__version__}; cells: most steps apart, share of elements, noise of optimisations, in integers\n"
-    )
+    print(f"{machine()}; cells: most steps apart, share of elements, noise of optimisations, in integers\n")
     files = [file for file in FILES if file[0] in options.targets]
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in files]
     print(f"| model | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")

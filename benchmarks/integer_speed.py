@@ -10,18 +10,16 @@ in the graph that onnxruntime runs after its optimisations.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 import torchvision
 from exporting import export_folded
+from record import machine
 
 from converters.load import load_classifier
 from converters.runtime import Session
@@ -69,7 +67,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, onnxruntime {onnxruntime.__version__}\n")
+    print(f"{machine()}, one thread\n")
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in FILES]
     print(f"| model | float | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|")
     settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["extra_share=0"])

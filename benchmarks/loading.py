@@ -8,8 +8,6 @@ resident set, Python and libraries included; files over 2 GB keep their weights 
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ import torch
 import torchvision
 from exporting import export_folded
 from onnx import TensorProto, helper
+from record import machine
 
 WIDTH = 8192
 LAYER_BYTES = WIDTH * WIDTH * 4
@@ -80,7 +79,7 @@ def measure(name: str, path: Path) -> None:
 
 
 def main() -> None:
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{machine()}\n")
     print("| file | GB | seconds | peak GB | peak / file |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -14,15 +14,14 @@ and standard deviation over three seeds.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from synthesis_quality import Results, classifier, digest, float_accuracy, judge, module, spread, training
+from record import Results, machine
+from synthesis_quality import classifier, digest, float_accuracy, judge, module, spread, training
 
 from converters.targets import choose_target
 from recipes.account import Compression
@@ -104,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "mixed.jsonl")
-    print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
+    print(machine())
 
     def rows(
         target: str, bits: int | Budget, settings: QuantizeSettings, container: str, act_bits: int | None

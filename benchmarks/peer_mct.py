@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from record import machine
 from torch import Tensor, nn
 
 LITE0 = "lite0"
@@ -122,8 +121,7 @@ def judge(name: str, images: int, steps: list[int], output: Path) -> None:
         for seed in seeds:
             path, seconds = synthesized(name, recipe, count, seed, images, output)
             rows.setdefault(title, []).append((seconds, judge_set(name, path, seed)))
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}, {images} images\n")
+    print(f"{machine()}, {images} images\n")
     for title, found in rows.items():
         seconds = float(np.mean([row[0] for row in found]))
         figures = np.array([row[1] for row in found])

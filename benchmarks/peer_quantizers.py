@@ -19,7 +19,6 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from record import machine
 
 Array = NDArray[Any]
 MODELS = ("inverted", "residual")
@@ -402,15 +402,9 @@ def print_table(iterations: list[int], folder: Path, log: Callable[[str], None])
                 at = output.with_suffix(".judged.json")
                 facts = kept(at, partial(judged, output, model))
             lines.append((model, row.width, row.title, *cells(facts, took)))
-    import onnxruntime
-
-    cpu = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
     print(
-        f"{cpu[0] if cpu else 'unknown processor'}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores;"
-        f" {IMAGES} images to quantize on, {len(judging_inputs(MODELS[0])[0]):,} to judge by, n = 1 run a row;"
-        f" judged by onnxruntime {onnxruntime.__version__}; "
+        f"{machine()}; {IMAGES} images to quantize on, {len(judging_inputs(MODELS[0])[0]):,} to judge by,"
+        " n = 1 run a row; "
         + ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()))
         + "\n"
     )

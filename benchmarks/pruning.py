@@ -12,17 +12,15 @@ over three seeds. What is done is kept in the folder, and a second call goes on 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from record import Results, machine
 from synthesis_quality import (
     ALL,
     TARGET,
-    Results,
     Source,
     classifier,
     digest,
@@ -115,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "pruning.jsonl")
-    print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
+    print(machine())
     for target, rows in TABLES.items():
         heads = [pattern if sparsity is None else f"{100 * sparsity:g} %" for pattern, sparsity in GOALS]
         print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} |")

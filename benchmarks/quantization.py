@@ -12,18 +12,16 @@ too. What is done is kept in the folder, and a second call goes on.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from record import Results, machine
 from synthesis_quality import (
     ALL,
     TARGET,
-    Results,
     Source,
     classifier,
     digest,
@@ -96,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "quantization.jsonl")
-    print(f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}")
+    print(machine())
     widths = {f"W{bits}" + ("" if act is None else f"A{act}"): (bits, act) for bits, act in WIDTHS}
     heads = [head for head in widths if head in (options.widths or widths)]
     for target in options.targets:

