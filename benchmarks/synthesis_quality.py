@@ -208,6 +208,7 @@ TABLES = {
     "without": Table(
         FIXED
         | {
+            "labels alone, the target": made(TARGET, recipe="small-labels", unevenness=0.0),
             "recipe labels, the target": made(TARGET, recipe="labels"),
             "recipe small-labels (chosen by itself), the target": made(TARGET, recipe="small-labels"),
             "recipe small, six models": made(*ALL, recipe="small"),
@@ -333,16 +334,17 @@ def alikeness(target: str, images: ImageSet) -> list[float]:
     return [found.mmd2, found.to_stored[0] if found.to_stored else found.distance]
 
 
-def measure_table(name: str, table: Table, only: str, folder: Path, results: Results) -> None:
-    heads = [f"{target} {how}" for target, how in table.cells]
-    floats = {target: float_accuracy(target) for target in dict.fromkeys(target for target, _ in table.cells)}
+def measure_table(name: str, table: Table, only: str, targets: Sequence[str], folder: Path, results: Results) -> None:
+    columns = [(target, how) for target, how in table.cells if not targets or target in targets]
+    heads = [f"{target} {how}" for target, how in columns]
+    floats = {target: float_accuracy(target) for target in dict.fromkeys(target for target, _ in columns)}
     print(f"float: {', '.join(f'{target} {value:.2f} %' for target, value in floats.items())}; {table.seeds} seeds\n")
     print(f"| images | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
     for title, source in table.rows.items():
         if only not in title:
             continue
         cells = []
-        for cell in table.cells:
+        for cell in columns:
             values = [measure_cell(name, title, source, cell, seed, folder, results) for seed in range(table.seeds)]
             cells.append(", ".join(spread(column) for column in zip(*values, strict=True)) + " dB")
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
@@ -393,6 +395,7 @@ def main() -> None:
     parser.add_argument("table", choices=[*TABLES, "alike"])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--only", default="", help="only rows whose title has this in it (for several processes)")
+    parser.add_argument("--targets", nargs="+", default=(), help="only their columns")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "results.jsonl")
@@ -400,7 +403,7 @@ def main() -> None:
     if options.table == "alike":
         rank(results)
     else:
-        measure_table(options.table, TABLES[options.table], options.only, options.output, results)
+        measure_table(options.table, TABLES[options.table], options.only, options.targets, options.output, results)
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def pattern_page(result: Inspection, pattern: str) -> str:
 
 def _yes(task: str, result: Inspection) -> str:
     if task == "synth" and not result.batchnorms:
-        by = "its labels and convolutions" if result.shaping else "its labels alone"
+        by = "its labels and even channels" if result.shaping else "its labels alone"
         return f"yes, from {by}: it has no BatchNorm statistics (better: --zoo, models that have)"
     return "yes"
 

@@ -15,6 +15,7 @@ from converters.targets import MIN_BITS, PORTABLE
 from converters.torch_module import Layer, TorchClassifier
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import Block, find_blocks
+from recipes.evenness import even_values
 from recipes.patterns import NofM
 
 
@@ -79,7 +80,7 @@ class Inspection:
         if self.unsupported:
             return self._unsupported
         if self.classes == 1 and not self.batchnorms and not self.shaping:
-            return "it has a single logit, and neither BatchNorm statistics nor convolutions: give images with --data"
+            return "it has a single logit, and neither BatchNorm statistics nor even channels: give images with --data"
         return None
 
     @property
@@ -110,7 +111,7 @@ def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspec
     folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
     values = layer_outputs(module)
     classes, macs = values[module.logits_name].shape[1], sum(_macs(module, values).values())
-    shaping = len(folded_convolutions(module, values))
+    shaping = len(even_values(module))
     blocks, obstacle = find_blocks(module), _obstacle(classifier)
     zeros = [_zeros(layer, module.constant(layer.weight), pattern) for layer in layers]
     return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros, shaping)
@@ -129,28 +130,6 @@ def _obstacle(classifier: Classifier) -> str | None:
     except MixMixError as error:
         return str(error).removeprefix(f"{classifier.path}: ")
     return None
-
-
-def folded_convolutions(module: TorchClassifier, values: Mapping[str, Tensor]) -> list[str]:
-    """Outputs of convolutions that BatchNorm may have been folded into, of more than one place in `values`.
-
-    These are `layer_outputs`. Folding leaves a bias. Left out is what a BatchNorm comes after before the next weighted
-    layer, as it was not folded, and what no weighted layer comes after at all, as its channels are classes.
-    """
-    layers = {layer.output: layer for layer in module.layers()}
-    normalised = {norm.input for norm in module.batchnorms()}
-    leading: set[str] = set()
-    for step in reversed(module.whole.steps):
-        if leading.intersection(step.outputs) or step.outputs[0] in layers:
-            leading.update(step.inputs)
-        if normalised.intersection(step.outputs) and step.outputs[0] not in layers:
-            normalised.update(step.inputs)
-    return [
-        name
-        for name, layer in layers.items()
-        if layer.op == "Conv" and layer.bias is not None and name not in normalised
-        if name in leading and values[name].shape[2:].numel() > 1
-    ]
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class _Model(_Part):
     name: str
     sha256: str = ""
     batchnorms: int | None = None
-    convolutions: int | None = None
+    evens: int | None = None
     labels: bool | None = None
 
 

@@ -92,7 +92,7 @@ def _image_set(source: Source, content: SetRecord) -> Section:
         [
             text(m.name),
             number(m.batchnorms),
-            number(m.convolutions),
+            number(m.evens),
             text({True: "yes", False: "no", None: None}[m.labels]),
             text(m.sha256),
         ]
@@ -101,7 +101,7 @@ def _image_set(source: Source, content: SetRecord) -> Section:
     columns = [
         Column("model"),
         Column("BatchNorm"),
-        Column("even convolutions"),
+        Column("even channels"),
         Column("label loss", False),
         Column("SHA-256", False),
     ]

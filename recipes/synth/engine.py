@@ -172,7 +172,7 @@ def _identity(
                 "sha256": teacher.module.classifier.sha256,
                 "input": teacher.module.spec.model_dump(mode="json"),
                 "batchnorms": len(teacher.norms),
-                "convolutions": len(teacher.convolutions),
+                "evens": len(teacher.evens),
                 "labels": teacher.labels,
             }
             for teacher in teachers

@@ -31,16 +31,17 @@ def batchnorm_loss(statistics: Mapping[str, Statistics], norms: list[BatchNorm],
     return terms.sum()
 
 
-def unevenness_loss(statistics: Mapping[str, Statistics], outputs: Iterable[str]) -> Tensor:
-    """mean over convolutions of mean_c (m_c / s)^2 + mean_c log(s_c / s)^2, with log s = mean_c log s_c.
+def unevenness_loss(statistics: Mapping[str, Statistics], names: Iterable[str]) -> Tensor:
+    """mean over values of mean_c (m_c / s)^2 + mean_c log(s_c / s)^2, with log s = mean_c log s_c.
 
-    m_c and s_c are mean and deviation of channel c of each of `outputs`, from `statistics`. Where BatchNorm was folded
-    into a convolution, they were its offset beta_c and its scale |gamma_c| in training. Both are lost, and what is
-    known of them is that training moves them little from where they begin, beta_c = 0 and gamma_c all alike: up to a
-    factor this is the negative logarithm of a normal prior for beta_c / s and log |gamma_c| (ours). The size s of a
-    layer is free. Channels that hardly vary are left out: no image can change what is dead.
+    m_c and s_c are mean and deviation of channel c of each of the values `names`, from `statistics`. Where BatchNorm
+    was folded into a convolution, they were its offset beta_c and its scale |gamma_c| in training. Both are lost, and
+    what is known of them is that training moves them little from where they begin, beta_c = 0 and gamma_c all alike: up
+    to a factor this is the negative logarithm of a normal prior for beta_c / s and log |gamma_c| (ours). Of what
+    LayerNormalization writes, m_c is what all places have in common. The size s of a value is free. Channels that
+    hardly vary are left out: no image can change what is dead.
     """
-    mean, deviation, counts = _joined(statistics, outputs)
+    mean, deviation, counts = _joined(statistics, names)
     with torch.no_grad():
         power = sums_by_layer(mean.square() + deviation.square(), counts) / lengths(counts, mean.device)
         alive = (deviation > spread(DEAD * power.sqrt(), counts)).to(deviation)

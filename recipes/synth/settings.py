@@ -54,8 +54,8 @@ class SynthSettings(Settings):
     relative: bool = False
     """Divide each BatchNorm layer's term by the norm of its deviations (the paper does not)."""
     unevenness: float = Field(default=0.0, ge=0)
-    """Factor of the unevenness terms: how far the outputs of convolutions that BatchNorm may have been folded into are
-    from what it will have left, channels of mean 0 and of one deviation."""
+    """Factor of the unevenness terms: how far channels are from mean 0 and one deviation in the outputs of
+    LayerNormalization, and of convolutions that BatchNorm may have been folded into, where training leaves them so."""
     label: float = Field(default=1.0, ge=0)
     """Factor of the cross-entropy terms."""
     prior: Literal["mean", "norm"] = "mean"

@@ -11,7 +11,7 @@ a GPU each operation on a few hundred numbers takes as long to start as one on m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -156,22 +156,25 @@ def _for_each_channel(
 
 
 class Observer:
-    """Sees named values [N, C, ...] as they appear in a forward pass, to which `transforms` goes.
+    """Sees named values as they appear in a forward pass, to which `transforms` goes.
 
-    The gradient of their statistics goes into them together with what comes back through the pass.
+    `axes` tells where the channels of each are: 1 in [N, C, ...], -1 in [N, ..., C]. The gradient of their statistics
+    goes into them together with what comes back through the pass.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, axes: Mapping[str, int]) -> None:
         self._seen: dict[str, tuple[float, Tensor, Tensor]] = {}
-        self.transforms: dict[str, Callable[[Tensor], Tensor]] = {name: self._watch(name) for name in names}
+        self.transforms: dict[str, Callable[[Tensor], Tensor]] = {
+            name: self._watch(name, axis) for name, axis in axes.items()
+        }
 
-    def _watch(self, name: str) -> Callable[[Tensor], Tensor]:
+    def _watch(self, name: str, axis: int) -> Callable[[Tensor], Tensor]:
         seen = self._seen  # and not self: a cycle would keep a step's tensors until the collector comes by
 
         def see(x: Tensor) -> Tensor:
-            y, mean, variance = _Moments.apply(x)
-            seen[name] = (x.shape[1] / x.numel(), mean, variance)
-            return y
+            y, mean, variance = _Moments.apply(x if axis == 1 else x.reshape(-1, x.shape[-1]))
+            seen[name] = (len(mean) / x.numel(), mean, variance)
+            return y.view(x.shape)
 
         return see
 

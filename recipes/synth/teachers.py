@@ -12,7 +12,7 @@ from torch import Tensor
 from converters.errors import MixMixError, SpecError
 from converters.input_spec import InputSpec
 from converters.torch_module import BatchNorm, Segment, TorchClassifier
-from recipes.inspect import folded_convolutions, layer_outputs
+from recipes.evenness import EvenValue, even_values
 from recipes.synth import objectives
 from recipes.synth.settings import SynthSettings
 from recipes.synth.statistics import Observer, Statistics
@@ -35,8 +35,8 @@ class Teacher:
     name: str
     module: TorchClassifier
     norms: list[BatchNorm]
-    convolutions: list[str]
-    """Outputs of convolutions that BatchNorm may have been folded into, where even channels are asked for."""
+    evens: list[EvenValue]
+    """Where even channels are asked for."""
     labels: bool
     segment: Segment
     runs_smaller: bool
@@ -55,20 +55,21 @@ class Teacher:
     def look(self, pixels: Tensor, scale: float = 1.0, *, closely: bool = True) -> tuple[dict[str, Statistics], Tensor]:
         """Statistics and logits of canonical images in [0, 1].
 
-        The former are of BatchNorm inputs and of `convolutions`, and none unless `closely`.
+        The former are of BatchNorm inputs and of `evens`, and none unless `closely`.
         """
         module = self.module
         x = module.spec.to_input(pixels, self.input_size(scale)).contiguous(memory_format=torch.channels_last)
-        observer = Observer([*(norm.input for norm in self.norms), *self.convolutions] if closely else [])
+        axes = {norm.input: 1 for norm in self.norms} | {value.name: value.axis for value in self.evens}
+        observer = Observer(axes if closely else {})
         logits = self.segment({module.input_name: x}, transforms=observer.transforms)[module.logits_name]
         return observer.statistics, logits
 
     def factors(self, settings: SynthSettings) -> dict[str, float]:
-        """What each of its loss terms is multiplied with, by name: of both kinds of layers, each layer counts alike."""
-        layers = max(1, len(self.norms) + len(self.convolutions))
+        """What each of its loss terms is multiplied with, by name: of both kinds of values, each counts alike."""
+        values = max(1, len(self.norms) + len(self.evens))
         return {
-            f"batchnorm/{self.name}": settings.batchnorm * len(self.norms) / layers,
-            f"unevenness/{self.name}": settings.unevenness * len(self.convolutions) / layers,
+            f"batchnorm/{self.name}": settings.batchnorm * len(self.norms) / values,
+            f"unevenness/{self.name}": settings.unevenness * len(self.evens) / values,
             f"label/{self.name}": settings.label,
         }
 
@@ -77,8 +78,9 @@ class Teacher:
         terms = {}
         if self.norms:
             terms[f"batchnorm/{self.name}"] = objectives.batchnorm_loss(statistics, self.norms, relative=relative)
-        if self.convolutions:
-            terms[f"unevenness/{self.name}"] = objectives.unevenness_loss(statistics, self.convolutions)
+        if self.evens:
+            names = [value.name for value in self.evens]
+            terms[f"unevenness/{self.name}"] = objectives.unevenness_loss(statistics, names)
         return terms
 
 
@@ -143,19 +145,19 @@ def make_teachers(modules: Sequence[TorchClassifier], settings: SynthSettings) -
                 name=name,
                 module=module,
                 norms=norms,
-                convolutions=folded_convolutions(module, layer_outputs(module)) if settings.unevenness else [],
+                evens=even_values(module) if settings.unevenness else [],
                 labels=shares and settings.label > 0,
                 segment=module.segment([module.input_name], [module.logits_name]),
                 runs_smaller=all(_runs_smaller(module, scale) for scale in sorted(scales)),
             )
         )
-    teaching = [t for t in teachers if t.labels or t.convolutions or t.norms]
+    teaching = [t for t in teachers if t.labels or t.evens or t.norms]
     if not teaching:
         names = ", ".join(str(module.classifier.path) for module in modules)
         if settings.label > 0 and set(classes) == {1}:
             raise SynthesisError(
                 f"{names}: a single logit, whose label tells nothing apart, and neither BatchNorm statistics nor"
-                " convolutions to ask for: add models that have (--zoo; in synth, by name), or give images with --data"
+                " even channels to ask for: add models that have (--zoo; in synth, by name), or give images with --data"
             )
         raise SynthesisError(
             f"{names}: no BatchNorm statistics to invert: add models exported with BatchNorm kept (--zoo; in synth, by"

@@ -29,7 +29,7 @@ from tests.elsewhere import ELSEWHERE, Watch
 
 ENGINES: dict[str, Callable[..., object]] = {"quantize": quantize, "prune": prune, "distill": distill}
 CPU = torch.device("cpu")
-FEW, MORE = 4, 5
+FEW, MORE = 2, 4
 """Steps of the shorter of two runs, and by how many the longer one, whose waits are compared, is longer."""
 
 Run = Callable[[torch.device, int, Path], Tensor]

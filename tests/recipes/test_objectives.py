@@ -233,7 +233,7 @@ def test_five_steps_lower_the_batchnorm_loss(
     segment = module.segment([module.input_name], [module.logits_name])
 
     def loss(pixels: Tensor) -> Tensor:
-        observer = Observer(norm.input for norm in norms)
+        observer = Observer({norm.input: 1 for norm in norms})
         segment({module.input_name: module.spec.to_input(pixels)}, transforms=observer.transforms)
         return batchnorm_loss(observer.statistics, norms)
 

@@ -72,6 +72,15 @@ def test_a_result_that_nobody_uses_has_no_say(generator: torch.Generator) -> Non
     torch.testing.assert_close(of_value, 2 * x.detach())
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 3), (2, 4, 5, 3)])
+def test_channels_may_come_last(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    y, statistics = observe(x, -1)
+    assert torch.equal(y, x)
+    torch.testing.assert_close(statistics, plainly(x.movedim(-1, 1)))
+    assert torch.autograd.gradcheck(lambda x: (observe(x, -1)[0], *observe(x, -1)[1]), (x,))
+
+
 def test_a_constant_channel_has_a_finite_gradient() -> None:
     x = torch.full((4, 2, 3, 3), 0.7, requires_grad=True)
     (gradient,) = torch.autograd.grad(observe(x)[1][1].sum(), x)
@@ -87,7 +96,7 @@ def test_an_observer_sees_what_a_tap_reads(
     pixels = torch.rand(4, 1, 28, 28, generator=generator, requires_grad=True)
     x = module.spec.to_input(pixels)
     tapped = module.segment([module.input_name], names)({module.input_name: x})
-    observer = Observer(names)
+    observer = Observer(dict.fromkeys(names, 1))
     segment = module.segment([module.input_name], [module.logits_name])
     logits = segment({module.input_name: x}, transforms=observer.transforms)[module.logits_name]
     torch.testing.assert_close(logits, module(x))
@@ -139,7 +148,7 @@ def test_layers_that_are_seen_together_have_the_statistics_and_gradients_of_each
         return z.square().sum()
 
     def together(x: Tensor) -> Tensor:
-        observer = Observer(["first", "second"])
+        observer = Observer({"first": 1, "second": 1})
         through = losses(lambda name, x: (observer.transforms[name](x), (x, x)), x)
         return through + sum(((m * d.log()).sum() for m, d in observer.statistics.values()), through.new_zeros(()))
 

@@ -117,64 +117,6 @@ def test_the_labels_of_a_single_class_shape_nothing(
         synthesize([to_torch(load(models.conv()))], tmp_path / "set", settings())
 
 
-def fully_convolutional() -> onnx.ModelProto:
-    """Convolutions: one with a bias and one without, one of a pooled value, and two whose channels are classes."""
-    nodes = [
-        models.node("Conv", "image a.weight a.bias", "a"),
-        models.node("Relu", "a", "active"),
-        models.node("Conv", "active b.weight", "b"),
-        models.node("GlobalAveragePool", "b", "pooled"),
-        models.node("Conv", "pooled gate.weight a.bias", "gate"),
-        models.node("Mul", "b gate", "gated"),
-        models.node("Conv", "gated one.weight one.bias", "one"),
-        models.node("Conv", "active two.weight one.bias", "two"),
-        models.node("Add", "one two", "map"),
-        models.node("GlobalAveragePool", "map", "answers"),
-        models.node("Flatten", "answers", "logits"),
-    ]
-    tensors = {"a.weight": models.weights(4, models.CHANNELS, 3, 3), "a.bias": models.weights(4, seed=1)}
-    tensors |= {f"{name}.weight": models.weights(4, 4, 1, 1, seed=seed) for seed, name in enumerate(("b", "gate"), 2)}
-    classes = models.CLASSES
-    tensors |= {
-        f"{name}.weight": models.weights(classes, 4, 1, 1, seed=seed) for seed, name in ((4, "one"), (5, "two"))
-    }
-    return models.assemble(nodes, tensors | {"one.bias": models.weights(classes, seed=6)})
-
-
-def test_convolutions_that_batchnorm_was_folded_into_are_looked_at(load: Load, module_of: Modules) -> None:
-    """Those with a bias; not those of one place, or whose channels are classes, or that BatchNorm is behind."""
-    module = to_torch(load(fully_convolutional()))
-    (teacher,), _ = make_teachers([module], settings(unevenness=1.0))
-    assert teacher.convolutions == ["a"]
-    for other, how in (
-        (module, settings()),
-        (module_of("plain"), settings(unevenness=1.0)),
-        (to_torch(load(models.gemm(trans_b=1))), settings(unevenness=1.0)),
-        (to_torch(load(models.conv(bias=False))), settings(unevenness=1.0)),
-    ):
-        (without,), _ = make_teachers([other], how)
-        assert without.convolutions == []
-
-
-def normalised_after_activation() -> onnx.ModelProto:
-    """image -Conv with bias-> a -Relu-> active -BatchNormalization-> normed -Conv with bias-> b: nothing was folded."""
-    nodes = [
-        models.node("Conv", "image a.weight a.bias", "a"),
-        models.node("Relu", "a", "active"),
-        models.batchnorm_node("active", "normed"),
-        models.node("Conv", "normed b.weight b.bias", "b"),
-        *models.head("b"),
-    ]
-    tensors = {"a.weight": models.weights(4, models.CHANNELS, 3, 3), "b.weight": models.weights(4, 4, 3, 3, seed=2)}
-    tensors |= {f"{name}.bias": models.weights(4, seed=1) for name in ("a", "b")}
-    return models.assemble(nodes, tensors | models.statistics(4) | models.head_tensors(4))
-
-
-def test_a_convolution_that_a_batchnorm_follows_lost_none(load: Load) -> None:
-    (teacher,), _ = make_teachers([to_torch(load(normalised_after_activation()))], settings(unevenness=1.0))
-    assert teacher.convolutions == ["b"]
-
-
 def partly_folded(path: Path) -> TorchClassifier:
     """`plain` with its first BatchNorm, and the others folded."""
     model = ir.load(zoo.model_path("plain"))
@@ -195,8 +137,8 @@ def test_where_some_batchnorm_was_folded_the_layers_count_alike(
     how = settings(label=0.5, unevenness=2.0)
     (teacher,), _ = make_teachers([module], how)
     assert [norm.input for norm in teacher.norms] == [first]
-    assert len(teacher.convolutions) == len(others)
-    assert first not in teacher.convolutions
+    assert len(teacher.evens) == len(others)
+    assert first not in [value.name for value in teacher.evens]
     factors = {
         "batchnorm/part": 1 / (1 + len(others)),
         "unevenness/part": 2 * len(others) / (1 + len(others)),
@@ -222,7 +164,7 @@ def test_statistics_that_are_not_asked_for_are_not_looked_at(tmp_path: Path) -> 
     assert teacher.norms == []
     assert teacher.factors(how)["unevenness/part"] == 2
     statistics, _ = teacher.look(torch.rand(4, 1, 28, 28))
-    assert set(statistics) == set(teacher.convolutions)
+    assert set(statistics) == {value.name for value in teacher.evens}
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
@@ -247,9 +189,9 @@ def test_a_single_logit_behind_convolutions_is_enough(
     assert list(made.losses) == ["unevenness/model"]
     assert inspect_model(with_bias).why_not_synthesize is None
     without = load(models.conv(bias=False))
-    with pytest.raises(SynthesisError, match="nor convolutions to ask for"):
+    with pytest.raises(SynthesisError, match="nor even channels to ask for"):
         synthesize([to_torch(without)], tmp_path / "other", settings(unevenness=1.0))
-    assert "nor convolutions" in str(inspect_model(without).why_not_synthesize)
+    assert "nor even channels" in str(inspect_model(without).why_not_synthesize)
 
 
 def test_labels_of_another_first_model_are_another_set(module_of: Modules, load: Load, tmp_path: Path) -> None:

@@ -1,0 +1,215 @@
+"""Where even channels are asked for: what folding left behind, and what LayerNormalization writes, whoever wrote it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from converters.classifier import Classifier
+from converters.conversion import to_torch
+from converters.load import load_classifier
+from converters.torch_module import TorchClassifier
+from recipes.compare import compare
+from recipes.evenness import EvenValue, even_values, layer_norms
+from recipes.images import ImageSet, load_images
+from recipes.synth.engine import synthesize
+from recipes.synth.settings import load_synth_recipe
+from tests import models
+
+Modules = Callable[[str], TorchClassifier]
+Load = Callable[[onnx.ModelProto], Classifier]
+
+
+def fully_convolutional() -> onnx.ModelProto:
+    """Convolutions: one with a bias and one without, one of a pooled value, and two whose channels are classes."""
+    nodes = [
+        models.node("Conv", "image a.weight a.bias", "a"),
+        models.node("Relu", "a", "active"),
+        models.node("Conv", "active b.weight", "b"),
+        models.node("GlobalAveragePool", "b", "pooled"),
+        models.node("Conv", "pooled gate.weight a.bias", "gate"),
+        models.node("Mul", "b gate", "gated"),
+        models.node("Conv", "gated one.weight one.bias", "one"),
+        models.node("Conv", "active two.weight one.bias", "two"),
+        models.node("Add", "one two", "map"),
+        models.node("GlobalAveragePool", "map", "answers"),
+        models.node("Flatten", "answers", "logits"),
+    ]
+    tensors = {"a.weight": models.weights(4, models.CHANNELS, 3, 3), "a.bias": models.weights(4, seed=1)}
+    tensors |= {f"{name}.weight": models.weights(4, 4, 1, 1, seed=seed) for seed, name in enumerate(("b", "gate"), 2)}
+    classes = models.CLASSES
+    tensors |= {
+        f"{name}.weight": models.weights(classes, 4, 1, 1, seed=seed) for seed, name in ((4, "one"), (5, "two"))
+    }
+    return models.assemble(nodes, tensors | {"one.bias": models.weights(classes, seed=6)})
+
+
+def test_convolutions_that_batchnorm_was_folded_into(load: Load, module_of: Modules) -> None:
+    """Those with a bias; not those of one place, or whose channels are classes, or that BatchNorm is behind."""
+    assert even_values(to_torch(load(fully_convolutional()))) == [EvenValue("a", 1)]
+    assert even_values(module_of("plain")) == []
+    assert even_values(to_torch(load(models.gemm(trans_b=1)))) == []
+    assert even_values(to_torch(load(models.conv(bias=False)))) == []
+
+
+def normalised_after_activation() -> onnx.ModelProto:
+    """image -Conv with bias-> a -Relu-> active -BatchNormalization-> normed -Conv with bias-> b: nothing was folded."""
+    nodes = [
+        models.node("Conv", "image a.weight a.bias", "a"),
+        models.node("Relu", "a", "active"),
+        models.batchnorm_node("active", "normed"),
+        models.node("Conv", "normed b.weight b.bias", "b"),
+        *models.head("b"),
+    ]
+    tensors = {"a.weight": models.weights(4, models.CHANNELS, 3, 3), "b.weight": models.weights(4, 4, 3, 3, seed=2)}
+    tensors |= {f"{name}.bias": models.weights(4, seed=1) for name in ("a", "b")}
+    return models.assemble(nodes, tensors | models.statistics(4) | models.head_tensors(4))
+
+
+def test_a_convolution_that_a_batchnorm_follows_lost_none(load: Load) -> None:
+    assert even_values(to_torch(load(normalised_after_activation()))) == [EvenValue("b", 1)]
+
+
+class ChannelsFirst(nn.Module):
+    """LayerNorm of the channels of [N, C, H, W], as ConvNeXt's authors wrote it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(width, 1, 1)), nn.Parameter(torch.rand(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        return self.weight * ((x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt()) + self.bias
+
+
+class Plain(nn.LayerNorm):
+    """Without scale and offset."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, elementwise_affine=False)
+
+
+class Hybrid(nn.Module):
+    """Convolutions with BatchNorm, patches with LayerNorm of several kinds, and one of what is pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        )
+        self.narrow = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8))
+        self.first = ChannelsFirst(8)
+        self.patches, self.place = nn.Conv2d(8, 6, 4, 4), nn.Parameter(torch.rand(1, 17, 6))
+        self.token = nn.Parameter(torch.rand(1, 1, 6))
+        self.second, self.third, self.fourth = nn.LayerNorm(6), Plain(6), nn.LayerNorm(6)
+        self.whole = nn.LayerNorm((8, 16, 16))
+        self.mlp, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
+        for norm in (self.second, self.fourth):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.patches(self.whole(self.first(x + self.narrow(x))).relu()).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        x = x + self.mlp(self.second(x)).relu()
+        return self.head(self.fourth(self.third(x).mean(1)))
+
+
+def export(module: nn.Module, path: Path, opset: int, *, dynamo: bool) -> TorchClassifier:
+    names = {"input_names": ["image"], "output_names": ["logits"], "opset_version": opset}
+    image = torch.rand(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            shapes = ({0: torch.export.Dim("batch")},)
+            torch.onnx.export(module, (image,), path, dynamic_shapes=shapes, verbose=False, **names)
+        else:
+            axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
+            torch.onnx.export(module, (image,), path, dynamo=False, dynamic_axes=axes, **names)
+    return to_torch(load_classifier(path))
+
+
+@pytest.mark.parametrize(("opset", "dynamo"), [(11, False), (13, False), (17, False), (18, True)])
+def test_layer_norms_are_found_whoever_wrote_them(opset: int, dynamo: bool, tmp_path: Path) -> None:
+    """With scale and offset or without, of the last axis or the second; not of all axes, nor of what was pooled."""
+    torch.manual_seed(0)
+    network = Hybrid().eval()
+    module = export(network, tmp_path / "model.onnx", opset, dynamo=dynamo)
+    wanted: list[Tensor] = []
+    for part in (network.first, network.second, network.third):
+        part.register_forward_hook(lambda _module, _inputs, output: wanted.append(output))
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        network(x)
+        norms = layer_norms(module)
+        values = module.segment([module.input_name], [norm.output for norm in norms])({module.input_name: x})
+    assert [norm.axis for norm in norms] == [1, -1, -1]
+    for norm, expected in zip(norms, wanted, strict=True):
+        torch.testing.assert_close(values[norm.output], expected, rtol=1e-4, atol=1e-5)
+    folded = {value.name for value in even_values(module) if value.name not in values}
+    outputs = [layer.output for layer in module.layers() if layer.op == "Conv"]
+    assert folded == set(outputs[:3])  # the patches have LayerNorm behind them, and never had BatchNorm
+
+
+def test_the_few_convolutions_of_a_transformer_had_no_batchnorm(module_of: Modules) -> None:
+    module = module_of("attention")
+    assert even_values(module) == [EvenValue(norm.output, -1) for norm in layer_norms(module)]
+
+
+def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
+    """LayerNorm of the last axis by hand, with operands of some nodes (output, operands) replaced."""
+    parts = {
+        "mean": ("ReduceMean", "features axis"),
+        "other": ("ReduceMean", "doubled axis"),
+        "doubled": ("Add", "features features"),
+        "centred": ("Sub", "features mean"),
+        "square": ("Mul", "centred centred"),
+        "variance": ("ReduceMean", "square axis"),
+        "padded": ("Add", "variance little"),
+        "root": ("Sqrt", "padded"),
+        "normal": ("Div", "centred root"),
+    }
+    for output, operands in tampered:
+        parts[output] = (parts[output][0], operands)
+    order = ["doubled", "mean", "other", *list(parts)[3:]]
+    nodes = [models.node("Conv", "image weight", "features")]
+    nodes += [models.node(parts[name][0], parts[name][1], name) for name in order]
+    tensors = {"weight": models.weights(4, models.CHANNELS, 3, 3), "axis": np.array([-1]), "little": np.float32(1e-5)}
+    return models.assemble([*nodes, *models.head("normal")], tensors | models.head_tensors(4), opset=18)
+
+
+@pytest.mark.parametrize(
+    ("tampered", "count"),
+    [
+        ((), 1),
+        ((("centred", "features other"),), 0),  # the mean of something else
+        ((("normal", "centred padded"),), 0),  # no root
+        ((("normal", "root centred"),), 0),
+        ((("centred", "features little"),), 0),
+    ],
+)
+def test_what_is_not_a_layer_norm_is_not_taken_for_one(
+    tampered: Sequence[Sequence[str]], count: int, load: Load
+) -> None:
+    assert len(layer_norms(to_torch(load(written_out(*tampered))))) == count
+
+
+def test_even_channels_bring_images_of_a_transformer_closer_to_real_ones(
+    module_of: Modules, calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    module = module_of("attention")
+    distances = {}
+    for name, unevenness in (("labels", 0.0), ("even", 1.0)):
+        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], None, {"images": 32})
+        synthesize([module], tmp_path / name, how)
+        distances[name] = compare(module, load_images(tmp_path / name), calibration_images, permutations=1).distance
+    assert distances["even"] < 0.75 * distances["labels"]
