@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    print(f"{machine()}, one thread\n")
+    print(f"{machine()}\n")
     made = load_synth_recipe("small", "default", (), None, {"images": options.images})
     models = [to_torch(load_classifier(zoo.model_path(name))) for name in zoo.FAMILIES]
     folder = options.output / f"images{options.images}"

@@ -67,7 +67,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(f"{machine()}, one thread\n")
+    print(f"{machine()}\n")
     heads = [f"{target} W{bits}" + ("" if act is None else f"A{act}") for target, bits, act in FILES]
     print(f"| model | float | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|")
     settings = load_recipe(QuantizeSettings, PACKAGE, "nearest", overrides=["extra_share=0"])

@@ -144,7 +144,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(f"{machine()}, one thread, {ROUNDS} rounds of {STEPS} steps\n")
+    print(f"{machine()}, {ROUNDS} rounds of {STEPS} steps\n")
     heads = [f"`{recipe}`, {precision}" for recipe, precision in PRODUCT]
     print(f"| block | plain, steps/s | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|")
     with tempfile.TemporaryDirectory() as folder:

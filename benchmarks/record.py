@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
@@ -15,14 +16,16 @@ UNITS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni"
 """What a processor may have that decides how fast, or how exact, a figure is; by the names Linux has for them."""
 
 
-@cache
 def machine(*packages: str) -> str:
-    """Processor with what it computes with, cores of those there are, and versions (torch and onnxruntime first)."""
+    """Processor with what it computes with, cores of those there are, torch's threads as they are now, and versions."""
     fields = _processor()
     flags = fields.get("flags", "").split()
     units = list(dict.fromkeys(name for flag, name in UNITS.items() if flag in flags))
     name = fields.get("model name") or platform.processor() or platform.machine()
-    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = f"{usable} of {os.cpu_count()} cores"
+    if "torch" in sys.modules:
+        cores += f", {sys.modules['torch'].get_num_threads()} threads"
     versions = [f"{package} {_version(package)}" for package in ("torch", "onnxruntime", *packages)]
     return ", ".join([name + (f" ({', '.join(units)})" if units else ""), cores, *versions])
 
@@ -63,7 +66,11 @@ class Results:
         self.path = path
         self.provenance = {"commit": commit(), "machine": machine()}
         lines = path.read_text().splitlines() if path.exists() else []
-        self.found = {tuple(row["key"]): row["value"] for row in map(json.loads, lines)}
+        rows = [json.loads(line) for line in lines]
+        self.found = {tuple(row["key"]): row["value"] for row in rows}
+        older = sum(any(row.get(key) != value for key, value in self.provenance.items()) for row in rows)
+        if older:
+            print(f"{older} of the {len(rows)} figures in {path} are of another commit or machine", file=sys.stderr)
 
     def get(self, key: tuple[object, ...], measure: Callable[[], list[float]]) -> list[float]:
         if key not in self.found:

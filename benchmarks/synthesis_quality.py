@@ -397,6 +397,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only rows whose title has this in it (for several processes)")
     parser.add_argument("--targets", nargs="+", default=(), help="only their columns")
     options = parser.parse_args()
+    known = {target for table in TABLES.values() for target, _ in table.cells}
+    if unknown := sorted(set(options.targets) - known):
+        parser.error(f"no table has {', '.join(unknown)}: the targets are {', '.join(sorted(known))}")
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "results.jsonl")
     print(f"{machine()}\n")

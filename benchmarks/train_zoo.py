@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    print(f"{machine()}, {torch.get_num_threads()} threads, seed {options.seed}")
+    print(f"{machine()}, seed {options.seed}")
     train_images, train_labels = load_split(options.data, "train")
     test_images, test_labels = load_split(options.data, "t10k")
     tensors = [normalise(train_images), torch.from_numpy(train_labels).long()]

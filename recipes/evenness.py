@@ -40,24 +40,20 @@ class LayerNorm:
 def even_values(module: TorchClassifier) -> list[EvenValue]:
     """Outputs of convolutions that BatchNorm may have been folded into, and of LayerNormalization, in that order.
 
-    What has one place in an image is left out, and so are convolutions that are fewer than the others: the network is
-    one of LayerNormalization, and they had no BatchNorm to lose.
+    What has one place in an image is left out, and what BatchNorm reads, of which more is known.
     """
-    norms = layer_norms(module)
-    folded = [EvenValue(name, 1) for name in _folded_convolutions(module, norms)]
-    normal = [EvenValue(norm.output, norm.axis) for norm in norms]
-    shapes = _shapes(module, [value.name for value in (*folded, *normal)])
-    folded, normal = (
-        [value for value in values if shapes[value.name].numel() > shapes[value.name][value.axis]]
-        for values in (folded, normal)
-    )
-    return normal if len(folded) < len(normal) else [*folded, *normal]
+    norms, known = layer_norms(module), {norm.input for norm in module.batchnorms()}
+    found = [EvenValue(name, 1) for name in _folded_convolutions(module, norms)]
+    found += [EvenValue(norm.output, norm.axis) for norm in norms if norm.output not in known]
+    shapes = _shapes(module, [value.name for value in found])
+    return [value for value in found if shapes[value.name].numel() > shapes[value.name][value.axis]]
 
 
 def layer_norms(module: TorchClassifier) -> list[LayerNorm]:
     """LayerNormalization over the channels alone, in order, with its scale and offset.
 
-    Also where an exporter wrote it out, as (x - mean) / sqrt(...).
+    Also where an exporter wrote it out as (x - mean) / sqrt(...), if a scale for each channel follows: a norm over
+    places, as of InstanceNormalization, has one for something else. Other spellings (x times a reciprocal) are missed.
     """
     steps = module.whole.steps
     maker = {name: step for step in steps for name in step.outputs}
@@ -74,8 +70,11 @@ def layer_norms(module: TorchClassifier) -> list[LayerNorm]:
     for output, mean in means.items():
         shape, reduced = shapes[output], shapes[mean.outputs[0]]
         axes = [axis for axis, size in enumerate(shape) if len(shape) == len(reduced) and reduced[axis] != size]
-        if axes in ([1], [len(shape) - 1]) and len(shape) > 2:
-            found[output] = LayerNorm(mean.inputs[0], _scaled(output, reader, module), 1 if axes == [1] else -1)
+        if axes not in ([1], [len(shape) - 1]) or len(shape) < 3:
+            continue
+        scaled = _scaled(output, len(shape) - 1 - axes[0], reader, module)
+        if scaled is not None:
+            found[output] = LayerNorm(mean.inputs[0], scaled, 1 if axes == [1] else -1)
     return [found[step.outputs[0]] for step in steps if step.outputs[0] in found]
 
 
@@ -90,37 +89,51 @@ def _mean_taken_away(step: Step, maker: Mapping[str, Step]) -> Step | None:
     return mean
 
 
-def _scaled(name: str, reader: Mapping[str, Step], module: TorchClassifier) -> str:
-    """What scale and offset, if any, make of a value: constants that it is multiplied with, and added to."""
-    for op in ("Mul", "Add"):
-        step = reader.get(name)
-        if step is not None and step.op == op and any(module.is_constant(other) for other in step.inputs):
-            name = step.outputs[0]
-    return name
+def _scaled(name: str, places: int, reader: Mapping[str, Step], module: TorchClassifier) -> str | None:
+    """What a scale for each channel, and an offset if there is one, make of a value; None where there is no scale.
+
+    `places` is the number of axes behind that of the channels.
+    """
+    scale = reader.get(name)
+    if scale is None or not _for_channels(scale, "Mul", places, module):
+        return None
+    offset = reader.get(scale.outputs[0])
+    return (offset if offset is not None and _for_channels(offset, "Add", places, module) else scale).outputs[0]
+
+
+def _for_channels(step: Step, op: str, places: int, module: TorchClassifier) -> bool:
+    """Whether the other operand of a step is a constant that has a number for each channel, and for nothing else."""
+    shapes = [module.constant(name).shape for name in step.inputs if module.is_constant(name)]
+    return step.op == op and any(len(s) > places and s.numel() == s[-1 - places] > 1 for s in shapes)
 
 
 def _folded_convolutions(module: TorchClassifier, norms: Iterable[LayerNorm]) -> list[str]:
-    """Outputs of convolutions that have a bias, which folding leaves, and that no other normalisation follows.
+    """Outputs of convolutions that have a bias, which folding leaves, and no sign of another normalisation.
 
-    Left out is what a BatchNorm comes after before the next weighted layer, as it was not folded; what a
-    LayerNormalization comes after, which stands in its place, unless a sum of two values lies between; and what no
-    weighted layer comes after at all, as its channels are classes.
+    Left out is what a BatchNorm comes after before the next weighted layer, as it was not folded; what is before or
+    behind LayerNormalization with no sum of two values between, as that stands in its place; and what no weighted layer
+    comes after at all, as its channels are classes.
     """
     layers = {layer.output: layer for layer in module.layers()}
-    batches, places = {norm.input for norm in module.batchnorms()}, {norm.input for norm in norms}
+    batches = {norm.input for norm in module.batchnorms()}
+    before, behind = {norm.input for norm in norms}, {norm.output for norm in norms}
     leading: set[str] = set()
+    for step in module.whole.steps:
+        if behind.intersection(step.inputs) and not _sums_two(step, module):
+            behind.update(step.outputs)
     for step in reversed(module.whole.steps):
         weighted = step.outputs[0] in layers
         if weighted or leading.intersection(step.outputs):
             leading.update(step.inputs)
         if not weighted and batches.intersection(step.outputs):
             batches.update(step.inputs)
-        if not weighted and places.intersection(step.outputs) and not _sums_two(step, module):
-            places.update(step.inputs)
+        if before.intersection(step.outputs) and not _sums_two(step, module):
+            before.update(step.inputs)
+    other = batches | before | behind
     return [
         name
         for name, layer in layers.items()
-        if layer.op == "Conv" and layer.bias is not None and name in leading and name not in batches | places
+        if layer.op == "Conv" and layer.bias is not None and name in leading and name not in other
     ]
 
 

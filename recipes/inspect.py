@@ -47,7 +47,7 @@ class Inspection:
     """Why a graph that converts cannot be written back in few bits."""
     zeros: list[LayerZeros] = field(default_factory=list)
     shaping: int = 0
-    """Convolutions whose channels images can be asked to make even."""
+    """Values whose channels images can be asked to make even."""
 
     @property
     def sparsity(self) -> float:

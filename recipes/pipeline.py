@@ -84,9 +84,9 @@ def load_suitable_recipe(
         else:
             name = "small-labels" if small else "labels"
             progress.say(
-                "no model has BatchNorm statistics: images are shaped by labels, and by what training leaves even"
-                f" elsewhere (recipe {name}), and what fits them may fit real ones less; name models that have"
-                " statistics too, if you can (quantize --zoo MODELS; synth MODELS)"
+                "no model has BatchNorm statistics: images are shaped by labels, and by how even training leaves the"
+                f" channels of convolutions and LayerNormalization (recipe {name}), and what fits them may fit real"
+                " ones less; name models that have statistics too, if you can (quantize --zoo MODELS; synth MODELS)"
             )
     return name, load_synth_recipe(name, effort, overrides, steps, changes)
 

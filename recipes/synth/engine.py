@@ -1,9 +1,9 @@
 """From classifiers to images.
 
 The way of a batch: noise or dead leaves in normalised units -> pixels -> augmentation -> mixing -> each model's own
-input -> tapped values (BatchNorm inputs, or outputs of what it was folded into) and logits -> weighted loss -> Adam
-step -> clip to the valid pixel range. Low resolution first. A finished batch is rounded to 8 bits, judged again as it
-will be read back, and written as one shard.
+input -> tapped values (BatchNorm inputs, and those that are to be even) and logits -> weighted loss -> Adam step ->
+clip to the valid pixel range. Low resolution first. A finished batch is rounded to 8 bits, judged again as it will be
+read back, and written as one shard.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_a_batch_fixed_in_the_file(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 def test_a_folded_model_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """No statistics, no zoo, no images: the model's labels and convolutions shape them, and the manifest says so."""
+    """No statistics, no zoo, no images: the model's labels and even channels shape them, and the manifest says so."""
     model = tmp_path / "folded.onnx"
     model.write_bytes(zoo.model_path("inverted_folded").read_bytes())
     status, _, err = run(capsys, "quantize", "--bits", 4, model, "-n", 8, "--effort", "fast", *FEW)

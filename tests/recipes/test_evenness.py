@@ -152,7 +152,8 @@ def test_layer_norms_are_found_whoever_wrote_them(opset: int, dynamo: bool, tmp_
         network(x)
         norms = layer_norms(module)
         values = module.segment([module.input_name], [norm.output for norm in norms])({module.input_name: x})
-    assert [norm.axis for norm in norms] == [1, -1, -1]
+    wanted = wanted if opset >= 17 else wanted[:2]  # written out without scale, it may be of anything
+    assert [norm.axis for norm in norms] == [1, -1, -1][: len(wanted)]
     for norm, expected in zip(norms, wanted, strict=True):
         torch.testing.assert_close(values[norm.output], expected, rtol=1e-4, atol=1e-5)
     folded = {value.name for value in even_values(module) if value.name not in values}
@@ -166,7 +167,10 @@ def test_the_few_convolutions_of_a_transformer_had_no_batchnorm(module_of: Modul
 
 
 def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
-    """LayerNorm of the last axis by hand, with operands of some nodes (output, operands) replaced."""
+    """LayerNorm of the last axis by hand, with operands of some nodes (output, operands) replaced.
+
+    Convolution, LayerNorm, a sum of two, and the head.
+    """
     parts = {
         "mean": ("ReduceMean", "features axis"),
         "other": ("ReduceMean", "doubled axis"),
@@ -177,6 +181,8 @@ def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
         "padded": ("Add", "variance little"),
         "root": ("Sqrt", "padded"),
         "normal": ("Div", "centred root"),
+        "scaled": ("Mul", "normal gamma"),
+        "moved": ("Add", "scaled beta"),
     }
     for output, operands in tampered:
         parts[output] = (parts[output][0], operands)
@@ -184,7 +190,9 @@ def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
     nodes = [models.node("Conv", "image weight", "features")]
     nodes += [models.node(parts[name][0], parts[name][1], name) for name in order]
     tensors = {"weight": models.weights(4, models.CHANNELS, 3, 3), "axis": np.array([-1]), "little": np.float32(1e-5)}
-    return models.assemble([*nodes, *models.head("normal")], tensors | models.head_tensors(4), opset=18)
+    tensors |= {name: models.weights(6, seed=seed) for seed, name in enumerate(("gamma", "beta"), 2)}
+    tensors |= {"of.first": models.weights(4, 1, 1, seed=4), "of.places": models.weights(6, 6, seed=5)}
+    return models.assemble([*nodes, *models.head("moved")], tensors | models.head_tensors(4), opset=18)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,8 @@ def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
         ((("normal", "centred padded"),), 0),  # no root
         ((("normal", "root centred"),), 0),
         ((("centred", "features little"),), 0),
+        ((("scaled", "normal of.first"),), 0),  # a norm over places, with a scale for each channel
+        ((("scaled", "normal little"),), 0),
     ],
 )
 def test_what_is_not_a_layer_norm_is_not_taken_for_one(
@@ -203,13 +213,18 @@ def test_what_is_not_a_layer_norm_is_not_taken_for_one(
     assert len(layer_norms(to_torch(load(written_out(*tampered))))) == count
 
 
+def test_what_is_added_for_each_place_is_no_offset(load: Load) -> None:
+    (norm,) = layer_norms(to_torch(load(written_out(("moved", "scaled of.places")))))
+    assert norm.output == "scaled"
+
+
 def test_even_channels_bring_images_of_a_transformer_closer_to_real_ones(
     module_of: Modules, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
     module = module_of("attention")
     distances = {}
     for name, unevenness in (("labels", 0.0), ("even", 1.0)):
-        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], None, {"images": 32})
+        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], 40, {"images": 32})
         synthesize([module], tmp_path / name, how)
         distances[name] = compare(module, load_images(tmp_path / name), calibration_images, permutations=1).distance
-    assert distances["even"] < 0.75 * distances["labels"]
+    assert distances["even"] < 0.7 * distances["labels"]
