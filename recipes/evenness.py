@@ -40,13 +40,20 @@ class LayerNorm:
 def even_values(module: TorchClassifier) -> list[EvenValue]:
     """Outputs of convolutions that BatchNorm may have been folded into, and of LayerNormalization, in that order.
 
-    What has one place in an image is left out, and what BatchNorm reads, of which more is known.
+    What has one place in an image is left out; what BatchNorm reads, of which more is known; and that of which some
+    places alone are read, as of a class token, since training did not shape the others.
     """
-    norms, known = layer_norms(module), {norm.input for norm in module.batchnorms()}
+    norms, other = layer_norms(module), {norm.input for norm in module.batchnorms()}
+    other |= {norm.output for norm in norms if _read_in_part(norm.output, module)}
     found = [EvenValue(name, 1) for name in _folded_convolutions(module, norms)]
-    found += [EvenValue(norm.output, norm.axis) for norm in norms if norm.output not in known]
+    found += [EvenValue(norm.output, norm.axis) for norm in norms if norm.output not in other]
     shapes = _shapes(module, [value.name for value in found])
     return [value for value in found if shapes[value.name].numel() > shapes[value.name][value.axis]]
+
+
+def _read_in_part(name: str, module: TorchClassifier) -> bool:
+    readers = [step.op for step in module.whole.steps if name in step.inputs]
+    return bool(readers) and all(op in ("Gather", "Slice") for op in readers)
 
 
 def layer_norms(module: TorchClassifier) -> list[LayerNorm]:
@@ -124,11 +131,11 @@ def _folded_convolutions(module: TorchClassifier, norms: Iterable[LayerNorm]) ->
     for step in reversed(module.whole.steps):
         weighted = step.outputs[0] in layers
         if weighted or leading.intersection(step.outputs):
-            leading.update(step.inputs)
+            leading.update(filter(None, step.inputs))
         if not weighted and batches.intersection(step.outputs):
-            batches.update(step.inputs)
+            batches.update(filter(None, step.inputs))
         if before.intersection(step.outputs) and not _sums_two(step, module):
-            before.update(step.inputs)
+            before.update(filter(None, step.inputs))
     other = batches | before | behind
     return [
         name

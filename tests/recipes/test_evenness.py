@@ -166,6 +166,30 @@ def test_the_few_convolutions_of_a_transformer_had_no_batchnorm(module_of: Modul
     assert even_values(module) == [EvenValue(norm.output, -1) for norm in layer_norms(module)]
 
 
+class ClassToken(nn.Module):
+    """A transformer's beginning and end: what its last LayerNorm makes of patches goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 6, 4, 4), nn.Parameter(torch.rand(1, 1, 6))
+        self.first, self.mixed, self.last = nn.LayerNorm(6), nn.Linear(17, 17), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x + self.mixed(self.first(x).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.last(x)[:, 0])
+
+
+@pytest.mark.parametrize(("opset", "dynamo"), [(11, False), (17, False), (18, True)])
+def test_what_only_a_class_token_is_read_of_is_left_out(opset: int, dynamo: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = export(ClassToken().eval(), tmp_path / "model.onnx", opset, dynamo=dynamo)
+    first, _ = layer_norms(module)
+    assert even_values(module) == [EvenValue(first.output, -1)]
+
+
 def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
     """LayerNorm of the last axis by hand, with operands of some nodes (output, operands) replaced.
 
