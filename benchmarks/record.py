@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def _version(package: str) -> str:
     return "not installed"
 
 
-@cache
 def commit() -> str:
     """The commit that runs, with a plus sign where files have been changed since."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -18,10 +16,10 @@ from converters.channel_cuts import Channels
 from converters.channels import find_channels
 from converters.classifier import Classifier
 from converters.edits import apply_edits
-from converters.load import load_classifier
 from converters.numbering import FIXED
 from tests import models
 from tests.converters.test_channels import difference, prepared_module, some
+from tests.exports import export
 from tests.models import assemble, head, head_tensors, node, random, weights
 
 Load = Callable[[onnx.ModelProto], Classifier]
@@ -315,19 +313,8 @@ class Transformer(nn.Module):
 
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_what_torch_exports(dynamo: bool, tmp_path: Path) -> None:
-    module, path = Transformer().eval(), tmp_path / "model.onnx"
-    names = {"input_names": ["image"], "output_names": ["logits"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if dynamo:
-            shapes = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(module, (torch.rand(2, 3, 16, 16),), path, dynamic_shapes=shapes, verbose=False, **names)
-        else:
-            axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
-            torch.onnx.export(
-                module, (torch.rand(2, 3, 16, 16),), path, dynamo=False, opset_version=17, dynamic_axes=axes, **names
-            )
-    module_ = prepared_module(load_classifier(path))
+    opset = None if dynamo else 17
+    module_ = prepared_module(export(Transformer().eval(), tmp_path / "model.onnx", dynamo=dynamo, opset=opset))
     channels = find_channels(module_)
     assert len(channels.numbers()) == 4 + 2 * (4 + 32)  # groups of the stem, heads and widths of each block
     for seed in range(3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from converters.classifier import Classifier
 from converters.conversion import to_torch
-from converters.load import load_classifier
 from converters.torch_module import TorchClassifier
 from recipes.compare import compare
 from recipes.evenness import EvenValue, even_values, layer_norms
@@ -22,6 +20,7 @@ from recipes.images import ImageSet, load_images
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
 from tests import models
+from tests.exports import export
 
 Modules = Callable[[str], TorchClassifier]
 Load = Callable[[onnx.ModelProto], Classifier]
@@ -124,26 +123,12 @@ class Hybrid(nn.Module):
         return self.head(self.fourth(self.third(x).mean(1)))
 
 
-def export(module: nn.Module, path: Path, opset: int, *, dynamo: bool) -> TorchClassifier:
-    names = {"input_names": ["image"], "output_names": ["logits"], "opset_version": opset}
-    image = torch.rand(2, 3, 16, 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if dynamo:
-            shapes = ({0: torch.export.Dim("batch")},)
-            torch.onnx.export(module, (image,), path, dynamic_shapes=shapes, verbose=False, **names)
-        else:
-            axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
-            torch.onnx.export(module, (image,), path, dynamo=False, dynamic_axes=axes, **names)
-    return to_torch(load_classifier(path))
-
-
 @pytest.mark.parametrize(("opset", "dynamo"), [(11, False), (13, False), (17, False), (18, True)])
 def test_layer_norms_are_found_whoever_wrote_them(opset: int, dynamo: bool, tmp_path: Path) -> None:
     """With scale and offset or without, of the last axis or the second; not of all axes, nor of what was pooled."""
     torch.manual_seed(0)
     network = Hybrid().eval()
-    module = export(network, tmp_path / "model.onnx", opset, dynamo=dynamo)
+    module = to_torch(export(network, tmp_path / "model.onnx", dynamo=dynamo, opset=opset))
     wanted: list[Tensor] = []
     for part in (network.first, network.second, network.third):
         part.register_forward_hook(lambda _module, _inputs, output: wanted.append(output))
@@ -185,7 +170,7 @@ class ClassToken(nn.Module):
 @pytest.mark.parametrize(("opset", "dynamo"), [(11, False), (17, False), (18, True)])
 def test_what_only_a_class_token_is_read_of_is_left_out(opset: int, dynamo: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = export(ClassToken().eval(), tmp_path / "model.onnx", opset, dynamo=dynamo)
+    module = to_torch(export(ClassToken().eval(), tmp_path / "model.onnx", dynamo=dynamo, opset=opset))
     first, _ = layer_norms(module)
     assert even_values(module) == [EvenValue(first.output, -1)]
 
