@@ -35,7 +35,7 @@ def test_every_engine_runs_elsewhere_and_waits_for_no_step(tmp_path: Path) -> No
     for name, run in found.items():
         for line, count in run.get("waits", {}).items():
             assert any(look in line for look in LOOKS), f"{name} waits in each step at {line}"
-            assert count <= 2, f"{name} waits {count} times in four steps at {line}"
+            assert count <= 1, f"{name} waits {count} times in four steps at {line}"
 
 
 def test_what_a_gpu_refuses_is_refused_elsewhere() -> None:
