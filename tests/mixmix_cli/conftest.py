@@ -89,5 +89,5 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path: Path) -> Path:
     """A copy of the target, so that outputs beside it do not touch the zoo."""
     path = tmp_path / "model.onnx"
-    path.write_bytes(zoo.model_path("inverted").read_bytes())
+    path.write_bytes(zoo.model_path("plain").read_bytes())
     return path

@@ -192,7 +192,7 @@ class TestBadInput:
             (("--pattern", "0:4"), "not a pattern"),
             (("--pattern", "blocks"), "not a pattern"),
             (("--pattern", "2:4", "--sparsity", "0.7"), "leave it out for every layer"),
-            (("--pattern", "2:4", "--sparsity", "0.49"), "can remove at most 4"),
+            (("--pattern", "2:4", "--sparsity", "0.4995"), "can remove at most 49."),
             (("--sparsity", "0.5", "--act-bits", "8"), "give --bits too"),
             (("--sparsity", "0.5", "--target", "tensorrt"), "give --bits too"),
             (("--sparsity", "0.5", "--bits", "4", "--act-bits", "9"), "is not 2 to 8, or 16"),

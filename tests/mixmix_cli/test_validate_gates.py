@@ -12,11 +12,10 @@ from recipes import zoo
 from tests.mixmix_cli.command import run
 
 
-def test_validate_gates(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+def test_validate_gates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data = ("--data", zoo.calibration_images_path())
-    status, out, _ = run(
-        capsys, "validate", model, zoo.model_path("inverted_folded"), *data, "--max-drop", 0.0, "--json"
-    )
+    model, folded = (zoo.model_path(name) for name in ("inverted", "inverted_folded"))
+    status, out, _ = run(capsys, "validate", model, folded, *data, "--max-drop", 0.0, "--json")
     document = json.loads(out)
     assert status == 0
     assert document["labels"] == "real"
@@ -54,7 +53,7 @@ def test_every_gate_is_named(capsys: pytest.CaptureFixture[str], model: Path) ->
     assert status == 0
     assert "passed: finite, optimisations" in out
     status, out, _ = run(
-        capsys, "validate", model, zoo.model_path("plain"), *data, "--min-agreement", 1.0, "--min-top1", 0.1
+        capsys, "validate", model, zoo.model_path("residual"), *data, "--min-agreement", 1.0, "--min-top1", 0.1
     )
     assert status == 1
     assert "failed: min-agreement; passed: min-top1, finite, optimisations" in out
@@ -63,7 +62,7 @@ def test_every_gate_is_named(capsys: pytest.CaptureFixture[str], model: Path) ->
 def test_names_that_reports_cannot_hold(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     """XML has no control characters, and an annotation one line."""
     odd = tmp_path / "o\x1bd\nd 100%.onnx"
-    odd.write_bytes(zoo.model_path("plain").read_bytes())
+    odd.write_bytes(zoo.model_path("residual").read_bytes())
     status, _, err = run(
         capsys, "validate", model, odd, "--data", zoo.calibration_images_path(), "--min-agreement", 1.0,
         "--junit", tmp_path / "gates.xml", "--github",

@@ -13,8 +13,8 @@ torch.set_num_threads(1)  # small tensors run faster, and bit for bit alike, on 
 
 @pytest.fixture(scope="session")
 def calibration_images() -> ImageSet:
-    """32 real training images."""
-    return load_images(zoo.calibration_images_path(), 32)
+    """16 real training images."""
+    return load_images(zoo.calibration_images_path(), 16)
 
 
 @pytest.fixture(scope="session")

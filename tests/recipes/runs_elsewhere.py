@@ -82,18 +82,19 @@ def images() -> ImageSet:
     return load_images(zoo.calibration_images_path(), 16)
 
 
-SINGLE: dict[str, Any] = {"precision": "float32"}
-"""Which not every processor chooses."""
+QUICK: dict[str, Any] = {"precision": "float32", "sensitive_images": 4}
+"""Not every processor would choose this precision."""
+COARSE = {"range_steps": 20}
 EVERYTHING: dict[str, Any] = {"batch": 4, "shift": 0.1, "jitter": [0.2, 0.2, 0.2, 0.1]}
 RUNS: dict[str, Run] = {
     "synth small": synth("small", "plain"),
     "synth paper": synth("paper", "plain", "residual", **EVERYTHING),
     "synth small-labels": synth("small-labels", "inverted_folded"),
     "compare": distances,
-    "quantize": smaller("quantize", "qdrop", 4, 4, steps="steps", **SINGLE),
-    "quantize qat": smaller("quantize", "qat", 4, 4, steps=2, train_steps="steps", train_batch=8, **SINGLE),
-    "prune": smaller("prune", "obs", make_goal("unstructured", 0.5), steps=2, **SINGLE),
-    "prune channels": smaller("prune", "obs", make_goal("channel", 0.3), steps=2, **SINGLE),
+    "quantize": smaller("quantize", "qdrop", 4, 4, steps="steps", **QUICK, **COARSE),
+    "quantize qat": smaller("quantize", "qat", 4, 4, steps=2, train_steps="steps", train_batch=8, **QUICK, **COARSE),
+    "prune": smaller("prune", "obs", make_goal("unstructured", 0.5), steps=2, mask_steps=2, **QUICK),
+    "prune channels": smaller("prune", "obs", make_goal("channel", 0.3), steps=2, mask_steps=2, **QUICK),
     "distill": smaller("distill", "default", steps="steps", batch=8),
 }
 STEPWISE = ("synth small", "synth paper", "synth small-labels", "quantize", "quantize qat", "distill")

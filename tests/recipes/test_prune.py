@@ -20,8 +20,9 @@ from converters.load import load_classifier
 from converters.runtime import Session
 from converters.torch_module import TorchClassifier
 from converters.writeback import edited_classifier, prepare_for_pruning
+from recipes import zoo
 from recipes.account import Compression
-from recipes.images import ImageSet
+from recipes.images import ImageSet, load_images
 from recipes.inspect import inspect_model
 from recipes.patterns import NofM, Unstructured, keep_largest
 from recipes.prune import shares
@@ -56,7 +57,7 @@ def recipe(method: str, steps: int, **changes: object) -> PruneSettings:
 def pruned(
     tmp_path_factory: pytest.TempPathFactory, classifier_of: Classifiers, calibration_images: ImageSet
 ) -> Pruner:
-    """Prunings of embedded models on 32 images, each made once."""
+    """Prunings of embedded models on 16 images, each made once."""
     folder = tmp_path_factory.mktemp("pruned")
 
     @cache
@@ -428,13 +429,13 @@ def test_whole_channels(
 
 def test_channels_that_matter_stay(
     classifier_of: Classifiers,
-    calibration_images: ImageSet,
     judging_images: ImageSet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Half of the multiplications gone, sixty steps: far better than the same channels drawn by lot."""
     goal, kept = make_goal("channel", None, 0.5), {}
+    images = load_images(zoo.calibration_images_path(), 32)
     lot = np.random.default_rng(0)
 
     def drawn(*given: object) -> np.ndarray:
@@ -443,7 +444,7 @@ def test_channels_that_matter_stay(
     for name, harm in (("harm", channel_harm), ("lot", drawn)):
         output = tmp_path / f"{name}.onnx"
         monkeypatch.setattr("recipes.prune.choice.channel_harm", harm)
-        prune(classifier_of("residual"), calibration_images, output, recipe("one-stage", 40), goal)
+        prune(classifier_of("residual"), images, output, recipe("one-stage", 40), goal)
         kept[name] = top1(output, classifier_of("residual"), judging_images)
     assert kept["harm"] > kept["lot"] + 0.02
     assert kept["harm"] > 0.8

@@ -49,7 +49,7 @@ def recipe(method: str, steps: int = 6, **changes: object) -> QuantizeSettings:
 def quantized(
     tmp_path_factory: pytest.TempPathFactory, classifier_of: Classifiers, calibration_images: ImageSet
 ) -> Quantizer:
-    """Quantizations of embedded models on 32 images, each made once."""
+    """Quantizations of embedded models on 16 images, each made once."""
     folder = tmp_path_factory.mktemp("quantized")
 
     @cache

@@ -237,7 +237,7 @@ def test_the_file_carries_spec_and_provenance(
     properties = written.original.metadata_props
     assert properties["mixmix.note"] == "from a test"
     stated = json.loads(properties["mixmix.quantize"])
-    assert (stated["bits"], stated["act_bits"], stated["images"], stated["seed"]) == (4, 8, 32, 3)
+    assert (stated["bits"], stated["act_bits"], stated["images"], stated["seed"]) == (4, 8, 16, 3)
     assert QuantizeSettings.model_validate(stated["settings"]) == NEAREST
 
 

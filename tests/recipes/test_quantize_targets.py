@@ -34,7 +34,7 @@ MODELS = ("plain", "residual", "inverted", "dense", "excite", "shuffle", "attent
 def made_for(
     tmp_path_factory: pytest.TempPathFactory, classifier_of: Classifiers, calibration_images: ImageSet
 ) -> Quantizer:
-    """Quantizations of embedded models for a target on 32 images, each made once."""
+    """Quantizations of embedded models for a target on 16 images, each made once."""
     folder = tmp_path_factory.mktemp("targets")
 
     @cache
