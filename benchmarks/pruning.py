@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import Results, machine
+from record import Results, chosen_rows, machine
 from synthesis_quality import (
     ALL,
     TARGET,
@@ -109,7 +109,7 @@ def _fingerprint(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="only rows whose title has this in it (for several processes)")
+    parser.add_argument("--only", default="", help="the row of this title, or rows that have it in theirs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "pruning.jsonl")
@@ -118,9 +118,7 @@ def main() -> None:
         heads = [pattern if sparsity is None else f"{100 * sparsity:g} %" for pattern, sparsity in GOALS]
         print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} |")
         print("| --- " * (1 + len(GOALS)) + "|")
-        for title, row in rows.items():
-            if options.only not in title:
-                continue
+        for title, row in chosen_rows(rows, options.only).items():
             cells = []
             for goal in GOALS:
                 values = [

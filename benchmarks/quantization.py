@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import Results, machine
+from record import Results, chosen_rows, machine
 from synthesis_quality import (
     ALL,
     TARGET,
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="only these (for several processes)")
-    parser.add_argument("--only", default="", help="only rows whose title has this in it")
+    parser.add_argument("--only", default="", help="the row of this title, or rows that have it in theirs")
     parser.add_argument("--widths", nargs="+", help="only these columns, such as W2A4")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -100,9 +100,7 @@ def main() -> None:
     for target in options.targets:
         print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} | mean | mean SNR |")
         print("| --- " * (3 + len(heads)) + "|")
-        for title, row in TABLES[options.table].items():
-            if options.only not in title:
-                continue
+        for title, row in chosen_rows(TABLES[options.table], options.only).items():
             cells, means = [], []
             for width in map(widths.__getitem__, heads):
                 values = [

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: what a figure was measured on, and figures that are kept as they come."""
+"""What the benchmarks have in common: what a figure was measured on, figures kept as they come, which rows to do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
+Row = TypeVar("Row")
 UNITS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "VNNI", "amx_bf16": "AMX"}
 """What a processor may have that decides how fast, or how exact, a figure is; by the names Linux has for them."""
 
@@ -52,6 +54,11 @@ def commit() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def chosen_rows(rows: Mapping[str, Row], only: str) -> dict[str, Row]:
+    """The row that has this title or, where none has, all that have it in theirs."""
+    return {title: row for title, row in rows.items() if title == only or (only not in rows and only in title)}
 
 
 class Results:

@@ -24,7 +24,7 @@ from pathlib import Path
 import kornia.filters as filters
 import torch
 import torch.nn.functional as F
-from record import Results, machine
+from record import Results, chosen_rows, machine
 from synthesis_quality import IMAGES, LOW, Cell, classifier, digest, judge, module, spread
 from torch import Tensor, nn
 
@@ -194,17 +194,16 @@ def measure(title: str, cells: list[Cell], seed: int, results: Results) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="only rows whose title has this in it")
+    parser.add_argument("--only", default="", help="the row of this title, or rows that have it in theirs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results, cells = Results(options.output / "options.jsonl"), list(LOW)
     print(f"{machine()}; {SEEDS} seeds\n")
     print(f"| images | {' | '.join(f'{target} {how}' for target, how in cells)} |\n{'| --- ' * (1 + len(cells))}|")
-    for title in OPTIONS:
-        if options.only in title:
-            seeds = [measure(title, cells, seed, results) for seed in range(SEEDS)]
-            shown = [", ".join(map(spread, zip(*values, strict=True))) + " dB" for values in zip(*seeds, strict=True)]
-            print(f"| {title} | {' | '.join(shown)} |", flush=True)
+    for title in chosen_rows(OPTIONS, options.only):
+        seeds = [measure(title, cells, seed, results) for seed in range(SEEDS)]
+        shown = [", ".join(map(spread, zip(*values, strict=True))) + " dB" for values in zip(*seeds, strict=True)]
+        print(f"| {title} | {' | '.join(shown)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import numpy as np
 import onnx_ir as ir
 import scipy.stats
 import torch
-from record import Results, machine
+from record import Results, chosen_rows, machine
 from train_zoo import DATA, load_split
 
 from converters import passes
@@ -340,9 +340,7 @@ def measure_table(name: str, table: Table, only: str, targets: Sequence[str], fo
     floats = {target: float_accuracy(target) for target in dict.fromkeys(target for target, _ in columns)}
     print(f"float: {', '.join(f'{target} {value:.2f} %' for target, value in floats.items())}; {table.seeds} seeds\n")
     print(f"| images | {' | '.join(heads)} |\n{'| --- ' * (1 + len(heads))}|")
-    for title, source in table.rows.items():
-        if only not in title:
-            continue
+    for title, source in chosen_rows(table.rows, only).items():
         cells = []
         for cell in columns:
             values = [measure_cell(name, title, source, cell, seed, folder, results) for seed in range(table.seeds)]
@@ -394,7 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "alike"])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--only", default="", help="only rows whose title has this in it (for several processes)")
+    parser.add_argument("--only", default="", help="the row of this title, or rows that have it in theirs")
     parser.add_argument("--targets", nargs="+", default=(), help="only their columns")
     options = parser.parse_args()
     known = {target for table in TABLES.values() for target, _ in table.cells}
