@@ -33,7 +33,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from exporting import export_folded
 from numpy.typing import NDArray
 from photographs import CROPS, random_crops
-from record import machine
+from record import chosen_rows, machine
 
 from converters.classifier import Classifier
 from converters.conversion import to_torch
@@ -70,6 +70,7 @@ ZOO: dict[str, tuple[tuple[str, ...], str]] = {
 WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
     "--bits 4": (4, None, "qdrop", ()),
     "--bits 4 --set logit_share=0": (4, None, "qdrop", ("logit_share=0",)),
+    "--bits 4 --set extra_share=0.35": (4, None, "qdrop", ("extra_share=0.35",)),
     "--bits 4 --set group_size=32": (4, None, "qdrop", ("group_size=32",)),
     "--bits 4 --set group_size=64": (4, None, "qdrop", ("group_size=64",)),
     "--bits 4 --act-bits 8": (4, 8, "qdrop", ()),
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=TABLES[:3], choices=TABLES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="of pruning")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the quantization")
-    parser.add_argument("--only", default="", help="of the widths, those that have this in what is typed")
+    parser.add_argument("--only", default="", help="of the widths, the one typed so, or all with this in it")
     parser.add_argument("--export-only", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -225,12 +226,11 @@ def quantized(
 def widths(
     kept: Classifier, synthesized: ImageSet, judge: Judge, options: argparse.Namespace, terminal: Terminal
 ) -> Iterator[Row]:
-    for number, (title, (bits, act_bits, method, overrides)) in enumerate(WIDTHS.items()):
-        if options.only in title:
-            recipe = load_recipe(QuantizeSettings, PACKAGE, method, overrides=[*overrides, *options.overrides])
-            output = options.output / f"{kept.name}.{number}.onnx"
-            how = {"seed": options.seed, "overwrite": True, "progress": terminal}
-            yield judge.row(kept, title, quantize(kept, synthesized, output, recipe, bits, act_bits, **how))
+    for title, (bits, act_bits, method, overrides) in chosen_rows(WIDTHS, options.only).items():
+        recipe = load_recipe(QuantizeSettings, PACKAGE, method, overrides=[*overrides, *options.overrides])
+        output = options.output / f"{kept.name}.{list(WIDTHS).index(title)}.onnx"
+        how = {"seed": options.seed, "overwrite": True, "progress": terminal}
+        yield judge.row(kept, title, quantize(kept, synthesized, output, recipe, bits, act_bits, **how))
 
 
 def zoo(terminal: Terminal, kept: Classifier, folded: Classifier, judge: Judge, options: argparse.Namespace) -> None:

@@ -9,13 +9,24 @@ network.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from converters.torch_module import Step, TorchClassifier
+from recipes.images import gaussian_noise
+
+ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity")
+"""These lead from the mean to what is normalised, whatever computes the deviation."""
+FARTHEST = 6
+"""Steps from a mean to what is made of it at last: four (x - mean, over a root, scale, offset), and two Casts."""
+LEAST_PLACES = 8
+"""Of fewer, a scale and an offset for each channel explain too much."""
+ALIKE, UNEVEN = 1e-2, 1e-3
+"""Relative: what may be left of a value that is explained; least difference of scales."""
 
 
 @dataclass(frozen=True)
@@ -57,61 +68,75 @@ def _read_in_part(name: str, module: TorchClassifier) -> bool:
 
 
 def layer_norms(module: TorchClassifier) -> list[LayerNorm]:
-    """LayerNormalization over the channels alone, in order, with its scale and offset.
+    """LayerNormalization over the channels alone, in order, with its scale and offset: the operator, or written out."""
+    found = {norm.output: norm for norm in (*_by_operator(module), *_written_out(module))}
+    return [found[step.outputs[0]] for step in module.whole.steps if step.outputs[0] in found]
 
-    Also where an exporter wrote it out as (x - mean) / sqrt(...), if a scale for each channel follows: a norm over
-    places, as of InstanceNormalization, has one for something else. Other spellings (x times a reciprocal) are missed.
-    """
-    steps = module.whole.steps
-    maker = {name: step for step in steps for name in step.outputs}
-    reads = Counter(name for step in steps for name in step.inputs)
-    reader = {name: step for step in steps for name in step.inputs if reads[name] == 1}
-    means = {step.outputs[0]: mean for step in steps if (mean := _mean_taken_away(step, maker)) is not None}
-    layers = [step for step in steps if step.op == "LayerNormalization"]
-    shapes = _shapes(module, [*means, *(mean.outputs[0] for mean in means.values()), *(s.outputs[0] for s in layers)])
-    found = {}
-    for step in layers:
+
+def _by_operator(module: TorchClassifier) -> Iterator[LayerNorm]:
+    steps = [step for step in module.whole.steps if step.op == "LayerNormalization"]
+    shapes = _shapes(module, [step.outputs[0] for step in steps])
+    for step in steps:
         rank = len(shapes[step.outputs[0]])
         if step.attributes.get("axis", -1) in (-1, rank - 1) and rank > 2:
-            found[step.outputs[0]] = LayerNorm(step.inputs[0], step.outputs[0], -1)
-    for output, mean in means.items():
-        shape, reduced = shapes[output], shapes[mean.outputs[0]]
-        axes = [axis for axis, size in enumerate(shape) if len(shape) == len(reduced) and reduced[axis] != size]
-        if axes not in ([1], [len(shape) - 1]) or len(shape) < 3:
-            continue
-        scaled = _scaled(output, len(shape) - 1 - axes[0], reader, module)
-        if scaled is not None:
-            found[output] = LayerNorm(mean.inputs[0], scaled, 1 if axes == [1] else -1)
-    return [found[step.outputs[0]] for step in steps if step.outputs[0] in found]
+            yield LayerNorm(step.inputs[0], step.outputs[0], -1)
 
 
-def _mean_taken_away(step: Step, maker: Mapping[str, Step]) -> Step | None:
-    """The mean m of a step that divides x - m by a root."""
-    if step.op != "Div" or not all(name in maker for name in step.inputs):
-        return None
-    difference, root = (maker[name] for name in step.inputs)
-    mean = maker.get(difference.inputs[1]) if difference.op == "Sub" else None
-    if root.op != "Sqrt" or mean is None or mean.op != "ReduceMean" or mean.inputs[0] != difference.inputs[0]:
-        return None
-    return mean
+def _written_out(module: TorchClassifier) -> Iterator[LayerNorm]:
+    """Where elementwise steps behind the mean of x over one axis come to the LayerNormalization of x.
 
-
-def _scaled(name: str, places: int, reader: Mapping[str, Step], module: TorchClassifier) -> str | None:
-    """What a scale for each channel, and an offset if there is one, make of a value; None where there is no scale.
-
-    `places` is the number of axes behind that of the channels.
+    Exporters spell it in many ways (over a root, times its reciprocal or a power of -0.5; x a + (b - mean a), as
+    TensorFlow does), so it is told by what the steps compute: of the values that are it, the last.
     """
-    scale = reader.get(name)
-    if scale is None or not _for_channels(scale, "Mul", places, module):
-        return None
-    offset = reader.get(scale.outputs[0])
-    return (offset if offset is not None and _for_channels(offset, "Add", places, module) else scale).outputs[0]
+    steps = module.whole.steps
+    makers = {name: step for step in steps for name in step.outputs}
+    readers: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        for name in step.inputs:
+            readers[name].append(step)
+    means = [step for step in steps if step.op == "ReduceMean" and step.inputs[0] in makers]
+    behind = {mean.outputs[0]: _elementwise_behind(mean.outputs[0], readers) for mean in means}
+    wanted = {mean.inputs[0] for mean in means} | set(behind).union(*behind.values())
+    values = _of_two_images(module, wanted)
+    for mean in means:
+        x, reduced = values[mean.inputs[0]], values[mean.outputs[0]].shape
+        axes = [axis for axis, size in enumerate(x.shape) if x.ndim == len(reduced) and reduced[axis] != size]
+        if x.ndim < 3 or axes not in ([1], [x.ndim - 1]):
+            continue
+        normalised = [name for name in behind[mean.outputs[0]] if _is_layer_norm(values[name], x, axes[0])]
+        if normalised:
+            yield LayerNorm(mean.inputs[0], normalised[-1], 1 if axes == [1] else -1)
 
 
-def _for_channels(step: Step, op: str, places: int, module: TorchClassifier) -> bool:
-    """Whether the other operand of a step is a constant that has a number for each channel, and for nothing else."""
-    shapes = [module.constant(name).shape for name in step.inputs if module.is_constant(name)]
-    return step.op == op and any(len(s) > places and s.numel() == s[-1 - places] > 1 for s in shapes)
+def _elementwise_behind(name: str, readers: Mapping[str, Sequence[Step]]) -> list[str]:
+    """What few elementwise steps make of a value, the nearest first."""
+    found, border = dict.fromkeys([name]), [name]
+    for _ in range(FARTHEST):
+        border = [
+            output for value in border for step in readers[value] if step.op in ELEMENTWISE for output in step.outputs
+        ]
+        found |= dict.fromkeys(border)
+    return list(found)
+
+
+def _is_layer_norm(y: Tensor, x: Tensor, axis: int) -> bool:
+    """Whether y is x normalised over `axis` at each place, times a scale of each channel, plus an offset of each.
+
+    Scales that are all alike are none: without them it may be the normalisation of something else. Places that hardly
+    vary are left out, as the summand under the root decides there.
+    """
+    if y.shape != x.shape:
+        return False
+    x, y = (value.double().movedim(axis, -1).flatten(0, -2) for value in (x, y))
+    deviation, mean = torch.std_mean(x, 1, correction=0, keepdim=True)
+    kept = (deviation > 0.1 * deviation.max()).flatten()
+    if int(kept.sum()) < LEAST_PLACES:
+        return False
+    normal, y = ((x - mean) / deviation)[kept], y[kept]
+    normal, y = normal - normal.mean(0), y - y.mean(0)
+    scale = (normal * y).sum(0) / normal.square().sum(0).clamp_min(1e-12)
+    uneven = float(scale.max() - scale.min()) > UNEVEN * float(scale.abs().max())
+    return uneven and float((y - scale * normal).norm()) < ALIKE * float(y.norm())
 
 
 def _folded_convolutions(module: TorchClassifier, norms: Iterable[LayerNorm]) -> list[str]:
@@ -148,10 +173,21 @@ def _sums_two(step: Step, module: TorchClassifier) -> bool:
     return step.op in ("Add", "Sum") and sum(not module.is_constant(name) for name in step.inputs) > 1
 
 
-@torch.no_grad()
 def _shapes(module: TorchClassifier, names: Collection[str]) -> dict[str, torch.Size]:
     """Of values, by name, for one image."""
-    if not names:
-        return {}
-    values = module.segment([module.input_name], names)({module.input_name: module.black_image()})
-    return {name: value.shape for name, value in values.items()}
+    return {name: value.shape for name, value in _values(module, names, module.black_image()).items()}
+
+
+def _of_two_images(module: TorchClassifier, names: Collection[str]) -> dict[str, Tensor]:
+    """Values by name, of noise and of less of it: what is one number for a whole image is none for both."""
+    pixels = gaussian_noise(1, module.spec.channel_count, module.spec.size, seed=0).pixels
+    first, second = (
+        _values(module, names, module.spec.to_input(share * pixels).to(module.device)) for share in (1.0, 0.3)
+    )
+    return {name: torch.cat([torch.atleast_1d(first[name]), torch.atleast_1d(second[name])]) for name in names}
+
+
+@torch.no_grad()
+def _values(module: TorchClassifier, names: Collection[str], x: Tensor) -> dict[str, Tensor]:
+    """By name, of model inputs."""
+    return module.segment([module.input_name], names)({module.input_name: x}) if names else {}

@@ -159,6 +159,8 @@ class ClassToken(nn.Module):
         self.patches, self.token = nn.Conv2d(3, 6, 4, 4), nn.Parameter(torch.rand(1, 1, 6))
         self.first, self.mixed, self.last = nn.LayerNorm(6), nn.Linear(17, 17), nn.LayerNorm(6)
         self.head = nn.Linear(6, 5)
+        for norm in (self.first, self.last):
+            nn.init.normal_(norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
@@ -175,33 +177,51 @@ def test_what_only_a_class_token_is_read_of_is_left_out(opset: int, dynamo: bool
     assert even_values(module) == [EvenValue(first.output, -1)]
 
 
-def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
-    """LayerNorm of the last axis by hand, with operands of some nodes (output, operands) replaced.
+MEANS = {
+    "doubled": ("Add", "features features"),
+    "mean": ("ReduceMean", "features axis"),
+    "other": ("ReduceMean", "doubled axis"),
+    "centred": ("Sub", "features mean"),
+    "square": ("Mul", "centred centred"),
+    "variance": ("ReduceMean", "square axis"),
+    "padded": ("Add", "variance little"),
+}
+ROOT = {"root": ("Sqrt", "padded")}
+INVERSE = {"inverse": ("Reciprocal", "root")}
+PRODUCT = {"normal": ("Mul", "centred inverse")}
+AFFINE = {"scaled": ("Mul", "normal gamma"), "moved": ("Add", "scaled beta")}
+SPELLINGS = {
+    "divided": MEANS | ROOT | {"normal": ("Div", "centred root")} | AFFINE,
+    "reciprocal": MEANS | ROOT | INVERSE | PRODUCT | AFFINE,
+    "power": MEANS | {"inverse": ("Pow", "padded power")} | PRODUCT | AFFINE,
+    "tensorflow": MEANS
+    | ROOT
+    | INVERSE
+    | {"gain": ("Mul", "inverse gamma"), "scaled": ("Mul", "features gain"), "shift": ("Mul", "mean gain")}
+    | {"rest": ("Sub", "beta shift"), "moved": ("Add", "scaled rest")},
+}
+"""LayerNorm of the last axis, by hand: what computes each value, in order."""
 
-    Convolution, LayerNorm, a sum of two, and the head.
-    """
-    parts = {
-        "mean": ("ReduceMean", "features axis"),
-        "other": ("ReduceMean", "doubled axis"),
-        "doubled": ("Add", "features features"),
-        "centred": ("Sub", "features mean"),
-        "square": ("Mul", "centred centred"),
-        "variance": ("ReduceMean", "square axis"),
-        "padded": ("Add", "variance little"),
-        "root": ("Sqrt", "padded"),
-        "normal": ("Div", "centred root"),
-        "scaled": ("Mul", "normal gamma"),
-        "moved": ("Add", "scaled beta"),
-    }
+
+def written_out(*tampered: Sequence[str], spelling: str = "divided") -> onnx.ModelProto:
+    """Convolution, LayerNorm by hand, and the head; with operands of some nodes (output, operands) replaced."""
+    parts = dict(SPELLINGS[spelling])
     for output, operands in tampered:
         parts[output] = (parts[output][0], operands)
-    order = ["doubled", "mean", "other", *list(parts)[3:]]
     nodes = [models.node("Conv", "image weight", "features")]
-    nodes += [models.node(parts[name][0], parts[name][1], name) for name in order]
+    nodes += [models.node(op, operands, name) for name, (op, operands) in parts.items()]
     tensors = {"weight": models.weights(4, models.CHANNELS, 3, 3), "axis": np.array([-1]), "little": np.float32(1e-5)}
     tensors |= {name: models.weights(6, seed=seed) for seed, name in enumerate(("gamma", "beta"), 2)}
     tensors |= {"of.first": models.weights(4, 1, 1, seed=4), "of.places": models.weights(6, 6, seed=5)}
+    tensors["power"] = np.float32(-0.5)
     return models.assemble([*nodes, *models.head("moved")], tensors | models.head_tensors(4), opset=18)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_layer_norm_is_found(spelling: str, load: Load) -> None:
+    module = to_torch(load(written_out(spelling=spelling)))
+    (norm,) = layer_norms(module)
+    assert (norm.input, norm.output, norm.axis) == ("features", "moved", -1)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +233,7 @@ def written_out(*tampered: Sequence[str]) -> onnx.ModelProto:
         ((("normal", "root centred"),), 0),
         ((("centred", "features little"),), 0),
         ((("scaled", "normal of.first"),), 0),  # a norm over places, with a scale for each channel
-        ((("scaled", "normal little"),), 0),
+        ((("scaled", "normal power"),), 0),
     ],
 )
 def test_what_is_not_a_layer_norm_is_not_taken_for_one(
