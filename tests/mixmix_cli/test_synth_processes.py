@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 
 from mixmix_cli.__main__ import main
 from recipes import zoo
-from tests.mixmix_cli.command import finish, start, torchrun
+from tests.mixmix_cli.command import Forked, finish, start, torchrun
 
 COUNT = 24
 HOW = (
@@ -26,8 +26,7 @@ HOW = (
     'stages=[{"scale":0.5,"steps":4},{"scale":1.0,"steps":6}]',
 )
 SYNTH = ("synth", *(str(zoo.model_path(name)) for name in ("inverted", "plain")), *HOW)
-PROCESS = ("-m", "mixmix_cli", *SYNTH)
-PROCESSES = (*torchrun(2), *PROCESS)
+PROCESSES = (*torchrun(2), "-m", "mixmix_cli", *SYNTH)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -45,11 +44,11 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The set that one uninterrupted call makes."""
     directory = tmp_path_factory.mktemp("whole") / "set"
     synth(directory)
-    return content(directory)
+    return directory
 
 
 def synth(directory: Path, *more: str) -> None:
@@ -57,11 +56,11 @@ def synth(directory: Path, *more: str) -> None:
     assert main([*SYNTH, "-o", str(directory), *more]) == 0
 
 
-def stop_after(process: subprocess.Popen[str], directory: Path, shards: int, how: signal.Signals) -> tuple[int, str]:
+def stop_after(process: Forked, directory: Path, shards: int, how: signal.Signals) -> tuple[int | None, str]:
     """Send the signal as soon as so many shards are recorded; exit status and stderr."""
     deadline = time.monotonic() + 120
     while len(list(directory.glob("shards/*.json"))) < shards:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.communicate(timeout=1)
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(how)
@@ -69,12 +68,12 @@ def stop_after(process: subprocess.Popen[str], directory: Path, shards: int, how
     return process.returncode, err
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     """Killed outright after the first shard, resumed, interrupted after the third, resumed: as if nothing had been."""
     directory = tmp_path / "set"
-    assert stop_after(start(*PROCESS, "-o", directory), directory, 1, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stop_after(Forked(*SYNTH, "-o", directory), directory, 1, signal.SIGKILL)[0] == -signal.SIGKILL
     assert not json.loads((directory / "manifest.json").read_text())["finished"]
-    resumed = start(*PROCESS, "-o", directory, "--resume")
+    resumed = Forked(*SYNTH, "-o", directory, "--resume")
     status, err = stop_after(resumed, directory, 3, signal.SIGINT)
     assert status == 130
     listed = (directory / "metadata.jsonl").read_text().splitlines()  # what was finished can be used as it is
@@ -82,18 +81,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: dict[str, byte
     assert f"{len(listed)} of {COUNT} images are in {directory}" in err
     assert "--resume" in err
     synth(directory, "--resume")
-    assert content(directory) == whole
+    assert content(directory) == content(whole)
 
 
-def test_two_processes_make_what_one_makes(whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_two_processes_make_what_one_makes(whole: Path, tmp_path: Path) -> None:
     """Of a set that one began: it has the first and the fourth batch of twelve."""
-    directory = tmp_path / "set"
-    synth(directory)
+    directory = shutil.copytree(whole, tmp_path / "set")
     for index in set(range(12)) - {0, 3}:
         (directory / "shards" / f"{index:05}.json").unlink()
     out, _ = finish(start(*PROCESSES, "-o", directory, "--resume", "--json"))
     assert json.loads(out)["images"] == COUNT  # one document: only the first process speaks
-    assert content(directory) == whole
+    assert content(directory) == content(whole)
 
 
 def test_a_folder_in_use_stops_all_processes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from recipes import checkpoint, zoo
 from recipes.images import load_images
 from recipes.ranks import Ranks
 from recipes.training import Training
-from tests.mixmix_cli.command import finish, run, start, torchrun
+from tests.mixmix_cli.command import run, start, together, torchrun
 
 IMAGES = zoo.calibration_images_path()
 DATA = ("--data", IMAGES, "-n", "10")
@@ -69,7 +69,7 @@ def test_two_processes_quantize_what_one_began(
         patch.setattr(Training, "factor", stopping)
         assert run(capsys, *quantize, "train_steps=6", "-o", files[1])[0] == 130
     assert len(list(tmp_path.glob("*.partial"))) == 1
-    out, err = finish(start(*torchrun(2), "-m", "mixmix_cli", *quantize, "train_steps=6", "-o", files[1], "--json"))
+    out, err = together(2, *quantize, "train_steps=6", "-o", files[1], "--json")
     assert json.loads(out)["output"] == str(files[1])  # one document: only the first process speaks
     assert err.count("what was done before is kept") == 1
     assert_alike(*files)
@@ -84,7 +84,7 @@ def test_two_processes_distil_what_one_does(
     files = tmp_path / "one.onnx", tmp_path / "two.onnx"
     distill = ("distill", teacher, model, *DATA, "--steps", "6", "--set", "batch=5")
     assert run(capsys, *distill, "-o", files[0], "-q")[0] == 0
-    finish(start(*torchrun(2), "-m", "mixmix_cli", *distill, "-o", files[1]))
+    together(2, *distill, "-o", files[1])
     assert_alike(*files, model)
 
 

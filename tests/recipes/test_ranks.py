@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recipes.ranks import ALONE, Part, Ranks
-from tests.mixmix_cli.command import finish, start, torchrun
+from tests.mixmix_cli.command import together
+from tests.recipes import three_ranks
 
 
 @pytest.mark.parametrize(("count", "whole"), [(1, 5), (2, 5), (3, 2), (4, 8), (7, 3)])
@@ -29,4 +30,4 @@ def test_alone_nothing_is_done() -> None:
 
 def test_three_processes_train_as_one() -> None:
     """Uneven batches, one process without an image, statistics and losses of the whole batch, the same bits in all."""
-    finish(start(*torchrun(3), "-m", "tests.recipes.three_ranks"))
+    together(3, work=three_ranks.main)

@@ -1,4 +1,4 @@
-"""What each process of `test_ranks` does: `torchrun -m tests.recipes.three_ranks`."""
+"""What each process of `test_ranks` does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trained(ranks: Ranks) -> list[Tensor]:
     return tensors
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     with join_ranks() as ranks:
         assert ranks.count == 3
