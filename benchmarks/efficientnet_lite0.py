@@ -70,7 +70,6 @@ ZOO: dict[str, tuple[tuple[str, ...], str]] = {
 WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
     "--bits 4": (4, None, "qdrop", ()),
     "--bits 4 --set logit_share=0": (4, None, "qdrop", ("logit_share=0",)),
-    "--bits 4 --set extra_share=0.35": (4, None, "qdrop", ("extra_share=0.35",)),
     "--bits 4 --set group_size=32": (4, None, "qdrop", ("group_size=32",)),
     "--bits 4 --set group_size=64": (4, None, "qdrop", ("group_size=64",)),
     "--bits 4 --act-bits 8": (4, 8, "qdrop", ()),
@@ -79,6 +78,7 @@ WIDTHS: dict[str, tuple[int | Budget, int | None, str, tuple[str, ...]]] = {
     "--mixed size=2.8MB": (Budget("size", 2.8e6), None, "qdrop", ()),
     "--bits 4 --method brecq": (4, None, "brecq", ()),
     "--bits 4 --method qat --set train_steps=300": (4, None, "qat", ("train_steps=300",)),
+    "--bits 4 --set extra_share=0.35": (4, None, "qdrop", ("extra_share=0.35",)),
 }
 """Bits, activation bits, method and overrides by what a user types."""
 METHODS = ("one-shot", "two-stage", "obs")

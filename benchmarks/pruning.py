@@ -114,11 +114,14 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "pruning.jsonl")
     print(machine())
+    wanted = chosen_rows({title: row for rows in TABLES.values() for title, row in rows.items()}, options.only)
     for target, rows in TABLES.items():
         heads = [pattern if sparsity is None else f"{100 * sparsity:g} %" for pattern, sparsity in GOALS]
         print(f"\n| {target}, float {float_accuracy(target):.2f} % | {' | '.join(heads)} |")
         print("| --- " * (1 + len(GOALS)) + "|")
-        for title, row in chosen_rows(rows, options.only).items():
+        for title, row in rows.items():
+            if title not in wanted:
+                continue
             cells = []
             for goal in GOALS:
                 values = [

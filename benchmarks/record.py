@@ -57,8 +57,11 @@ def commit() -> str:
 
 
 def chosen_rows(rows: Mapping[str, Row], only: str) -> dict[str, Row]:
-    """The row that has this title or, where none has, all that have it in theirs."""
-    return {title: row for title, row in rows.items() if title == only or (only not in rows and only in title)}
+    """The row that has this title or, where none has, all that have it in theirs; exits where none has."""
+    chosen = {title: row for title, row in rows.items() if title == only or (only not in rows and only in title)}
+    if not chosen:
+        sys.exit(f"no row has {only!r} in its title; there are: {'; '.join(rows)}")
+    return chosen
 
 
 class Results:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import TCPStore
 
 from mixmix_cli import __main__
 from mixmix_cli.__main__ import main
@@ -63,61 +65,75 @@ def _forks() -> ForkServerContext:
     return context
 
 
-def _work(work: Callable[[], object], arguments: list[str], environment: Mapping[str, str], output: Path) -> None:
+def _work(
+    work: Callable[[], object], arguments: list[str], environment: dict[str, str], folder: Path, printed: list[Path]
+) -> None:
+    """What a process does that has been told nothing yet of where it is, and what is asked of it."""
+    os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), descriptor)
+    for descriptor, path in enumerate(printed, 1):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
     sys.argv = ["mixmix", *arguments]
     work()
 
 
 class Forked:
-    """`mixmix` with these arguments, or other work, in a process of its own; for those who call it like a Popen."""
+    """`mixmix` with these arguments, or other work, on one thread in a process of its own that ends with this one."""
 
     def __init__(
-        self,
-        *arguments: object,
-        work: Callable[[], object] = __main__.run,
-        environment: Mapping[str, str] | None = None,
+        self, *arguments: object, work: Callable[[], object] = __main__.run, environment: dict[str, str] | None = None
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._output = Path(self._folder.name) / "printed"
-        words, environment = [str(argument) for argument in arguments], {"OMP_NUM_THREADS": "1"} | (environment or {})
-        self._process = _forks().Process(target=_work, args=(work, words, environment, self._output))
+        self._printed = [Path(self._folder.name) / name for name in ("out", "err")]
+        for path in self._printed:
+            path.touch()
+        given = (work, [str(argument) for argument in arguments], dict(os.environ) | (environment or {}), Path.cwd())
+        self._process = _forks().Process(target=_work, args=(*given, self._printed), daemon=True)
         self._process.start()
 
     @property
-    def returncode(self) -> int | None:
+    def status(self) -> int | None:
+        """The exit status; None while it runs."""
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self.returncode
+    def send(self, how: signal.Signals) -> None:
+        """Send a signal to it while it runs."""
+        assert self._process.pid
+        assert self.status is None, self.printed()
+        os.kill(self._process.pid, how)
 
-    def send_signal(self, how: signal.Signals) -> None:
-        os.kill(self._process.pid or 0, how)
-
-    def communicate(self, timeout: float) -> tuple[str, str]:
-        self._process.join(timeout)
-        assert self.returncode is not None, "it has not ended"
-        out, err = (self._output.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    def printed(self) -> tuple[str, str]:
+        """What it has printed, stdout and stderr."""
+        out, err = (path.read_text() for path in self._printed)
         return out, err
 
+    def wait(self, seconds: float) -> None:
+        """Until it has ended; what has not by then is ended."""
+        self._process.join(seconds)
+        if self.status is None:
+            self._process.kill()
+            self._process.join()
 
-def together(count: int, *arguments: object, work: Callable[[], object] = __main__.run) -> tuple[str, str]:
-    """What `count` processes print that are told what torchrun tells its own, stdout and stderr; all end with 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
-    job |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+
+def together(
+    count: int, *arguments: object, status: int = 0, work: Callable[[], object] = __main__.run
+) -> tuple[str, str]:
+    """What `count` processes print that are told what torchrun tells its own; all end with this status."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    job |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "test"}
     started = [
         Forked(*arguments, work=work, environment=job | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
-    printed = [process.communicate(timeout=200) for process in started]
-    out, err = ("".join(texts) for texts in zip(*printed, strict=True))
-    assert [process.returncode for process in started] == [0] * count, err
+    deadline = time.monotonic() + 120
+    for process in started:
+        process.wait(max(1.0, deadline - time.monotonic()))
+    out, err = ("".join(texts) for texts in zip(*(process.printed() for process in started), strict=True))
+    assert [process.status for process in started] == [status] * count, err
     return out, err
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mixmix_cli.__main__ import main
 from recipes import zoo
-from tests.mixmix_cli.command import Forked, finish, start, torchrun
+from tests.mixmix_cli.command import Forked, finish, start, together, torchrun
 
 COUNT = 24
 HOW = (
@@ -60,12 +60,12 @@ def stop_after(process: Forked, directory: Path, shards: int, how: signal.Signal
     """Send the signal as soon as so many shards are recorded; exit status and stderr."""
     deadline = time.monotonic() + 120
     while len(list(directory.glob("shards/*.json"))) < shards:
-        assert process.poll() is None, process.communicate(timeout=1)
+        assert process.status is None, process.printed()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(how)
-    err = process.communicate(timeout=60)[1]
-    return process.returncode, err
+    process.send(how)
+    process.wait(60)
+    return process.status, process.printed()[1]
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path) -> None:
@@ -96,8 +96,6 @@ def test_two_processes_make_what_one_makes(whole: Path, tmp_path: Path) -> None:
 
 def test_a_folder_in_use_stops_all_processes(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    process = start(*PROCESSES, "-o", tmp_path)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode != 0
+    _, err = together(2, *SYNTH, "-o", tmp_path, status=2)
     assert err.count("is not empty") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]

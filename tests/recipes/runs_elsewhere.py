@@ -72,17 +72,17 @@ def smaller(command: str, recipe: str, *how: Any, **changes: Any) -> Run:
 
 def distances(device: torch.device, _steps: int, _folder: Path) -> Tensor:
     real, pixels = images(), images().pixels
-    few, others = (dataclasses.replace(real, pixels=part, labels=None) for part in pixels.split(8))
+    few, others = (dataclasses.replace(real, pixels=part, labels=None) for part in pixels.split(4))
     found = compare(to_torch(load_classifier(zoo.model_path("plain"))).to(device), few, others, permutations=2)
     assert found.to_stored is not None
     return torch.tensor([100 * found.mmd2, found.distance, *found.to_stored, *(of for _, of in found.layers)])
 
 
 def images() -> ImageSet:
-    return load_images(zoo.calibration_images_path(), 16)
+    return load_images(zoo.calibration_images_path(), 8)
 
 
-QUICK: dict[str, Any] = {"precision": "float32", "sensitive_images": 4}
+QUICK: dict[str, Any] = {"precision": "float32", "sensitive_images": 2}
 """Not every processor would choose this precision."""
 COARSE = {"range_steps": 20}
 EVERYTHING: dict[str, Any] = {"batch": 4, "shift": 0.1, "jitter": [0.2, 0.2, 0.2, 0.1]}

@@ -70,11 +70,11 @@ def top1(path: Path, classifier: Classifier, images: ImageSet) -> float:
 def taught(
     classifier_of: Classifiers, calibration_images: ImageSet, tmp_path_factory: pytest.TempPathFactory
 ) -> Compression:
-    """A residual net that knew nothing, taught by the plain one for a few steps on 32 images."""
+    """A residual net that knew nothing, taught by the plain one for a few steps."""
     folder = tmp_path_factory.mktemp("distilled")
     student = load_classifier(forgetful(classifier_of("residual").path, folder / "student.onnx"))
     return distill(
-        classifier_of("plain"), student, calibration_images, folder / "o.onnx", recipe(60, batch=32, mixing=0.5)
+        classifier_of("plain"), student, calibration_images, folder / "o.onnx", recipe(60, batch=16, mixing=0.5)
     )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -15,8 +14,9 @@ from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.torch_module import TorchClassifier
 from recipes.compare import compare
-from recipes.evenness import EvenValue, even_values, layer_norms
+from recipes.evenness import EvenValue, even_values
 from recipes.images import ImageSet, load_images
+from recipes.layer_norms import layer_norms
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
 from tests import models
@@ -177,83 +177,13 @@ def test_what_only_a_class_token_is_read_of_is_left_out(opset: int, dynamo: bool
     assert even_values(module) == [EvenValue(first.output, -1)]
 
 
-MEANS = {
-    "doubled": ("Add", "features features"),
-    "mean": ("ReduceMean", "features axis"),
-    "other": ("ReduceMean", "doubled axis"),
-    "centred": ("Sub", "features mean"),
-    "square": ("Mul", "centred centred"),
-    "variance": ("ReduceMean", "square axis"),
-    "padded": ("Add", "variance little"),
-}
-ROOT = {"root": ("Sqrt", "padded")}
-INVERSE = {"inverse": ("Reciprocal", "root")}
-PRODUCT = {"normal": ("Mul", "centred inverse")}
-AFFINE = {"scaled": ("Mul", "normal gamma"), "moved": ("Add", "scaled beta")}
-SPELLINGS = {
-    "divided": MEANS | ROOT | {"normal": ("Div", "centred root")} | AFFINE,
-    "reciprocal": MEANS | ROOT | INVERSE | PRODUCT | AFFINE,
-    "power": MEANS | {"inverse": ("Pow", "padded power")} | PRODUCT | AFFINE,
-    "tensorflow": MEANS
-    | ROOT
-    | INVERSE
-    | {"gain": ("Mul", "inverse gamma"), "scaled": ("Mul", "features gain"), "shift": ("Mul", "mean gain")}
-    | {"rest": ("Sub", "beta shift"), "moved": ("Add", "scaled rest")},
-}
-"""LayerNorm of the last axis, by hand: what computes each value, in order."""
-
-
-def written_out(*tampered: Sequence[str], spelling: str = "divided") -> onnx.ModelProto:
-    """Convolution, LayerNorm by hand, and the head; with operands of some nodes (output, operands) replaced."""
-    parts = dict(SPELLINGS[spelling])
-    for output, operands in tampered:
-        parts[output] = (parts[output][0], operands)
-    nodes = [models.node("Conv", "image weight", "features")]
-    nodes += [models.node(op, operands, name) for name, (op, operands) in parts.items()]
-    tensors = {"weight": models.weights(4, models.CHANNELS, 3, 3), "axis": np.array([-1]), "little": np.float32(1e-5)}
-    tensors |= {name: models.weights(6, seed=seed) for seed, name in enumerate(("gamma", "beta"), 2)}
-    tensors |= {"of.first": models.weights(4, 1, 1, seed=4), "of.places": models.weights(6, 6, seed=5)}
-    tensors["power"] = np.float32(-0.5)
-    return models.assemble([*nodes, *models.head("moved")], tensors | models.head_tensors(4), opset=18)
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_of_a_layer_norm_is_found(spelling: str, load: Load) -> None:
-    module = to_torch(load(written_out(spelling=spelling)))
-    (norm,) = layer_norms(module)
-    assert (norm.input, norm.output, norm.axis) == ("features", "moved", -1)
-
-
-@pytest.mark.parametrize(
-    ("tampered", "count"),
-    [
-        ((), 1),
-        ((("centred", "features other"),), 0),  # the mean of something else
-        ((("normal", "centred padded"),), 0),  # no root
-        ((("normal", "root centred"),), 0),
-        ((("centred", "features little"),), 0),
-        ((("scaled", "normal of.first"),), 0),  # a norm over places, with a scale for each channel
-        ((("scaled", "normal power"),), 0),
-    ],
-)
-def test_what_is_not_a_layer_norm_is_not_taken_for_one(
-    tampered: Sequence[Sequence[str]], count: int, load: Load
-) -> None:
-    assert len(layer_norms(to_torch(load(written_out(*tampered))))) == count
-
-
-def test_what_is_added_for_each_place_is_no_offset(load: Load) -> None:
-    (norm,) = layer_norms(to_torch(load(written_out(("moved", "scaled of.places")))))
-    assert norm.output == "scaled"
-
-
 def test_even_channels_bring_images_of_a_transformer_closer_to_real_ones(
     module_of: Modules, calibration_images: ImageSet, tmp_path: Path
 ) -> None:
     module = module_of("attention")
     distances = {}
     for name, unevenness in (("labels", 0.0), ("even", 1.0)):
-        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], 40, {"images": 32})
+        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], 40, {"images": 16})
         synthesize([module], tmp_path / name, how)
         distances[name] = compare(module, load_images(tmp_path / name), calibration_images, permutations=1).distance
     assert distances["even"] < 0.7 * distances["labels"]

@@ -182,7 +182,8 @@ def assert_the_file_is_the_simulation(result: Compression, classifier: Classifie
     ("model", "method", "bits", "act_bits"),
     [
         *(("plain", method, *width) for method in METHODS for width in ((2, None), (4, 4))),
-        *(("inverted", "qdrop", *width) for width in ((2, None), (4, None), (4, 8), (4, 4))),
+        *(("inverted", "qdrop", *width) for width in ((2, None), (4, None), (4, 8))),
+        *(("inverted", method, 4, 4) for method in METHODS),
     ],
 )
 def test_the_file_computes_what_was_simulated(

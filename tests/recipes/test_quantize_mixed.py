@@ -179,7 +179,7 @@ def test_bits_of_weights_and_inputs_are_chosen_together(module_of: Modules, cali
     [
         ("inverted", "int4", None, 0),
         ("attention", "int2", None, 0),
-        ("inverted", "int4", 8, 0),
+        ("plain", "int4", 8, 0),
         ("residual", "int4", None, 16),
         ("attention", "int2", None, 32),
     ],

@@ -45,7 +45,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[Quantized]:
 @pytest.mark.parametrize(
     ("target", "bits", "act_bits", "name"),
     [
-        *(("portable", 4, 4, name) for name in ("plain", "inverted", "dense", "excite", "attention")),
+        *(("portable", 4, 4, name) for name in ("plain", "inverted", "attention")),
         *(("ort-cpu", 8, 8, name) for name in ("inverted", "excite")),
         *((*how, name) for how in (("portable", 2, 16), ("tensorrt", 8, 8)) for name in ("plain", "attention")),
     ],

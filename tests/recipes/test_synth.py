@@ -258,7 +258,7 @@ def test_even_channels_bring_images_closer_to_the_statistics_that_were_folded(
     folded, kept = module_of("inverted_folded"), module_of("inverted")
     distances = {}
     for name, unevenness in (("labels", 0.0), ("even", 1.0)):
-        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], None, {"images": 32})
+        how = load_synth_recipe("small-labels", "fast", [f"unevenness={unevenness}"], None, {"images": 16})
         synthesize([folded], tmp_path / name, how)
         images = load_images(tmp_path / name)
         compared = compare(kept, images, images, permutations=1).to_stored
