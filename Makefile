@@ -27,7 +27,9 @@ unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not timing"
 	$(BIN)/python -m pytest -m timing $$(grep -rl --include='*.py' 'mark\.timing' tests)
 
-# Installed once; again only when the dependencies change. Python compiles what it imports: all of torch would take a minute.
+# Installed once; again only when the dependencies change. Python compiles what is imported when it is, and keeps that
+# here whatever is usual elsewhere: to compile all of torch takes a minute, and what is imported, seconds a process.
+unexport PYTHONDONTWRITEBYTECODE
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
