@@ -68,12 +68,13 @@ def _written_out(module: TorchClassifier) -> Iterator[LayerNorm]:
         some = means[first : first + AT_ONCE]
         values = _of_noise(module, {name for mean in some for name in (mean.input, *mean.behind)}, 2)
         for mean in some:
-            if _places(values[mean.input], mean.axis) < LEAST_PLACES:
-                values |= _of_noise(module, (mean.input, *mean.behind), 2 * LEAST_PLACES)
             x = values[mean.input]
             axis = mean.axis % x.ndim
             if x.ndim < 3 or axis not in (1, x.ndim - 1):
                 continue
+            if x.numel() // x.shape[axis] < LEAST_PLACES:
+                values |= _of_noise(module, (mean.input, *mean.behind), 2 * LEAST_PLACES)
+                x = values[mean.input]
             fits = {name: _scales(values[name], x, axis, summands) for name in mean.behind}
             end = next((name for name, scale in fits.items() if scale is not None), None)
             while end is not None and fits.get(following := _by_constants(end, readers, module)) is not None:
@@ -145,10 +146,6 @@ def _by_constants(name: str, readers: Mapping[str, Sequence[Step]], module: Torc
     steps = readers[name]
     alone = len(steps) == 1 and all(other == name or module.is_constant(other) for other in steps[0].inputs)
     return steps[0].outputs[0] if alone else ""
-
-
-def _places(x: Tensor, axis: int) -> int:
-    return x.numel() // x.shape[axis]
 
 
 def shapes_of(module: TorchClassifier, names: Collection[str]) -> dict[str, torch.Size]:
