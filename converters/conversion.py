@@ -25,9 +25,11 @@ TOLERANCE = 1e-4
 OTHER_FLOAT_TOLERANCE = 2e-2
 """The same for a file that computes in 16 bits, as onnxruntime does then and the module does not."""
 
+ROUNDED = ("QuantizeLinear", "Truncate")
+
 FLIP_TOLERANCE = 5e-2
-"""The same for a file with quantized activations: float noise may move a value over a rounding boundary, that is by a
-whole step."""
+"""The same for a file with quantized activations or resized bytes: float noise may move a value over a rounding
+boundary, that is by a whole step."""
 
 ROUNDING = 10.0
 """How much more than its own rounding a conversion may differ by, in models that make much of the last digits."""
@@ -118,7 +120,7 @@ class _Expectation:
             raise self._bound(f"it computes {len(actual)} of {len(self.x)} images")
         difference = relative_difference(actual, self.logits)
         tolerance = OTHER_FLOAT_TOLERANCE if self.classifier.other_floats else TOLERANCE
-        if any(step.op == "QuantizeLinear" for step in module.whole.steps):
+        if any(step.op in ROUNDED for step in module.whole.steps):
             tolerance = FLIP_TOLERANCE
         if difference <= tolerance or is_rounding(difference, module, self.x):
             return difference

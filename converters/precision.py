@@ -20,6 +20,11 @@ FLOATS = (ir.DataType.FLOAT, *OTHER_FLOATS)
 IMAGE_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.UINT8)
 """Types that an image input may have: what numpy has, and onnxruntime takes from it."""
 
+OWN_DOMAIN = "mixmix"
+"""Of operators that stand in the normalised graph alone, and in no file."""
+
+RESIZES = ("Resize", "Upsample")
+
 FEW_BITS = {
     ir.DataType.INT4: ir.DataType.INT8,
     ir.DataType.UINT4: ir.DataType.UINT8,
@@ -123,7 +128,8 @@ def image_is_float(model: ir.Model) -> bool:
     """An image input of bytes becomes one of floats that hold the same whole numbers, and so what is computed in bytes.
 
     After constants are folded: the Cast that makes floats of bytes would be taken for one of floats, and removed, and
-    its output is what a layer reads that can be quantized.
+    its output is what a layer reads that can be quantized. What a Resize computes between bytes is cut off to whole
+    numbers, as onnxruntime does.
     """
     image = graphs.image_input(model.graph)
     if image.dtype != ir.DataType.UINT8:
@@ -133,7 +139,23 @@ def image_is_float(model: ir.Model) -> bool:
         value = waiting.pop()
         value.type = ir.TensorType(ir.DataType.FLOAT)
         waiting += [out for node, _ in value.uses() for out in node.outputs if out.dtype == ir.DataType.UINT8]
+        resize = value.producer()
+        if resize is not None and resize.op_type in RESIZES and graphs.text(resize, "mode") == "linear":
+            _cut_off(model, resize)
     return True
+
+
+def _cut_off(model: ir.Model, node: ir.Node) -> None:
+    """Let whoever reads the node's output read what is left of it without fractions."""
+    model.opset_imports[OWN_DOMAIN] = 1
+    value = node.outputs[0]
+    readers = list(value.uses())
+    whole = ir.node("Truncate", [value], domain=OWN_DOMAIN, name=f"{node.name}/Truncate")
+    whole.outputs[0].name = graphs.unused_name(model.graph, f"{value.name}.whole")
+    whole.outputs[0].type, whole.outputs[0].shape = value.type, value.shape
+    for reader, index in readers:
+        reader.replace_input_with(index, whole.outputs[0])
+    model.graph.insert_after(node, whole)
 
 
 def dequantize_constants(model: ir.Model) -> bool:

@@ -1,4 +1,4 @@
-"""QuantizeLinear and DequantizeLinear as straight-through functions.
+"""QuantizeLinear, DequantizeLinear, and the Truncate of resized bytes as straight-through functions.
 
 Quantize: q = clamp(round(x / s) + z, low, high), a float tensor that holds whole numbers. Dequantize: (q - z) s. The
 gradient passes through the rounding as if it were not there and is cut by the clamp, so a model that is quantized
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from converters.ops.elementwise import TORCH_TYPES
 from converters.ops.registry import Attributes, Body, operator
+from converters.precision import OWN_DOMAIN
 
 KINDS = dict(onnx.TensorProto.DataType.items())
 RANGES = {
@@ -55,6 +56,12 @@ def quantize_linear(attributes: Attributes) -> Body:
         return torch.where(q > high, high, q)
 
     return run
+
+
+@operator("Truncate", 1, domain=OWN_DOMAIN)
+def truncate(_attributes: Attributes) -> Body:
+    """Whole numbers towards 0; the gradient passes as if it did nothing."""
+    return lambda x: x + (x.trunc() - x).detach()
 
 
 @operator("DequantizeLinear")

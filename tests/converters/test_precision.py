@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.classifier import Classifier
-from converters.conversion import to_torch
+from converters.conversion import FLIP_TOLERANCE, to_torch
 from converters.runtime import Session, serialise
 from converters.targets import PORTABLE
 from converters.writeback import prepare_for_quantization
@@ -71,6 +71,30 @@ def test_image_of_bytes(load: Load) -> None:
     expected = Session(model.SerializeToString()).run(x.astype(np.uint8))[0]
     oracle.assert_close(to_torch(classifier)(torch.from_numpy(x)).numpy(), expected, 1e-5)
     oracle.assert_close(classifier.session().run(x)[0], expected, 0)
+
+
+@pytest.mark.parametrize(("side", "tolerance"), [(4, 1e-5), (16, 1e-5), (13, FLIP_TOLERANCE)])
+def test_bytes_that_are_resized_stay_whole(load: Load, side: int, tolerance: float) -> None:
+    """onnxruntime cuts off what lies between two bytes; the gradient passes, so that such a model can be inverted.
+
+    By 13 / 8, a few bytes come out on either side of a whole number: a step apart.
+    """
+    nodes = [
+        models.node("Resize", "image - scales", "resized", mode="linear"),
+        models.node("Cast", "resized", "floats", to=TensorProto.FLOAT),
+        *models.head("floats"),
+    ]
+    scales = np.array([1, 1, side / 8, side / 8], np.float32)
+    model = models.assemble(nodes, {"scales": scales, **models.head_tensors(3)}, opset=13)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    x = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8)).astype(np.float32)
+    image = torch.from_numpy(x).requires_grad_()
+    logits = to_torch(load(model))(image)
+    expected = Session(model.SerializeToString()).run(x.astype(np.uint8))[0]
+    oracle.assert_close(logits.detach().numpy(), expected, tolerance)
+    logits.square().sum().backward()
+    assert image.grad is not None
+    assert (image.grad != 0).any()
 
 
 def test_activations_of_four_bits(load: Load) -> None:
