@@ -231,8 +231,13 @@ class QuantizedWeight:
 
     @torch.no_grad()
     def coarsen(self, least: Tensor) -> None:
-        """Round a hard weight of one scale a channel again where that is smaller than in `least` [C], with that."""
-        least = least.view(self.granularity.scales)
+        """Round a hard weight of one scale a channel again where that is smaller than in `least`, with that.
+
+        `least` has the shape of a bias: that of one for each of the C channels, or of one for all.
+        """
+        channels = math.prod(self.granularity.scales)
+        each = least.reshape(-1, channels) if least.numel() % channels == 0 else least.reshape(-1, 1)
+        least = each.amax(0).expand(channels).view(self.granularity.scales)
         coarser = self.scale < least
         if not coarser.any():
             return
@@ -255,11 +260,16 @@ class QuantizedWeight:
         self.left_undecided = float(state["undecided"])
 
 
+LEAST_CUT = 1.01
+"""Steps between a bound and what is represented: -128 to 127 steps of 1/128 do for -1 to 1."""
+
+
 class QuantizedActivation:
     """A value at `bits` bits per tensor: zero point fixed, step learned (LSQ, Esser et al. 2020).
 
     Integers are unsigned, or signed around zero point 0 (`symmetric`). `drop` leaves a share of the elements
-    unquantized while training (QDrop). What is represented stays `within` two bounds of different signs or 0.
+    unquantized while training (QDrop). What is represented stays `within` two bounds of different signs or 0, so that a
+    Clip before it is absorbed; where one step cannot end near both of them, nothing between them is cut off.
     """
 
     def __init__(
@@ -287,9 +297,13 @@ class QuantizedActivation:
         self.drop: DropMasks | None = None
 
     def _largest(self) -> float:
-        """The largest scale with which nothing beyond `within` is represented."""
-        ends = ((self.low - self.zero, self.within[0]), (self.high - self.zero, self.within[1]))
-        return min((bound / float(end) for end, bound in ends if float(end) * bound > 0), default=math.inf)
+        """The largest scale with which nothing beyond `within` is represented, or all between, where both cannot be."""
+        pairs = ((float(self.low - self.zero), self.within[0]), (float(self.high - self.zero), self.within[1]))
+        ends = [(end, bound) for end, bound in pairs if end * bound > 0]
+        scales = [bound / end for end, bound in ends]
+        inner = min(scales, default=math.inf)
+        missed = max((abs(bound) / inner - abs(end) for end, bound in ends), default=0.0)  # steps
+        return inner if missed <= LEAST_CUT or math.isinf(inner) else max(scales)
 
     def groups(self) -> list[Group]:
         return [Group([self.log_growth], self.rate, decay=True)] if self.rate else []

@@ -290,6 +290,22 @@ def test_a_step_stays_within_what_a_clip_leaves(within: tuple[float, float], lar
     assert float(represented.max()) <= max(within[1], 6.0) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("within", [(-0.013, 6.0), (-0.25, 6.0), (-1.0, 6.0), (-6.0, 0.3), (-1.0, 1.0), (-6.0, 6.0)])
+def test_what_a_clip_leaves_is_represented(within: tuple[float, float], bits: int, symmetric: bool) -> None:
+    """To a step; beyond it only where one step cannot end at both bounds: a range on both sides of 0, or few bits."""
+    sample = torch.randn(4000, generator=torch.Generator().manual_seed(0)).mul(3).clamp(*within)
+    bound = QuantizedActivation(sample, bits, SIGMOID, symmetric, within)
+    bound.log_growth.fill_(3.0)
+    bound.harden()
+    step, ends = float(bound.scale), bound(torch.tensor([-100.0, 100.0])).tolist()
+    outer = max(range(2), key=lambda end: abs(within[end]))
+    assert abs(ends[outer] - within[outer]) <= 1.02 * step
+    if within[0] == -within[1]:
+        assert within[0] * (1 + 1e-6) <= ends[0] <= ends[1] <= within[1] * (1 + 1e-6)
+
+
 def test_coarser_channels_are_rounded_again_and_others_stay() -> None:
     weight = QuantizedWeight(
         torch.randn(4, 3, 3, 3) * torch.tensor([1.0, 1e-6, 1.0, 1.0]).view(-1, 1, 1, 1), 0, 4, SIGMOID
@@ -305,6 +321,15 @@ def test_coarser_channels_are_rounded_again_and_others_stay() -> None:
     again.restore(weight.state())
     assert torch.equal(again.integers(), weight.integers())
     assert torch.equal(again.zero, weight.zero)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1,), (), (1, 1)])
+def test_one_number_is_coarse_enough_for_all_channels(shape: tuple[int, ...]) -> None:
+    """As the bias of a Gemm may be."""
+    weight = QuantizedWeight(torch.randn(4, 6), 0, 4, SIGMOID)
+    weight.harden()
+    weight.coarsen(torch.full(shape, 2.0))
+    assert (weight.scale == 2).all()
 
 
 def test_a_channel_of_zeros_has_a_scale_like_the_others() -> None:
