@@ -211,7 +211,7 @@ def validate(
     with progress.task("validating", 1 + 2 * len([*candidates, *beside]) + layers * len(candidates)) as task:
         logits = _logits(reference, reference, images, threads=threads)
         check_labels(images, logits.shape[1], reference)
-        top1, top5 = _accuracy(logits, labels, reference)
+        top1, top5 = _accuracy(logits, _class_indices(labels, reference, reference))
         latency = _latency(reference, reference, images, threads)
         held = Reference(reference.path, top1, top5, reference.size_bytes, latency)
         task.advance()
@@ -225,7 +225,8 @@ def validate(
                     " give models of one task"
                 )
             latency = _latency(candidate, reference, images, threads)
-            judged.append(_judge(candidate, held, logits, fused, plain, labels, latency, gates))
+            indices = _class_indices(labels, candidate, reference)
+            judged.append(_judge(candidate, held, logits, fused, plain, indices, latency, gates))
             task.advance()
             if layers and len(judged) <= len(candidates):
                 judged[-1] = replace(judged[-1], layers=compare_layers(candidate, reference, images, threads=threads))
@@ -241,12 +242,12 @@ def _judge(
     expected: Logits,
     fused: Run,
     plain: Run,
-    labels: NDArray[np.int64] | None,
+    indices: NDArray[np.int64] | None,
     latency: float,
     gates: Gates,
 ) -> Candidate:
     logits = fused.logits
-    top1, top5 = _accuracy(logits, labels, candidate)
+    top1, top5 = _accuracy(logits, indices)
     agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
     drop = reference.top1 - top1 if reference.top1 is not None and top1 is not None else None
     finite = all(bool(np.isfinite(run.logits).all()) for run in (fused, plain))
@@ -376,11 +377,18 @@ def _latency(model: Classifier, reference: Classifier, images: ImageSet, threads
     return Session(model.path, threads=threads).latency(fill(one, batch)) / batch
 
 
-def _accuracy(logits: Logits, labels: NDArray[np.int64] | None, model: Classifier) -> tuple[float | None, float | None]:
-    if labels is None:
+def _class_indices(
+    labels: NDArray[np.int64] | None, model: Classifier, reference: Classifier
+) -> NDArray[np.int64] | None:
+    """The class of each label among a model's, whose `offset` is the reference's where it does not say its own."""
+    speaks = model if "offset" in model.spec.model_fields_set else reference
+    return None if labels is None else labels + speaks.spec.offset
+
+
+def _accuracy(logits: Logits, indices: NDArray[np.int64] | None) -> tuple[float | None, float | None]:
+    if indices is None:
         return None, None
-    labels = labels + model.spec.offset
-    return top_k(logits, labels, 1), top_k(logits, labels, 5) if logits.shape[1] >= 5 else None
+    return top_k(logits, indices, 1), top_k(logits, indices, 5) if logits.shape[1] >= 5 else None
 
 
 def count_classes(model: Classifier, images: ImageSet) -> int:

@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def distill(
     before any long work starts.
     """
     started, progress = time.perf_counter(), progress or Silent()
+    student = with_classes_of(teacher, student)
     prepared = writeback.prepare_for_training(student)
     module = begin(prepared, output, device, overwrite=overwrite)
     check_count(len(images), images.source)
@@ -102,6 +104,13 @@ def distill(
     asked = {"teacher": teacher.sha256, "images": len(images), "seed": seed, "settings": settings.changed()}
     said = {PROVENANCE: json.dumps(asked), **(provenance or {})}
     return ranks.lead(lambda: result.write(student, output, said, started, overwrite=overwrite))
+
+
+def with_classes_of(teacher: Classifier, student: Classifier) -> Classifier:
+    """The student, its classes numbered and named as the teacher's: it learns the logits one by one."""
+    taken = {"offset": teacher.spec.offset}
+    named = {} if teacher.spec.labels is None else {"labels": teacher.spec.labels}
+    return replace(student, spec=student.spec.model_copy(update=taken | named))
 
 
 def trainable(module: TorchClassifier) -> dict[str, list[tuple[str, int]]]:

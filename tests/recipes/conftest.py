@@ -7,6 +7,7 @@ import torch
 
 from recipes import zoo
 from recipes.images import ImageSet, load_images
+from tests import models
 
 torch.set_num_threads(1)  # small tensors run faster, and bit for bit alike, on one thread
 
@@ -15,6 +16,12 @@ torch.set_num_threads(1)  # small tensors run faster, and bit for bit alike, on 
 def calibration_images() -> ImageSet:
     """16 real training images."""
     return load_images(zoo.calibration_images_path(), 16)
+
+
+@pytest.fixture
+def small_images(calibration_images: ImageSet) -> ImageSet:
+    """Images for the models built by hand."""
+    return ImageSet(calibration_images.pixels[:, :, : models.SIDE, : models.SIDE].expand(-1, models.CHANNELS, -1, -1))
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,17 @@ def test_what_is_trained(model: str, module_of: Callable[[str], TorchClassifier]
     assert all(value.grad is not None and bool(value.grad.any()) for value in values.values())
 
 
+def test_classes_are_numbered_and_named_as_the_teachers(small_images: ImageSet, tmp_path: Path) -> None:
+    """And pixels taken as the student takes them."""
+    path = models.write(models.conv(), tmp_path / "m.onnx")
+    teacher = load_classifier(path, {"offset": 1, "labels": "animals", "mean": [0.1]})
+    student = load_classifier(path, {"mean": [0.2]})
+    distill(teacher, student, small_images, tmp_path / "o.onnx", recipe(2))
+    assert load_classifier(tmp_path / "o.onnx").spec == student.spec.model_copy(
+        update={"offset": 1, "labels": "animals", "source": "metadata"}
+    )
+
+
 def test_other_classes_are_refused(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:
     other = load_classifier(models.write(models.gemm(trans_b=1), tmp_path / "student.onnx"))
     images = ImageSet(calibration_images.pixels.expand(-1, 3, -1, -1))
@@ -190,12 +201,6 @@ def test_tensors_that_an_exporter_merged_are_trained_apart(calibration_images: I
     assert result.written_difference < 1e-4
     first, second = to_torch(load_classifier(tmp_path / "o.onnx")).batchnorms()
     assert not torch.equal(first.mean, second.mean)
-
-
-@pytest.fixture
-def small_images(calibration_images: ImageSet) -> ImageSet:
-    """Images for the models built by hand."""
-    return ImageSet(calibration_images.pixels[:, :, : models.SIDE, : models.SIDE].expand(-1, models.CHANNELS, -1, -1))
 
 
 def test_a_mask_of_infinities_stays_and_is_no_divergence(small_images: ImageSet, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from onnxruntime.transformers import float16
 
 from converters.classifier import Classifier
+from converters.conversion import to_torch
 from converters.edits import ActivationEdit
 from converters.errors import MixMixError
 from converters.load import load_classifier
@@ -196,6 +197,21 @@ def test_any_number_of_images_for_any_fixed_batch(tmp_path: Path, images: ImageS
     result = validate(reference, [candidate], images)
     assert agreement(result)[1] > 80
     assert result.images == count
+
+
+@pytest.mark.parametrize(("own", "right"), [(None, 1.0), (0, 0.0), (1, 1.0)])
+def test_a_background_class_that_a_file_does_not_mention_is_the_references(
+    tmp_path: Path, images: ImageSet, own: int | None, right: float
+) -> None:
+    reference = named(tmp_path / "a.onnx", models.conv(), {**GRAY, "offset": 1})
+    candidate = named(tmp_path / "b.onnx", models.conv(), {**GRAY, "offset": own})
+    answers = to_torch(reference)(reference.spec.to_input(images.pixels)).argmax(1)
+    kept = answers > 0
+    assert kept.any()
+    labelled = ImageSet(images.pixels[kept], answers[kept] - 1, "real")
+    result = validate(reference, [candidate], labelled)
+    assert result.reference.top1 == 1
+    assert result.candidates[0].top1 == right
 
 
 def test_open_sides_are_those_of_the_reference(tmp_path: Path, images: ImageSet) -> None:
