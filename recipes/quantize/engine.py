@@ -114,8 +114,6 @@ def quantize(
         if edits:
             prepared = writeback.edited_classifier(prepared, edits)
             module = begin(prepared, output, device, overwrite=overwrite)
-    facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
-    checkpoint = Checkpoint(output, "quantize", (module,), images, facts, progress.say)
     asked = {
         "bits": str(bits) if isinstance(bits, Budget) else bits,
         "act_bits": act_bits,
@@ -126,6 +124,10 @@ def quantize(
     }
     said = {"mixmix.quantize": json.dumps(asked), **to_metadata(units), **(provenance or {})}
     metadata = {**classifier.spec.to_metadata(), **said}
+    facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
+    if isinstance(bits, Budget) and bits.kind == "size":
+        facts["metadata"] = metadata  # which counts in the file's size
+    checkpoint = Checkpoint(output, "quantize", (module,), images, facts, progress.say)
     run = _Run(module, images, settings, bits, act_bits, target, seed, checkpoint, metadata, ranks, progress)
     run.place()
     run.reconstruct_all()

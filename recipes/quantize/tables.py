@@ -154,6 +154,11 @@ def file_size(
         edits.append(_weight_edit(layer, empty, scale, zeros, granularity, plan.bits, container))
         if layer.bias is not None and target.integer_kernels and plan.act_bits is not None:
             edits.append(BiasEdit(layer.output, zeros.ravel(), scale.ravel()))
+        elif layer.bias is not None and (settings.bias_rate or settings.compensate or plan.act_bits is not None):
+            shape = tuple(module.constant(layer.bias).shape)  # of one that several layers may share, and each change
+            if plan.act_bits is not None:
+                shape = np.broadcast_shapes(shape, layer.shape[layer.axis])
+            edits.append(TensorEdit(layer.output, BIAS, np.zeros(shape, np.float32)))
     for name, bits in plan_values(module, plans, act_bits, target).items():
         edits.append(ActivationEdit(name, 1.0, 0, bits, target.activation_container(bits)))
     model = apply_edits(module.classifier.original, edits)

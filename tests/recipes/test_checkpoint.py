@@ -184,6 +184,23 @@ def test_noise_is_measured_once(
     assert (tmp_path / "o.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
 
 
+def test_a_budget_of_bytes_counts_what_the_file_says_of_itself(
+    classifier_of: Callable[[str], Classifier], calibration_images: ImageSet, tmp_path: Path
+) -> None:
+    """Another recipe's name is another plan, which states of the first are not for."""
+    settings = QuantizeSettings.model_validate(QDROP)
+
+    def run(budget: Budget, said: str, progress: Silent) -> None:
+        ask = (classifier_of("plain"), calibration_images.take(6), tmp_path / "o.onnx", settings, budget)
+        quantize(*ask, progress=progress, provenance={"mixmix.recipe": said})
+
+    for budget, states in ((Budget("size", 90e3), 2), (Budget("bits", 3), 3)):
+        for said in "ab":
+            with pytest.raises(KeyboardInterrupt):
+                run(budget, said, Stopping("reconstructing", 1.0))
+        assert len(list(tmp_path.glob("*.partial"))) == states
+
+
 @pytest.fixture
 def fresh(module_of: Callable[[str], TorchClassifier], tmp_path: Path) -> Callable[..., Checkpoint]:
     def make(

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from converters import writeback
 from converters.classifier import Classifier
 from converters.errors import MixMixError
+from converters.load import load_classifier
 from converters.targets import PORTABLE, choose_target
 from converters.torch_module import TorchClassifier
 from recipes.allocate import Choice, allocate
@@ -25,6 +28,7 @@ from recipes.quantize.plan import WIDTHS, Advance, Keep, LayerPlan, Noise, measu
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.tables import file_size
 from recipes.workpiece import begin
+from tests import models
 
 NEAREST = QuantizeSettings(unit="none", range_steps=10)
 Classifiers = Callable[[str], Classifier]
@@ -205,6 +209,27 @@ def test_the_written_file_has_the_size_that_was_asked_for(
     assert result.kept == []
     most = 8 if act_bits is None else 7
     assert {layer.bits for layer in result.layers} <= ({2, 4, most} if container == "int2" else {4, most})
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_biases_that_an_exporter_merged_are_counted_apart(
+    act_bits: int | None, small_images: ImageSet, tmp_path: Path
+) -> None:
+    """Several layers read one bias of zeros; each of them learns its own."""
+    nodes: list[onnx.NodeProto] = []
+    tensors, channels = {"zeros": np.zeros(32, np.float32)}, models.CHANNELS
+    for index, source in enumerate(["image", "f0", "f1", "f2"]):
+        nodes.append(models.node("Conv", f"{source} w{index} zeros", f"f{index}"))
+        tensors[f"w{index}"] = models.weights(32, channels, 1, 1, seed=index)
+        channels = 32
+    model = models.assemble([*nodes, *models.head("f3")], tensors | models.head_tensors(32))
+    classifier = load_classifier(models.write(model, tmp_path / "m.onnx"))
+    settings = QuantizeSettings(unit="block", steps=4, range_steps=10, bias_rate=0.1)
+    ask = (classifier, small_images, tmp_path / "o.onnx", settings)
+    least = quantize(*ask, Budget("bits", 4), act_bits).size_after
+    for amount in (least + 250, least + 500, least + 800):
+        result = quantize(*ask, Budget("size", amount), act_bits, overwrite=True)
+        assert (tmp_path / "o.onnx").stat().st_size == result.size_after <= amount
 
 
 def test_lengths_that_grow_with_tensors_are_within_the_budget(
