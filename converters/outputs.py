@@ -41,11 +41,16 @@ def beside(model: Path, ending: str) -> Path:
     return model.with_name(f"{model.stem if model.suffix.lower() in SUFFIXES else model.name}.{ending}")
 
 
+def data_beside(path: Path) -> Path:
+    """Where the weights of a model go that is too large for one file."""
+    return path.with_name(f"{path.name}.data")
+
+
 def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Raise OutputError, before any work is done, when no file can be written to `path`.
 
-    That is where a file exists, where anything else does, where it is one of the `inputs`, and where its folder cannot
-    be written to. What a link points to is what is written.
+    That is where a file exists, where anything else does, where it or its `data_beside` is one of the `inputs` or a
+    part of one, and where its folder cannot be written to. What a link points to is what is written.
     """
     try:
         if path.is_dir():
@@ -53,9 +58,10 @@ def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ())
         inputs = list(inputs)
         if any(_target(path) == _target(given) for given in inputs):
             raise OutputError(f"{path} is one of the inputs, which are never replaced: choose another name")
-        within = next((given for given in inputs if path.exists() and _holds(given, path)), None)
-        if within is not None:
-            raise OutputError(f"{path} is a part of {within}, which is never replaced: choose another name")
+        for file in (path, data_beside(path)):
+            within = next((given for given in inputs if file.exists() and _holds(given, file)), None)
+            if within is not None:
+                raise OutputError(f"{file} is a part of {within}, which is never replaced: choose another name")
         if path.exists() and not path.is_file():
             raise OutputError(f"{path} is no regular file: choose another output")
         if os.path.lexists(path) and not overwrite:

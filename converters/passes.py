@@ -187,7 +187,7 @@ def _fold_into(graph: ir.Graph, conv: ir.Node, norm: ir.Node, parameters: list[n
 def tidy(model: ir.Model) -> bool:
     """Drop what weighs and says nothing: constant arithmetic, exporters' stack traces, shapes of inner values.
 
-    Names, metadata of the model, inputs and outputs stay as they are.
+    Names stay as they are, and all that is said of the model, its graph, inputs and outputs.
     """
     changed = fold_constants(model)
     for node in model.graph:
@@ -195,14 +195,17 @@ def tidy(model: ir.Model) -> bool:
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
-            value.metadata_props.clear()
             if not value.is_graph_output():
+                value.metadata_props.clear()
                 value.shape = value.type = None
-    for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
+    for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    model.graph.metadata_props.clear()
     common.RemoveUnusedNodesPass()(model)
     return changed
+
+
+def _outside(model: ir.Model) -> list[ir.Value]:
+    return [*model.graph.inputs, *model.graph.outputs]
 
 
 def least_ir(model: ir.Model) -> int:
@@ -219,12 +222,19 @@ def raise_opset(model: ir.Model, least: int, path: str) -> bool:
     old_resizes = model.opset_imports.get("", 1) < RESIZE_MODES
     if any(node.op_type == "GroupNormalization" for node in model.graph.all_nodes()):
         common.ShapeInferencePass(check_type=False, strict_mode=False)(model)  # how many channels a group has
+    said_of_graph = dict(model.graph.metadata_props)
+    outside = [(value.name, dict(value.metadata_props), value.shape) for value in _outside(model)]
     try:
         onnxscript.version_converter.convert_version(model, least, fallback=True)
     except Exception as error:  # the converters raise whatever their adapters raise
         raise ModelError(f"{path}: cannot be raised to opset {least} ({error}): export it at that opset") from error
     if model.opset_imports.get("", 1) < least:
         raise ModelError(f"{path}: cannot be raised to opset {least}: export it at that opset")
+    model.graph.metadata_props.update(said_of_graph)  # which onnx's own converter drops, as it does what follows
+    for value, (name, said, shape) in zip(_outside(model), outside, strict=True):
+        if value.name == name:
+            value.metadata_props.update(said)
+            value.shape = shape
     if old_resizes:  # the converters leave what Resize and Upsample meant before to a default that means something else
         for node in model.graph.all_nodes():
             if node.op_type == "Resize":

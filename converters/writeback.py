@@ -20,7 +20,7 @@ from converters.edits import Edit, apply_edits, dequantized_names
 from converters.endings import find_ending
 from converters.errors import ConversionError, ModelError, OutputError
 from converters.input_spec import METADATA_PREFIX
-from converters.outputs import TEMPORARY, ensure_writable, write_atomically
+from converters.outputs import TEMPORARY, data_beside, ensure_writable, write_atomically
 from converters.runtime import Session, fits_protobuf, serialise
 from converters.targets import PLAIN_IR, PLAIN_OPSET, Target
 
@@ -200,11 +200,6 @@ def stored_size(model: ir.Model) -> int:
     if fits_protobuf(model):
         return len(serialise(model))
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-
-
-def data_beside(path: Path) -> Path:
-    """Where the weights of a model go that is too large for one file."""
-    return path.with_name(f"{path.name}.data")
 
 
 def ensure_data_writable(path: Path, *, overwrite: bool) -> None:

@@ -206,6 +206,21 @@ def test_prepare_for_quantization(
     oracle.assert_close(oracle.run(ready.normal, x), oracle.run(embedded.original, x), ROUNDING)
 
 
+@pytest.mark.parametrize("opset", [17, 21])
+def test_what_is_said_of_inputs_and_outputs_survives(load: Load, opset: int) -> None:
+    """At an opset that the types need already, and raised to it."""
+    proto = models.conv(opset=opset)
+    proto.graph.metadata_props.add(key="of the graph", value="1")
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.metadata_props.add(key=f"of {value.name}", value="2")
+        value.doc_string = f"this is {value.name}"
+    proto.graph.input[0].type.tensor_type.shape.dim[0].denotation = "DATA_BATCH"
+    after = ir.to_proto(prepare_for_quantization(load(proto), PORTABLE, 4).original)
+    assert after.opset_import[0].version == 21
+    assert after.graph.metadata_props == proto.graph.metadata_props
+    assert (after.graph.input, after.graph.output) == (proto.graph.input, proto.graph.output)
+
+
 def test_unused_name() -> None:
     graph = ir.from_proto(models.conv()).graph
     assert graphs.unused_name(graph, "new") == "new"

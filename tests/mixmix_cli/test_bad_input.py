@@ -275,6 +275,16 @@ def test_external_data_of_a_model_are_a_part_of_it(location: str, tmp_path: Path
         ensure_writable(tmp_path / name, overwrite=True, inputs=[model])
 
 
+def test_the_weights_of_a_large_output_are_no_part_of_an_input(tmp_path: Path) -> None:
+    """Of a model that was renamed away from its data file, which a new file of its old name would replace."""
+    model = tmp_path / "renamed.onnx"
+    model.write_bytes(external("old.onnx.data"))
+    ensure_writable(tmp_path / "old.onnx", overwrite=True, inputs=[model])
+    (tmp_path / "old.onnx.data").touch()
+    with pytest.raises(OutputError, match=r"old\.onnx\.data is a part of .*renamed\.onnx"):
+        ensure_writable(tmp_path / "old.onnx", overwrite=True, inputs=[model])
+
+
 def test_what_needs_no_torch_is_said_without_it(tmp_path: Path) -> None:
     """Importing torch takes seconds."""
     for name in ("m.onnx", "m.w4.onnx", "m.2of4.w4.onnx", "m.distilled.onnx", "there.npz", "there.xml"):
