@@ -9,7 +9,7 @@ every layer, so no block could end before it, and it ties a stretch of the graph
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from converters import graphs
+from converters.errors import ModelError
+from converters.runtime import Session
 
 BATCH = "batch"
 BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where")
@@ -38,6 +40,13 @@ def fixed_batch(image: ir.Value) -> int | None:
     """The batch size that an image input's shape fixes; None where it is open, by a name or by a number below 1."""
     batch = image.shape[0] if image.shape is not None and len(image.shape) else None
     return batch if isinstance(batch, int) and batch > 0 else None
+
+
+def batch_size(image: ir.Value) -> int | str:
+    """The batch in an image input's shape: the number that fixes it, or what the file calls an open one."""
+    batch = image.shape[0] if image.shape is not None and len(image.shape) else None
+    named = batch.value if isinstance(batch, ir.SymbolicDim) else None
+    return fixed_batch(image) or named or BATCH
 
 
 def open_batch(model: ir.Model) -> bool:
@@ -75,7 +84,9 @@ def _open_reshapes(graph: ir.Graph, image: ir.Value, batch: int) -> None:
             if source is None or target is None:
                 break
             if node.op_type == "Reshape" and len(target) == 1 and places[value] == Place(0):
-                target = _keep_rows(graph, node, source, batch) or target
+                row = _keep_rows(graph, node, source, batch, _constant)
+                if row is not None:
+                    target, node.outputs[0].shape = row, ir.Shape(row)
             place = _after(node, index, places[value], source, target, batch)
             if place is not None and node.op_type == "Reshape":
                 kept = place.axis == places[value].axis and source[place.axis] == target[place.axis]
@@ -126,19 +137,30 @@ def _repeats(node: ir.Node, index: int, axis: int, rank: int) -> bool:
             return name in BROADCASTING
 
 
-def _keep_rows(graph: ir.Graph, node: ir.Node, source: Sequence[int], batch: int) -> list[int] | None:
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    constant = graphs.constant_behind(value)
+    return None if constant is None else graphs.to_numpy(constant)
+
+
+def _keep_rows(
+    graph: ir.Graph,
+    node: ir.Node,
+    source: Sequence[int],
+    batch: int,
+    read: Callable[[ir.Value | None], np.ndarray | None],
+) -> list[int] | None:
     """What `as_strided` is exported as, a Reshape of all images to one row and a Gather from it, image by image.
 
     [N, 3, 4] -> [N * 12] -> Gather of [N, ...] places becomes [N, 12] -> Gather of [...] places on axis 1, where each
-    image's places lie in its own part and are the same there. The Reshape's new sizes, or None where that is not so.
+    image's places lie in its own part and are the same there. `read` gives the places for a batch of `batch`. The
+    Reshape's new sizes, or None where that is not so.
     """
     size = math.prod(source[1:])
     own: list[tuple[ir.Node, np.ndarray]] = []
     for reader, index in node.outputs[0].uses():
-        constant = graphs.constant_behind(reader.inputs[1]) if reader.op_type == "Gather" and index == 0 else None
-        if constant is None or graphs.integer(reader, "axis", 0) != 0:
+        places = read(reader.inputs[1]) if reader.op_type == "Gather" and index == 0 else None
+        if places is None or graphs.integer(reader, "axis", 0) != 0:
             return None
-        places = graphs.to_numpy(constant)
         first = np.arange(batch).reshape(-1, *[1] * (places.ndim - 1)) * size
         if places.ndim < 1 or len(places) != batch or (places != places[:1] + first).any() or places[0].max() >= size:
             return None
@@ -149,7 +171,6 @@ def _keep_rows(graph: ir.Graph, node: ir.Node, source: Sequence[int], batch: int
         name = graphs.unused_name(graph, f"{reader.outputs[0].name}.places")
         reader.replace_input_with(1, graphs.add_initializer(graph, name, places))
         reader.attributes["axis"] = ir.AttrInt64("axis", 1)
-    node.outputs[0].shape = ir.Shape([batch, size])
     return [batch, size]
 
 
@@ -251,11 +272,64 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
     return Place(axis, stride // inside[axis])
 
 
-def free_reshapes(model: ir.Model) -> bool:
-    """A Reshape whose target has one computed size, and no -1, gets -1 for it; for the batch beside a -1, it gets 0."""
+def keep_rows(model: ir.Model) -> bool:
+    """What `as_strided` is exported as takes each image's places from its own row, where the batch is open.
+
+    The places are computed from the size of the batch, which runs from the image past every layer. What they are is
+    asked of onnxruntime, for a batch of a few.
+    """
+    graph, few = model.graph, 3
+    image = graphs.image_input(graph)
+    rows = {
+        node: [few, *sizes]
+        for node in graph
+        if node.op_type == "Reshape" and _is_one_row(node) and (sizes := _sizes_of_one(node.inputs[0], image))
+    }
+    indices = [reader.inputs[1] for node in rows for reader, _ in node.outputs[0].uses() if reader.op_type == "Gather"]
+    names = [str(value.name) for value in indices if value is not None and value.producer() is not None]
+    pixels = _sizes_of_one(image, image)
+    if not names or pixels is None:
+        return False
+    probe = model.clone()
+    graphs.set_outputs(probe.graph, names)
+    common.RemoveUnusedNodesPass()(probe)
+    try:
+        session = Session(probe, optimise=False)
+        found = dict(zip(session.output_names, session.run(np.zeros([few, *pixels], np.float32)), strict=True))
+    except ModelError:  # a file that does not run at all, of which its check will tell
+        return False
     changed = False
+    for node, source in rows.items():
+        row = _keep_rows(graph, node, source, few, lambda value: found.get(str(value.name)) if value else None)
+        if row is not None:
+            _set_target(graph, node, [-1, row[1]])
+            node.outputs[0].shape = None
+            changed = True
+    return changed
+
+
+def _sizes_of_one(value: ir.Value | None, image: ir.Value) -> list[int] | None:
+    """The shape [N, ...] of a value but for N, the open batch; None where it does not begin so, or is not known."""
+    if value is None or value.shape is None or image.shape is None or not value.shape or not image.shape:
+        return None
+    sizes = [size for size in list(value.shape)[1:] if isinstance(size, int)]
+    return sizes if value.shape[0] == image.shape[0] and len(sizes) == len(value.shape) - 1 else None
+
+
+def _is_one_row(node: ir.Node) -> bool:
+    target = _constant(node.inputs[1])
+    return target is not None and target.tolist() == [-1]
+
+
+def free_reshapes(model: ir.Model) -> bool:
+    """A Reshape whose target has one computed size, and no -1, gets -1 for it; for the batch beside a -1, it gets 0.
+
+    An Expand of what begins with the batch already gets 1 for it: both shapes are broadcast.
+    """
+    image, changed = graphs.image_input(model.graph), False
+    assert image.shape is not None
     for node in model.graph:
-        if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
+        if node.op_type not in ("Reshape", "Expand") or node.inputs[0] is None or node.inputs[1] is None:
             continue
         if graphs.integer(node, "allowzero", 0):
             continue
@@ -263,10 +337,15 @@ def free_reshapes(model: ir.Model) -> bool:
         if sizes is None or sizes.count(None) != 1:
             continue
         at, source = sizes.index(None), node.inputs[0].shape
-        begins_with_batch = at == 0 and source is not None and len(source) > 0 and source[0] == BATCH
-        if -1 not in sizes:
+        begins_with_batch = at == 0 and source is not None and len(source) > 0 and source[0] == image.shape[0]
+        is_batch = begins_with_batch and _is_batch_size(_first_part(node.inputs[1]))
+        if node.op_type == "Expand":
+            if not is_batch or source is None or len(source) != len(sizes):
+                continue
+            sizes[at] = 1
+        elif -1 not in sizes:
             sizes[at] = -1
-        elif begins_with_batch and _is_batch_size(_first_part(node.inputs[1])):
+        elif is_batch:
             sizes[at] = 0
         else:
             continue

@@ -12,7 +12,7 @@ from onnx_ir.passes import common
 from torch import Tensor
 
 from converters import graphs, passes
-from converters.batch import BATCH, fixed_batch
+from converters.batch import batch_size, fixed_batch
 from converters.endings import Ending, find_ending
 from converters.input_spec import Detection, InputSpec
 from converters.precision import FEW_BITS, FLOATS, computes_in_halves, uses_other_floats
@@ -160,7 +160,7 @@ def build(
     normal = original.clone()
     graphs.name_nodes(normal.graph)
     image = graphs.image_input(normal.graph)
-    image.shape = ir.Shape([fixed_batch(image) or BATCH, *_fixed_shape(spec)])
+    image.shape = ir.Shape([batch_size(image), *_fixed_shape(spec)])
     logits = _end_in_logits(normal, path)
     return Classifier(
         path=path,

@@ -108,6 +108,7 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("image is float", precision.image_is_float),
     ("float32", precision.to_float32),
     ("open batch", batch.open_batch),
+    ("own rows", batch.keep_rows),
     ("free reshapes", batch.free_reshapes),
     (
         "constants are initializers",

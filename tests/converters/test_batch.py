@@ -201,3 +201,54 @@ def test_expand_to_a_shape_with_the_batch_in_it(load: Load) -> None:
     model, x = models.assemble(nodes, tensors, **ends), models.images(3)
     expected = np.concatenate([oracle.run(model, row[None]) for row in x])
     oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), expected, 1e-5)
+
+
+OPEN = {"inputs": {"image": ("n", *models.IMAGE[1:])}, "outputs": {"logits": ("n", models.CLASSES)}}
+
+
+def runs_past_nothing(load: Load, model: onnx.ModelProto) -> None:
+    """No size is taken from the image, and the answer for some images is onnxruntime's."""
+    module, x = to_torch(load(model)), models.images(3)
+    assert not [step for step in module.whole.steps if step.op == "Shape" and module.input_name in step.inputs]
+    oracle.assert_close(module(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
+
+
+@pytest.mark.parametrize("stride", [models.PIXELS, models.PIXELS - 1])
+def test_places_that_are_computed_for_any_number_of_images(load: Load, stride: int) -> None:
+    """The Range of an open batch, times the pixels of an image; of other strides, images overlap, and it stays."""
+    places = np.random.default_rng(0).permutation(models.PIXELS - 5)[:60].reshape(1, 60)
+    nodes = [
+        models.node("Shape", "image", "shape", start=0, end=1),
+        models.node("Squeeze", "shape", "count"),
+        models.node("Reshape", "image all", "row"),
+        models.node("Range", "zero count one", "order"),
+        models.node("Mul", "order stride", "firsts"),
+        models.node("Unsqueeze", "firsts last", "column"),
+        models.node("Add", "column own", "places"),
+        models.node("Gather", "row places", "taken", axis=0),
+        models.node("Gemm", "taken fc.weight", "logits", transB=1),
+    ]
+    numbers = {"zero": 0, "one": 1, "stride": stride, "all": [-1], "last": [1]}
+    tensors = {name: np.array(number, np.int64) for name, number in numbers.items()}
+    weights = {"own": places, "fc.weight": models.weights(models.CLASSES, 60)}
+    model = models.assemble(nodes, tensors | weights, **OPEN)
+    if stride == models.PIXELS:
+        runs_past_nothing(load, model)
+    else:
+        x = models.images(3)
+        oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
+
+
+def test_expand_of_what_every_image_has(load: Load) -> None:
+    """To a shape that begins with the size of the image's batch: [N, 4, 1, 1] to [N, 4, 8, 8]."""
+    nodes = [
+        models.node("Shape", "image", "shape", start=0, end=1),
+        models.node("Conv", "image w", "features", pads=[1, 1, 1, 1]),
+        models.node("GlobalAveragePool", "features", "means"),
+        models.node("Concat", "shape sizes", "wide.shape", axis=0),
+        models.node("Expand", "means wide.shape", "wide"),
+        models.node("Mul", "features wide", "scaled"),
+        *models.head("scaled"),
+    ]
+    tensors = {"w": models.weights(4, models.CHANNELS, 3, 3), "sizes": np.array([4, models.SIDE, models.SIDE])}
+    runs_past_nothing(load, models.assemble(nodes, tensors | models.head_tensors(4), **OPEN))
