@@ -315,17 +315,23 @@ def inspection_page(result: Inspection) -> Table:
         ("input", f"{spec.size[0]}x{spec.size[1]} {spec.channels}, {spec.layout}, {kind}, {batch}"),
         ("pixels", f"{pixels(spec)} ({source})"),
         *([("", f"{detection.evidence}" + _second(detection))] if detection is not None else []),
-        ("output", f"{result.classes if result.classes is not None else '?'} classes, {classifier.output_kind}"),
+        ("output", f"{_classes(result.classes)}, {classifier.output_kind}"),
         *(("", note) for note in classifier.notes),
         ("file", f"{size(classifier.size_bytes)}, opset {classifier.opset}"),
         ("parameters", f"{result.parameters:,}"),
         ("zeros", f"{percent(result.sparsity)} of the weights of {len(result.zeros)} layers"),
         ("MACs", macs),
-        ("BatchNorm", f"{result.batchnorms} layers kept, {result.folded} convolutions with a folded bias"),
+        ("BatchNorm", f"{result.batchnorms} layers kept, {result.folded} convolutions with a bias in place of one"),
         ("blocks", f"{len(sizes)} to reconstruct, of {min(sizes)} to {max(sizes)} layers" if sizes else "none"),
         *((task, f"no: {reason}" if reason else _yes(task, result)) for task, reason in _reasons(result).items()),
     ]
     return _page(str(classifier.path), rows)
+
+
+def _classes(count: int | None) -> str:
+    if count == 1:
+        return "two classes by one number"
+    return f"{'?' if count is None else count} classes"
 
 
 def pattern_page(result: Inspection, pattern: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from converters.errors import SpecError
 from converters.outputs import PICTURES
 from recipes.refusals import MANIFEST, RECORDS, DataError, check_source, is_set
 from recipes.shards import image_files, metadata_rows, read_records
@@ -50,6 +52,15 @@ class ImageSet:
         """The first `count` images (all, for None)."""
         labels = self.labels[:count] if self.labels is not None else None
         return replace(self, pixels=self.pixels[:count], labels=labels)
+
+
+@contextmanager
+def named_in_errors(images: ImageSet) -> Iterator[None]:
+    """A SpecError from within, of images that do not fit a model, says which they are."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{images.source}: {error}") from error
 
 
 def to_bytes(pixels: Tensor) -> NDArray[np.uint8]:
@@ -97,6 +108,8 @@ def _load_npz(path: Path) -> ImageSet:
     images = arrays.get("images")
     if images is None:
         raise DataError(f"{path} has no array 'images' (it has {', '.join(names) or 'none'}): add one")
+    if images.ndim == 4 and not len(images):
+        raise DataError(f"{path} holds no images: give one that does")
     if images.ndim != 4 or not images.size:
         raise DataError(
             f"{path}: images have shape {list(images.shape)}, not [N, H, W, C] or [N, C, H, W]: reshape them"

@@ -20,7 +20,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.layer_values import saturating_layers
 from converters.runtime import Session, fill
-from recipes.images import ImageSet, LabelKind
+from recipes.images import ImageSet, LabelKind, named_in_errors
 from recipes.layer_noise import LayerNoise, measure_layers, ratio
 from recipes.progress import Progress, Silent
 from recipes.refusals import GateError
@@ -332,7 +332,8 @@ def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: i
         if model.open_size:
             taken.append("size")
         spec = spec.model_copy(update={key: getattr(reference.spec, key) for key in taken})
-    return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
+    with named_in_errors(images):
+        return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
 
 
 def compare_layers(

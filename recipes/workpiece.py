@@ -20,7 +20,7 @@ from converters.steps import Quantized
 from converters.torch_module import TorchClassifier
 from recipes.account import Compression, LayerAccount, share_of_zeros
 from recipes.checkpoint import Checkpoint
-from recipes.images import ImageSet
+from recipes.images import ImageSet, named_in_errors
 from recipes.memory import keep_freed_memory
 from recipes.reconstruct import Reconstruction
 
@@ -44,7 +44,8 @@ def begin(prepared: Classifier, output: Path, device: torch.device | None, *, ov
 
 def model_inputs(module: TorchClassifier, images: ImageSet) -> Tensor:
     """The images as the model takes them [N, ...], on its device, in the memory order that convolutions are fast in."""
-    inputs = torch.cat([_stored(module, part) for part in images.pixels.split(64)])
+    with named_in_errors(images):
+        inputs = torch.cat([_stored(module, part) for part in images.pixels.split(64)])
     return inputs.contiguous(memory_format=torch.channels_last).to(module.device)
 
 

@@ -16,6 +16,9 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from PIL import Image
 
+from converters.classifier import Classifier
+from converters.errors import SpecError
+from converters.torch_module import TorchClassifier
 from recipes.images import (
     ImageSet,
     contact_sheet,
@@ -26,6 +29,8 @@ from recipes.images import (
     to_bytes,
 )
 from recipes.refusals import DataError
+from recipes.validate import validate
+from recipes.workpiece import model_inputs
 
 Bytes = NDArray[np.uint8]
 checked = settings(deadline=None, max_examples=50, derandomize=True)
@@ -169,6 +174,22 @@ def test_images_one_level_down_are_pointed_at(tmp_path: Path) -> None:
     save_image(tmp_path / "val" / "boot" / "a.png", random_bytes(1, 8, 8, 3)[0])
     with pytest.raises(DataError, match=f"holds no images .*: name {tmp_path / 'val'}$"):
         load_images(tmp_path)
+
+
+def test_an_archive_of_no_images_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", images=np.zeros((0, 28, 28, 1), np.uint8))
+    with pytest.raises(DataError, match=r"none\.npz holds no images"):
+        load_images(tmp_path / "none.npz")
+
+
+def test_images_that_do_not_fit_a_model_are_named(
+    classifier_of: Callable[[str], Classifier], module_of: Callable[[str], TorchClassifier]
+) -> None:
+    images = ImageSet(torch.zeros(2, 5, 28, 28), source="mine.npz")
+    with pytest.raises(SpecError, match=r"^mine\.npz: images have 5 channels"):
+        model_inputs(module_of("plain"), images)
+    with pytest.raises(SpecError, match=r"^mine\.npz: images have 5 channels"):
+        validate(classifier_of("plain"), [classifier_of("plain")], images)
 
 
 def test_gray_photographs_among_coloured_ones(tmp_path: Path) -> None:
