@@ -25,6 +25,10 @@ BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where")
 """Operators that repeat dimensions of size 1 of all operands, counted from the last."""
 
 
+SPATIAL = ("AveragePool", "Conv", "ConvTranspose", "MaxPool")
+"""Operators that write images and channels [N, C, ...], and sides behind them."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the batch is in a shape: in dimension `axis`, with a factor `inner` of that dimension inside of it.
@@ -270,6 +274,39 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
     outermost = [axis for axis in fitting if inside[axis] * target[axis] == batch * stride]
     axis = (alone or same or outermost or fitting)[0]
     return Place(axis, stride // inside[axis])
+
+
+def fix_sizes(model: ir.Model) -> bool:
+    """A side that is read from the shape of what a convolution or a pool writes, and known, becomes a constant.
+
+    Exporters compute them for every input size; what runs from an early layer to a late one keeps blocks from ending.
+    How many channels there are is left to be computed: pruning changes it.
+    """
+    changed = False
+    for node in model.graph:
+        shape = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+        index = _constant(node.inputs[1]) if shape is not None and shape.op_type == "Shape" else None
+        if (
+            index is None
+            or shape is None
+            or shape.inputs[0] is None
+            or shape.attributes
+            or graphs.integer(node, "axis", 0)
+        ):
+            continue
+        writer, sizes = shape.inputs[0].producer(), shape.inputs[0].shape
+        if writer is None or writer.op_type not in SPATIAL or sizes is None:
+            continue
+        axes = [int(axis) % len(sizes) for axis in index.ravel() if -len(sizes) <= axis < len(sizes)]
+        known = [size for axis in axes if axis > 1 and isinstance(size := sizes[axis], int)]
+        if not known or len(known) < index.size:
+            continue
+        output = node.outputs[0]
+        name = graphs.unused_name(model.graph, f"{output.name}.known")
+        numbers = np.array(known, np.int64).reshape(index.shape)
+        output.replace_all_uses_with(graphs.add_initializer(model.graph, name, numbers))
+        changed = True
+    return changed
 
 
 def keep_rows(model: ir.Model) -> bool:

@@ -54,6 +54,14 @@ def fold_constants(model: ir.Model) -> bool:
     return bool(result.modified)
 
 
+def fix_sizes(model: ir.Model) -> bool:
+    """`batch.fix_sizes`, and the arithmetic with these constants."""
+    changed = batch.fix_sizes(model)
+    if changed:
+        fold_constants(model)
+    return changed
+
+
 def unshare_weights(model: ir.Model) -> bool:
     """Give every operand of a weighted layer an initializer that nothing else reads, so that it is changed alone.
 
@@ -107,6 +115,7 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("fold constants", fold_constants),
     ("image is float", precision.image_is_float),
     ("float32", precision.to_float32),
+    ("known sizes", fix_sizes),
     ("open batch", batch.open_batch),
     ("own rows", batch.keep_rows),
     ("free reshapes", batch.free_reshapes),

@@ -206,10 +206,10 @@ def test_expand_to_a_shape_with_the_batch_in_it(load: Load) -> None:
 OPEN = {"inputs": {"image": ("n", *models.IMAGE[1:])}, "outputs": {"logits": ("n", models.CLASSES)}}
 
 
-def runs_past_nothing(load: Load, model: onnx.ModelProto) -> None:
-    """No size is taken from the image, and the answer for some images is onnxruntime's."""
+def runs_past_nothing(load: Load, model: onnx.ModelProto, value: str = "image") -> None:
+    """No size is taken from the value, and the answer for some images is onnxruntime's."""
     module, x = to_torch(load(model)), models.images(3)
-    assert not [step for step in module.whole.steps if step.op == "Shape" and module.input_name in step.inputs]
+    assert not [step for step in module.whole.steps if step.op == "Shape" and value in step.inputs]
     oracle.assert_close(module(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
 
 
@@ -252,3 +252,30 @@ def test_expand_of_what_every_image_has(load: Load) -> None:
     ]
     tensors = {"w": models.weights(4, models.CHANNELS, 3, 3), "sizes": np.array([4, models.SIDE, models.SIDE])}
     runs_past_nothing(load, models.assemble(nodes, tensors | models.head_tensors(4), **OPEN))
+
+
+@pytest.mark.parametrize("how", [{}, {"axis": 0}])
+@pytest.mark.parametrize("index", [2, -1, [2], [2, 3]])
+def test_sizes_that_are_known_are_constants(load: Load, index: int | list[int], how: dict[str, int]) -> None:
+    """The sides of an early layer's output, which a late Reshape takes."""
+    nodes = [
+        models.node("Conv", "image w", "features", pads=[1, 1, 1, 1]),
+        models.node("Shape", "features", "shape"),
+        models.node("Gather", "shape index", "side", **how),
+        models.node("Relu", "features", "active"),
+        models.node("Reshape", "side all", "sides"),
+        models.node("Concat", "rest sides last", "wanted", axis=0),
+        models.node("Reshape", "active wanted", "apart"),
+        models.node("Flatten", "apart", "flat"),
+        models.node("Gemm", "flat fc.weight", "logits", transB=1),
+    ]
+    last = [] if np.size(index) == 2 else [models.SIDE]
+    tensors = {
+        "w": models.weights(4, models.CHANNELS, 3, 3),
+        "index": np.array(index, np.int64),
+        "all": np.array([-1], np.int64),
+        "rest": np.array([-1, 4], np.int64),
+        "last": np.array(last, np.int64),
+        "fc.weight": models.weights(models.CLASSES, 4 * models.SIDE**2),
+    }
+    runs_past_nothing(load, models.assemble(nodes, tensors, **OPEN), "features")
