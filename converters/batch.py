@@ -17,16 +17,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from converters import graphs
-from converters.errors import ModelError
-from converters.runtime import Session
+from converters.known_sizes import FEW, is_of_sizes, values_of_a_run
 
 BATCH = "batch"
 BROADCASTING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where")
 """Operators that repeat dimensions of size 1 of all operands, counted from the last."""
-
-
-SPATIAL = ("AveragePool", "Conv", "ConvTranspose", "MaxPool")
-"""Operators that write images and channels [N, C, ...], and sides behind them."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,9 @@ def _keep_rows(
         if places is None or graphs.integer(reader, "axis", 0) != 0:
             return None
         first = np.arange(batch).reshape(-1, *[1] * (places.ndim - 1)) * size
-        if places.ndim < 1 or len(places) != batch or (places != places[:1] + first).any() or places[0].max() >= size:
+        if places.ndim < 1 or len(places) != batch or not places.size or (places != places[:1] + first).any():
+            return None
+        if places[0].max() >= size:
             return None
         own.append((reader, places[0]))
     if not own or any(places.min() < 0 for _, places in own):
@@ -276,68 +273,28 @@ def reshaped(place: Place, source: Sequence[int], target: Sequence[int], batch: 
     return Place(axis, stride // inside[axis])
 
 
-def fix_sizes(model: ir.Model) -> bool:
-    """A side that is read from the shape of what a convolution or a pool writes, and known, becomes a constant.
-
-    Exporters compute them for every input size; what runs from an early layer to a late one keeps blocks from ending.
-    How many channels there are is left to be computed: pruning changes it.
-    """
-    changed = False
-    for node in model.graph:
-        shape = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
-        index = _constant(node.inputs[1]) if shape is not None and shape.op_type == "Shape" else None
-        if (
-            index is None
-            or shape is None
-            or shape.inputs[0] is None
-            or shape.attributes
-            or graphs.integer(node, "axis", 0)
-        ):
-            continue
-        writer, sizes = shape.inputs[0].producer(), shape.inputs[0].shape
-        if writer is None or writer.op_type not in SPATIAL or sizes is None:
-            continue
-        axes = [int(axis) % len(sizes) for axis in index.ravel() if -len(sizes) <= axis < len(sizes)]
-        known = [size for axis in axes if axis > 1 and isinstance(size := sizes[axis], int)]
-        if not known or len(known) < index.size:
-            continue
-        output = node.outputs[0]
-        name = graphs.unused_name(model.graph, f"{output.name}.known")
-        numbers = np.array(known, np.int64).reshape(index.shape)
-        output.replace_all_uses_with(graphs.add_initializer(model.graph, name, numbers))
-        changed = True
-    return changed
-
-
 def keep_rows(model: ir.Model) -> bool:
     """What `as_strided` is exported as takes each image's places from its own row, where the batch is open.
 
-    The places are computed from the size of the batch, which runs from the image past every layer. What they are is
-    asked of onnxruntime, for a batch of a few.
+    The places are computed from the size of the batch, which runs from the image past every layer.
     """
-    graph, few = model.graph, 3
+    graph, changed = model.graph, False
     image = graphs.image_input(graph)
     rows = {
-        node: [few, *sizes]
+        node: [FEW, *sizes]
         for node in graph
         if node.op_type == "Reshape" and _is_one_row(node) and (sizes := _sizes_of_one(node.inputs[0], image))
     }
-    indices = [reader.inputs[1] for node in rows for reader, _ in node.outputs[0].uses() if reader.op_type == "Gather"]
-    names = [str(value.name) for value in indices if value is not None and value.producer() is not None]
-    pixels = _sizes_of_one(image, image)
-    if not names or pixels is None:
-        return False
-    probe = model.clone()
-    graphs.set_outputs(probe.graph, names)
-    common.RemoveUnusedNodesPass()(probe)
-    try:
-        session = Session(probe, optimise=False)
-        found = dict(zip(session.output_names, session.run(np.zeros([few, *pixels], np.float32)), strict=True))
-    except ModelError:  # a file that does not run at all, of which its check will tell
-        return False
-    changed = False
+    places = [
+        value
+        for node in rows
+        for reader, _ in node.outputs[0].uses()
+        if reader.op_type == "Gather" and reader.graph is graph and (value := reader.inputs[1]) is not None
+        if value.producer() is not None and is_of_sizes(value, image)
+    ]
+    found = values_of_a_run(model, list(dict.fromkeys(places)))
     for node, source in rows.items():
-        row = _keep_rows(graph, node, source, few, lambda value: found.get(str(value.name)) if value else None)
+        row = _keep_rows(graph, node, source, FEW, lambda value: found.get(value) if value is not None else None)
         if row is not None:
             _set_target(graph, node, [-1, row[1]])
             node.outputs[0].shape = None

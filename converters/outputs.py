@@ -49,8 +49,8 @@ def data_beside(path: Path) -> Path:
 def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Raise OutputError, before any work is done, when no file can be written to `path`.
 
-    That is where a file exists, where anything else does, where it or its `data_beside` is one of the `inputs` or a
-    part of one, and where its folder cannot be written to. What a link points to is what is written.
+    That is where a file exists, where anything else does, where it is one of the `inputs`, where it or its
+    `data_beside` is a part of one, and where its folder cannot be written to. What a link points to is what is written.
     """
     try:
         if path.is_dir():
@@ -59,7 +59,7 @@ def ensure_writable(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ())
         if any(_target(path) == _target(given) for given in inputs):
             raise OutputError(f"{path} is one of the inputs, which are never replaced: choose another name")
         for file in (path, data_beside(path)):
-            within = next((given for given in inputs if file.exists() and _holds(given, file)), None)
+            within = next((given for given in inputs if os.path.lexists(file) and _holds(given, file)), None)
             if within is not None:
                 raise OutputError(f"{file} is a part of {within}, which is never replaced: choose another name")
         if path.exists() and not path.is_file():

@@ -17,7 +17,7 @@ import onnxscript.optimizer
 import onnxscript.version_converter
 from onnx_ir.passes import common
 
-from converters import batch, graphs, precision
+from converters import batch, graphs, known_sizes, precision
 from converters.errors import ModelError
 
 Pass = Callable[[ir.Model], bool]
@@ -55,8 +55,8 @@ def fold_constants(model: ir.Model) -> bool:
 
 
 def fix_sizes(model: ir.Model) -> bool:
-    """`batch.fix_sizes`, and the arithmetic with these constants."""
-    changed = batch.fix_sizes(model)
+    """`known_sizes.fix_sizes`, and the arithmetic with these constants, while the image still has its type."""
+    changed = known_sizes.fix_sizes(model)
     if changed:
         fold_constants(model)
     return changed
@@ -113,9 +113,9 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("dequantize constants", precision.dequantize_constants),
     ("widen few bits", precision.widen_few_bits),
     ("fold constants", fold_constants),
+    ("known sizes", fix_sizes),
     ("image is float", precision.image_is_float),
     ("float32", precision.to_float32),
-    ("known sizes", fix_sizes),
     ("open batch", batch.open_batch),
     ("own rows", batch.keep_rows),
     ("free reshapes", batch.free_reshapes),

@@ -128,8 +128,8 @@ def image_is_float(model: ir.Model) -> bool:
     """An image input of bytes becomes one of floats that hold the same whole numbers, and so what is computed in bytes.
 
     After constants are folded: the Cast that makes floats of bytes would be taken for one of floats, and removed, and
-    its output is what a layer reads that can be quantized. What a Resize computes between bytes is cut off to whole
-    numbers, as onnxruntime does.
+    its output is what a layer reads that can be quantized. What a linear Resize computes between bytes is cut off to
+    whole numbers, as onnxruntime does where it does not smooth before (`antialias`).
     """
     image = graphs.image_input(model.graph)
     if image.dtype != ir.DataType.UINT8:
@@ -139,10 +139,16 @@ def image_is_float(model: ir.Model) -> bool:
         value = waiting.pop()
         value.type = ir.TensorType(ir.DataType.FLOAT)
         waiting += [out for node, _ in value.uses() for out in node.outputs if out.dtype == ir.DataType.UINT8]
-        resize = value.producer()
-        if resize is not None and resize.op_type in RESIZES and graphs.text(resize, "mode") == "linear":
-            _cut_off(model, resize)
+        node = value.producer()
+        if node is not None and _cuts_off(node):
+            _cut_off(model, node)
     return True
+
+
+def _cuts_off(node: ir.Node) -> bool:
+    """Whether a node makes bytes of what lies between bytes by leaving their fractions out."""
+    linear = node.op_type in RESIZES and graphs.text(node, "mode") == "linear"
+    return linear and not graphs.integer(node, "antialias", 0)
 
 
 def _cut_off(model: ir.Model, node: ir.Node) -> None:

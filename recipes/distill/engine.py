@@ -107,10 +107,9 @@ def distill(
 
 
 def with_classes_of(teacher: Classifier, student: Classifier) -> Classifier:
-    """The student, its classes numbered and named as the teacher's: it learns the logits one by one."""
-    taken = {"offset": teacher.spec.offset}
-    named = {} if teacher.spec.labels is None else {"labels": teacher.spec.labels}
-    return replace(student, spec=student.spec.model_copy(update=taken | named))
+    """The student, its classes numbered and named as the teacher says: it learns the logits one by one."""
+    said: dict[str, object] = teacher.spec.model_dump(include={"offset", "labels"}, exclude_unset=True)
+    return replace(student, spec=student.spec.model_copy(update=said))
 
 
 def trainable(module: TorchClassifier) -> dict[str, list[tuple[str, int]]]:

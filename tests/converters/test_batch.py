@@ -254,28 +254,89 @@ def test_expand_of_what_every_image_has(load: Load) -> None:
     runs_past_nothing(load, models.assemble(nodes, tensors | models.head_tensors(4), **OPEN))
 
 
-@pytest.mark.parametrize("how", [{}, {"axis": 0}])
-@pytest.mark.parametrize("index", [2, -1, [2], [2, 3]])
-def test_sizes_that_are_known_are_constants(load: Load, index: int | list[int], how: dict[str, int]) -> None:
-    """The sides of an early layer's output, which a late Reshape takes."""
+def with_a_late_side(first: onnx.NodeProto, index: int = 2, **how: int) -> onnx.ModelProto:
+    """A side of what the first node writes goes into the target of a Reshape behind it."""
     nodes = [
-        models.node("Conv", "image w", "features", pads=[1, 1, 1, 1]),
+        first,
         models.node("Shape", "features", "shape"),
         models.node("Gather", "shape index", "side", **how),
         models.node("Relu", "features", "active"),
         models.node("Reshape", "side all", "sides"),
         models.node("Concat", "rest sides last", "wanted", axis=0),
         models.node("Reshape", "active wanted", "apart"),
-        models.node("Flatten", "apart", "flat"),
-        models.node("Gemm", "flat fc.weight", "logits", transB=1),
+        models.node("ReduceMean", "apart", "pooled", axes=[2, 3], keepdims=0),
+        models.node("Gemm", "pooled fc.weight", "logits", transB=1),
     ]
-    last = [] if np.size(index) == 2 else [models.SIDE]
-    tensors = {
-        "w": models.weights(4, models.CHANNELS, 3, 3),
-        "index": np.array(index, np.int64),
-        "all": np.array([-1], np.int64),
-        "rest": np.array([-1, 4], np.int64),
-        "last": np.array(last, np.int64),
-        "fc.weight": models.weights(models.CLASSES, 4 * models.SIDE**2),
+    numbers = {"index": index, "all": [-1], "rest": [0, models.CHANNELS], "last": [-1]}
+    tensors = {name: np.array(number, np.int64) for name, number in numbers.items()}
+    weights = {
+        "w": models.weights(models.CHANNELS, models.CHANNELS, 3, 3),
+        "fc.weight": models.weights(models.CLASSES, models.CHANNELS),
     }
-    runs_past_nothing(load, models.assemble(nodes, tensors, **OPEN), "features")
+    return models.assemble(nodes, tensors | weights, **OPEN)
+
+
+def convolution(source: str = "image", **how: list[int]) -> onnx.NodeProto:
+    return models.node("Conv", f"{source} w", "features", **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"axis": 0}])
+@pytest.mark.parametrize("index", [2, -1])
+def test_sides_that_are_known_are_constants(load: Load, index: int, how: dict[str, int]) -> None:
+    """Of an early layer's output, which a late Reshape takes."""
+    runs_past_nothing(load, with_a_late_side(convolution(), index, **how), "features")
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_sides_of_pools_that_round_up_are_those_that_they_write(load: Load, op: str) -> None:
+    """Of 9, 2 at a time and one place padded, onnxruntime makes 5, and shape inference 6."""
+    shape = models.node(op, "image", "features", kernel_shape=[2, 2], strides=[2, 2], pads=[1] * 4, ceil_mode=1)
+    model = with_a_late_side(shape)
+    for end in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[end].dim_value = 9
+    x = models.images(3, (3, models.CHANNELS, 9, 9))
+    oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
+
+
+def test_sides_are_those_of_the_model_and_not_of_stale_shapes(load: Load) -> None:
+    """Which a file has that was made dynamic by changing its input alone."""
+    model = with_a_late_side(convolution(strides=[2, 2]))
+    stale = onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["n", models.CHANNELS, 16, 16])
+    model.graph.value_info.append(stale)
+    runs_past_nothing(load, model, "features")
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT16])
+def test_what_makes_floats_of_the_image_stays_before_a_side(load: Load, kind: int) -> None:
+    """Its output is what the first layer reads that can be quantized."""
+    model = with_a_late_side(convolution("floats"))
+    model.graph.node.insert(0, models.node("Cast", "image", "floats", to=onnx.TensorProto.FLOAT))
+    model.graph.input[0].type.tensor_type.elem_type = kind
+    module = to_torch(load(model))
+    assert next(layer.input for layer in module.layers()) == "floats"
+    assert not [step for step in module.whole.steps if step.op == "Shape"]
+
+
+def test_places_that_hang_on_the_image_are_computed(load: Load) -> None:
+    """In each image's own part, and alike for any two dark ones; in a bright one another."""
+    nodes = [
+        models.node("Shape", "image", "shape", start=0, end=1),
+        models.node("Squeeze", "shape", "count"),
+        models.node("Reshape", "image all", "row"),
+        models.node("Range", "zero count one", "order"),
+        models.node("Mul", "order stride", "firsts"),
+        models.node("Unsqueeze", "firsts last", "column"),
+        models.node("ReduceMax", "image", "top", axes=[1, 2, 3], keepdims=0),
+        models.node("Greater", "top much", "bright"),
+        models.node("Cast", "bright", "own", to=onnx.TensorProto.INT64),
+        models.node("Unsqueeze", "own last", "which"),
+        models.node("Add", "column which", "places"),
+        models.node("Gather", "row places", "taken", axis=0),
+        models.node("Gemm", "taken fc.weight", "logits", transB=1),
+    ]
+    numbers = {"zero": 0, "one": 1, "stride": models.PIXELS, "all": [-1], "last": [1]}
+    tensors = {name: np.array(number, np.int64) for name, number in numbers.items()}
+    weights = {"much": np.float32(100), "fc.weight": models.weights(models.CLASSES, 1)}
+    model, x = models.assemble(nodes, tensors | weights, **OPEN), models.images(3)
+    x[1] *= 1000
+    oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)

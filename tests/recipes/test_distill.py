@@ -169,6 +169,14 @@ def test_classes_are_numbered_and_named_as_the_teachers(small_images: ImageSet, 
     )
 
 
+def test_a_teacher_that_says_nothing_of_its_classes_leaves_the_students(small_images: ImageSet, tmp_path: Path) -> None:
+    path = models.write(models.conv(), tmp_path / "m.onnx")
+    student = load_classifier(path, {"offset": 1, "labels": "animals"})
+    distill(load_classifier(path), student, small_images, tmp_path / "o.onnx", recipe(2))
+    written = load_classifier(tmp_path / "o.onnx").spec
+    assert (written.offset, written.labels) == (1, "animals")
+
+
 def test_other_classes_are_refused(classifier_of: Classifiers, calibration_images: ImageSet, tmp_path: Path) -> None:
     other = load_classifier(models.write(models.gemm(trans_b=1), tmp_path / "student.onnx"))
     images = ImageSet(calibration_images.pixels.expand(-1, 3, -1, -1))
