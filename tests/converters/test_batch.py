@@ -213,10 +213,14 @@ def runs_past_nothing(load: Load, model: onnx.ModelProto, value: str = "image") 
     oracle.assert_close(module(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
 
 
-@pytest.mark.parametrize("stride", [models.PIXELS, models.PIXELS - 1])
-def test_places_that_are_computed_for_any_number_of_images(load: Load, stride: int) -> None:
-    """The Range of an open batch, times the pixels of an image; of other strides, images overlap, and it stays."""
-    places = np.random.default_rng(0).permutation(models.PIXELS - 5)[:60].reshape(1, 60)
+def taken_from_one_row(
+    own: np.ndarray | Sequence[onnx.NodeProto], stride: int = models.PIXELS, count: int = 1
+) -> onnx.ModelProto:
+    """`strided` for any number of images: `count` places each, from `stride` times its number on.
+
+    `own` are the places in an image's part, or nodes that write a column of them, one an image.
+    """
+    computed = [] if isinstance(own, np.ndarray) else list(own)
     nodes = [
         models.node("Shape", "image", "shape", start=0, end=1),
         models.node("Squeeze", "shape", "count"),
@@ -224,14 +228,23 @@ def test_places_that_are_computed_for_any_number_of_images(load: Load, stride: i
         models.node("Range", "zero count one", "order"),
         models.node("Mul", "order stride", "firsts"),
         models.node("Unsqueeze", "firsts last", "column"),
+        *computed,
         models.node("Add", "column own", "places"),
         models.node("Gather", "row places", "taken", axis=0),
         models.node("Gemm", "taken fc.weight", "logits", transB=1),
     ]
     numbers = {"zero": 0, "one": 1, "stride": stride, "all": [-1], "last": [1]}
     tensors = {name: np.array(number, np.int64) for name, number in numbers.items()}
-    weights = {"own": places, "fc.weight": models.weights(models.CLASSES, 60)}
-    model = models.assemble(nodes, tensors | weights, **OPEN)
+    given = {} if computed else {"own": np.asarray(own)}
+    weights = {"much": np.float32(100), "fc.weight": models.weights(models.CLASSES, count)}
+    return models.assemble(nodes, tensors | given | weights, **OPEN)
+
+
+@pytest.mark.parametrize("stride", [models.PIXELS, models.PIXELS - 1])
+def test_places_that_are_computed_for_any_number_of_images(load: Load, stride: int) -> None:
+    """The Range of an open batch, times the pixels of an image; of other strides, images overlap, and it stays."""
+    places = np.random.default_rng(0).permutation(models.PIXELS - 5)[:60].reshape(1, 60)
+    model = taken_from_one_row(places, stride, 60)
     if stride == models.PIXELS:
         runs_past_nothing(load, model)
     else:
@@ -319,24 +332,12 @@ def test_what_makes_floats_of_the_image_stays_before_a_side(load: Load, kind: in
 
 def test_places_that_hang_on_the_image_are_computed(load: Load) -> None:
     """In each image's own part, and alike for any two dark ones; in a bright one another."""
-    nodes = [
-        models.node("Shape", "image", "shape", start=0, end=1),
-        models.node("Squeeze", "shape", "count"),
-        models.node("Reshape", "image all", "row"),
-        models.node("Range", "zero count one", "order"),
-        models.node("Mul", "order stride", "firsts"),
-        models.node("Unsqueeze", "firsts last", "column"),
+    which = [
         models.node("ReduceMax", "image", "top", axes=[1, 2, 3], keepdims=0),
         models.node("Greater", "top much", "bright"),
-        models.node("Cast", "bright", "own", to=onnx.TensorProto.INT64),
-        models.node("Unsqueeze", "own last", "which"),
-        models.node("Add", "column which", "places"),
-        models.node("Gather", "row places", "taken", axis=0),
-        models.node("Gemm", "taken fc.weight", "logits", transB=1),
+        models.node("Cast", "bright", "place", to=onnx.TensorProto.INT64),
+        models.node("Unsqueeze", "place last", "own"),
     ]
-    numbers = {"zero": 0, "one": 1, "stride": models.PIXELS, "all": [-1], "last": [1]}
-    tensors = {name: np.array(number, np.int64) for name, number in numbers.items()}
-    weights = {"much": np.float32(100), "fc.weight": models.weights(models.CLASSES, 1)}
-    model, x = models.assemble(nodes, tensors | weights, **OPEN), models.images(3)
+    model, x = taken_from_one_row(which), models.images(3)
     x[1] *= 1000
     oracle.assert_close(to_torch(load(model))(torch.from_numpy(x)).numpy(), oracle.run(model, x), 1e-5)
