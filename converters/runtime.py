@@ -177,7 +177,13 @@ def fits_protobuf(model: ir.Model) -> bool:
 
 
 def serialise(model: ir.Model) -> bytes:
-    return bytes(ir.to_proto(model).SerializeToString())
+    """The bytes of one file, less what onnx-ir says of initializers again that their tensors say."""
+    proto = ir.to_proto(model)
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    told = [info for info in proto.graph.value_info if info.name not in initializers or info.metadata_props]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(told)
+    return bytes(proto.SerializeToString())
 
 
 def _for_runtime(model: Path | bytes | ir.Model, folder: Path) -> str | bytes:

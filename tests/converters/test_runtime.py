@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from converters import runtime
 from converters.errors import ModelError
-from converters.runtime import Array, Session, installation_conflict
+from converters.runtime import Array, Session, installation_conflict, serialise
 from tests import models
 from tests.converters import oracle
 
@@ -87,6 +89,16 @@ def test_optimisation_can_be_turned_off() -> None:
     fused, plain, again = (Session(content, optimise=optimise).run(x)[0] for optimise in (True, False, False))
     assert not np.array_equal(fused, plain)
     assert np.array_equal(plain, again)
+
+
+def test_what_a_file_said_of_its_values_stays_and_nothing_is_said_of_initializers() -> None:
+    """Their tensors say it, and onnx-ir would say it again: three per cent of a small file at 4 bits."""
+    given = onnx.shape_inference.infer_shapes(models.batchnorm())
+    inner = [info.name for info in given.graph.value_info]
+    assert inner
+    written = onnx.load_from_string(serialise(ir.from_proto(given)))
+    assert [info.name for info in written.graph.value_info] == inner
+    assert [t.name for t in written.graph.initializer] == [t.name for t in given.graph.initializer]
 
 
 @pytest.mark.timing
