@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,8 +29,10 @@ from recipes.progress import Progress
 from recipes.prune.engine import check_goal, prune, prune_in_memory
 from recipes.prune.goal import PROVENANCE, Goal
 from recipes.prune.settings import PruneSettings
-from recipes.quantize.engine import check_bits, least_bits, quantize
+from recipes.quantize.engine import check_bits, least_bits, quantize, what_was_asked
+from recipes.quantize.mixed import check_budget
 from recipes.quantize.settings import QuantizeSettings
+from recipes.quantize.tables import file_size
 from recipes.ranks import ALONE, Ranks
 from recipes.refusals import MANIFEST, check_compression
 from recipes.settings import Effort
@@ -245,10 +248,20 @@ def _make(request: Request, write: Write, progress: Progress) -> tuple[ImageSet,
 
 
 def check_quantizable(
-    classifier: Classifier, bits: int | Budget, act_bits: int | None = None, target: Target = PORTABLE
+    request: Request, settings: QuantizeSettings, bits: int | Budget, act_bits: int | None, target: Target
 ) -> None:
-    """Raise MixMixError for a model that cannot be quantized, whatever the images."""
-    to_torch(prepare_for_quantization(classifier, target, least_bits(bits), act_bits))
+    """Raise MixMixError for a model, or a budget, that it cannot be quantized to, whatever the images.
+
+    A file also says how many images there were: a budget that is a few bytes above what it refuses here may still be
+    refused afterwards.
+    """
+    classifier = request.classifier
+    module = to_torch(prepare_for_quantization(classifier, target, least_bits(bits), act_bits))
+    if isinstance(bits, Budget):
+        asked = what_was_asked(settings, bits, act_bits, target, request.images or 0, request.seed)
+        metadata = {**classifier.spec.to_metadata(), **asked, **request.provenance}
+        size = partial(file_size, module, act_bits=act_bits, target=target, settings=settings, metadata=metadata)
+        check_budget(module, bits, act_bits, target, settings, size)
 
 
 def quantizing(
@@ -258,7 +271,7 @@ def quantizing(
     check_bits(bits, act_bits)
 
     def check(request: Request) -> None:
-        check_quantizable(request.classifier, bits, act_bits, target)
+        check_quantizable(request, settings, bits, act_bits, target)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         return quantize(
@@ -338,7 +351,7 @@ def pruning_then_quantizing(
 
     def check(request: Request) -> None:
         check_goal(request.classifier, settings, goal)
-        check_quantizable(request.classifier, bits, act_bits, target)
+        check_quantizable(request, quantize_settings, bits, act_bits, target)
 
     def write(request: Request, images: ImageSet, progress: Progress) -> Compression:
         pruned = prune_in_memory(

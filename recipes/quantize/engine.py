@@ -82,6 +82,21 @@ def check_bits(bits: int | Budget, act_bits: int | None) -> None:
         )
 
 
+def what_was_asked(
+    settings: QuantizeSettings, bits: int | Budget, act_bits: int | None, target: Target, images: int, seed: int
+) -> dict[str, str]:
+    """What the written file says of how it was made: an entry of its metadata."""
+    asked = {
+        "bits": str(bits) if isinstance(bits, Budget) else bits,
+        "act_bits": act_bits,
+        "target": target.name,
+        "images": images,
+        "seed": seed,
+        "settings": settings.changed(),
+    }
+    return {"mixmix.quantize": json.dumps(asked)}
+
+
 def quantize(
     classifier: Classifier,
     images: ImageSet,
@@ -114,15 +129,8 @@ def quantize(
         if edits:
             prepared = writeback.edited_classifier(prepared, edits)
             module = begin(prepared, output, device, overwrite=overwrite)
-    asked = {
-        "bits": str(bits) if isinstance(bits, Budget) else bits,
-        "act_bits": act_bits,
-        "target": target.name,
-        "images": len(images),
-        "seed": seed,
-        "settings": settings.changed(),
-    }
-    said = {"mixmix.quantize": json.dumps(asked), **to_metadata(units), **(provenance or {})}
+    asked = what_was_asked(settings, bits, act_bits, target, len(images), seed)
+    said = {**asked, **to_metadata(units), **(provenance or {})}
     metadata = {**classifier.spec.to_metadata(), **said}
     facts = {"settings": settings.model_dump(), "bits": bits, "act_bits": act_bits, "target": target, "seed": seed}
     if isinstance(bits, Budget) and bits.kind == "size":

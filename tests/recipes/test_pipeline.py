@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from converters.classifier import Classifier
 from converters.errors import MixMixError
 from converters.load import load_classifier
 from recipes import pipeline, zoo
+from recipes.budget import Budget
 from recipes.distill.settings import DistillSettings
 from recipes.pipeline import (
     Request,
@@ -176,6 +178,23 @@ def test_a_goal_that_cannot_be_reached(
     write = pruning(prune, goal) if bits is None else pruning_then_quantizing(prune, goal, QUANTIZE, bits)
     with pytest.raises(MixMixError, match=said):
         ask(write, plain)
+
+
+@pytest.mark.parametrize("budget", ["size=1kB", "bops=1k"])
+def test_a_budget_that_cannot_be_kept(budget: str, plain: Classifier) -> None:
+    with pytest.raises(MixMixError, match=f"--mixed {budget[:4]}.* cannot be reached"):
+        ask(quantizing(QUANTIZE, Budget.parse(budget)), plain)
+
+
+def test_the_bytes_that_a_refusal_names_are_enough(plain: Classifier) -> None:
+    """But for the number of images, which the file says too."""
+    with pytest.raises(MixMixError, match="cannot be reached") as refused:
+        ask(quantizing(QUANTIZE, Budget.parse("size=1kB")), plain)
+    (named,) = re.findall(r"it is size=(\d+)B", str(refused.value))
+    with pytest.raises(ImagesMadeError):
+        ask(quantizing(QUANTIZE, Budget.parse(f"size={named}B")), plain)
+    with pytest.raises(MixMixError, match="cannot be reached"):
+        ask(quantizing(QUANTIZE, Budget.parse(f"size={int(named) - 1}B")), plain)
 
 
 def test_a_model_without_channels_to_remove(tmp_path: Path) -> None:
