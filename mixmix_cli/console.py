@@ -123,6 +123,20 @@ class Terminal:
                 f" {pixels(spec)}: set --mean, --std and --scale if that is wrong"
             )
 
+    def tell_difference(self, candidate: Classifier, reference: Classifier) -> None:
+        """Say of a candidate that takes pixels otherwise than the reference that it is given them so."""
+        from recipes.validate import spec_beside
+
+        here, there = (
+            (spec.size, spec.channels, pixels(spec)) for spec in (spec_beside(candidate, reference), reference.spec)
+        )
+        if here != there:
+            (height, width), channels, arithmetic = here
+            self.say(
+                f"{candidate.path} is given images as it says, otherwise than {reference.path}: {height}x{width}"
+                f" {channels}, {arithmetic}"
+            )
+
     def annotate(self, line: str) -> None:
         """A line for the CI server's log, whatever the verbosity."""
         with while_read(sys.stderr):

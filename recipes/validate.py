@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from converters.classifier import Classifier
 from converters.errors import MixMixError
+from converters.input_spec import InputSpec
 from converters.layer_values import saturating_layers
 from converters.runtime import Session, fill
 from recipes.images import ImageSet, LabelKind, named_in_errors
@@ -321,8 +322,8 @@ def _asked(gates: Gates, drop: float | None, top1: float | None, agreement: floa
     ]
 
 
-def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: int, stop: int) -> NDArray[np.float32]:
-    """Images as a model takes them; what it does not say for certain is as with the reference."""
+def spec_beside(model: Classifier, reference: Classifier) -> InputSpec:
+    """How a model is given images: as it says, and where it does not say so for certain, as the reference is."""
     spec = model.spec
     if spec.source in ("assumed", "detected") and spec.channel_count == reference.spec.channel_count:
         sure = model.detection is not None and model.detection.confidence == 1
@@ -332,6 +333,11 @@ def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: i
         if model.open_size:
             taken.append("size")
         spec = spec.model_copy(update={key: getattr(reference.spec, key) for key in taken})
+    return spec
+
+
+def _inputs(model: Classifier, reference: Classifier, images: ImageSet, start: int, stop: int) -> NDArray[np.float32]:
+    spec = spec_beside(model, reference)
     with named_in_errors(images):
         return np.ascontiguousarray(spec.to_input(images.pixels[start:stop]).numpy())
 

@@ -50,6 +50,8 @@ def command(**given: Any) -> int:
     reference = load_classifier(given["reference"], spec)
     candidates = [load_classifier(path, spec) for path in given["candidates"]]
     terminal.tell_choices(reference)
+    for other in candidates:
+        terminal.tell_difference(other, reference)
     images = load_images(given["data"], given["images"], size=reference.spec.size)
     gates = Gates(given["max_drop"], given["min_top1"], given["min_agreement"])
     how = {"layers": given["layers"], "threads": given["threads"], "progress": terminal}

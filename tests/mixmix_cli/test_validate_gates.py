@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import onnx
 import pytest
 
 from recipes import zoo
@@ -44,6 +45,26 @@ def test_validate_says_that_targets_are_not_truth(
     status, out, _ = run(capsys, "validate", model, model, "--data", images)
     assert status == 0
     assert "not ground truth" in out
+
+
+def test_a_candidate_that_takes_pixels_otherwise(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    """What it says itself holds, and is said; what it does not say is as with the reference."""
+    candidate, data = onnx.load(model), ("--data", zoo.calibration_images_path())
+    for silent in (False, True):
+        other = tmp_path / f"{silent}.onnx"
+        for entry in candidate.metadata_props:
+            if entry.key == "mixmix.input.mean":
+                entry.value = "[0.5]"
+        if silent:
+            del candidate.metadata_props[:]
+        onnx.save(candidate, other)
+        _, _, err = run(capsys, "validate", model, other, *data)
+        told = f"{other} is given images as it says, otherwise than {model}: 28x28 gray, mean 0.5, std 0.353"
+        assert (told in " ".join(err.split())) is not silent
+    _, _, err = run(capsys, "validate", model, model, *data)
+    assert "otherwise" not in err
 
 
 def test_every_gate_is_named(capsys: pytest.CaptureFixture[str], model: Path) -> None:
