@@ -37,7 +37,7 @@ import torch
 from record import Results, chosen_rows, machine
 from train_zoo import DATA, load_split
 
-from converters import passes
+from converters import folding
 from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.load import load_classifier
@@ -253,7 +253,7 @@ def part_folded(path: Path, kept: int) -> Path:
     held = [node for node in model.graph if node.op_type == "BatchNormalization"][:kept]
     for node in held:
         node.op_type = "Held"
-    passes.fold_batchnorm(model)
+    folding.fold_affine(model)
     for node in held:
         node.op_type = "BatchNormalization"
     output = Path(MADE.name) / f"{path.stem}_{kept}.onnx"

@@ -2,7 +2,7 @@
 
 `NORMALISE` makes a private copy easy to convert (one spelling for everything, constants folded), which is never written
 to a user's file. What is: `fold_constants`, `untranspose_rows`, `tidy`, `raise_opset` and, by `quantize` and `prune`,
-`fold_batchnorm` change the graph that a file is made of.
+`folding.fold_affine` change the graph that a file is made of.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -23,7 +22,6 @@ from converters.errors import ModelError
 Pass = Callable[[ir.Model], bool]
 """Changes the model in place and returns whether it did."""
 
-BATCHNORM_EPSILON = 1e-5  # the operator's default
 RESIZE_MODES = 11
 """The opset from which a Resize says which pixel lies where.
 
@@ -130,68 +128,6 @@ NORMALISE: tuple[tuple[str, Pass], ...] = (
     ("sort", _shared(common.TopologicalSortPass())),
     ("fix names", _shared(common.NameFixPass())),
 )
-
-
-def fold_batchnorm(model: ir.Model) -> bool:
-    """Fold every BatchNormalization that alone follows a Conv into that Conv's weight and bias.
-
-    W' = W * gamma / sqrt(var + eps) per output channel, b' = beta + (b - mean) * gamma / sqrt(var + eps). Shared
-    initializers are copied on write; the value that the BatchNormalization wrote keeps its name.
-    """
-    changed = False
-    for node in list(model.graph):
-        if node.op_type != "BatchNormalization" or not node.inputs or node.inputs[0] is None:
-            continue
-        source = node.inputs[0]
-        conv = source.producer()
-        parameters = [graphs.constant_behind(value) for value in node.inputs[1:5]]
-        training = node.attributes.get("training_mode")
-        foldable = (
-            conv is not None
-            and conv.op_type == "Conv"
-            and len(source.uses()) == 1
-            and not source.is_graph_output()
-            and all(value is not None for value in parameters)
-            and (training is None or training.as_int() == 0)
-        )
-        if foldable and conv is not None:
-            changed |= _fold_into(model.graph, conv, node, [graphs.to_numpy(v) for v in parameters if v is not None])
-    if changed:
-        common.RemoveUnusedNodesPass()(model)
-    return changed
-
-
-def _fold_into(graph: ir.Graph, conv: ir.Node, norm: ir.Node, parameters: list[np.ndarray]) -> bool:
-    weight_value = graphs.constant_behind(conv.inputs[1])
-    bias_value = graphs.constant_behind(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    if weight_value is None or (bias_value is None and len(conv.inputs) > 2 and conv.inputs[2] is not None):
-        return False
-    gamma, beta, mean, variance = (p.astype(np.float64) for p in parameters)
-    attribute = norm.attributes.get("epsilon")
-    factor = gamma / np.sqrt(variance + (attribute.as_float() if attribute else BATCHNORM_EPSILON))
-    weight = graphs.to_numpy(weight_value)
-    folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    bias = beta + ((graphs.to_numpy(bias_value) if bias_value is not None else 0.0) - mean) * factor
-    weight_name, bias_name = str(weight_value.name), str(norm.inputs[2].name)  # type: ignore[union-attr]  # found above
-    new_weight = graphs.add_initializer(
-        graph, graphs.unused_name(graph, weight_name + ".folded"), folded.astype(weight.dtype)
-    )
-    new_bias = graphs.add_initializer(
-        graph, graphs.unused_name(graph, bias_name + ".folded"), bias.astype(weight.dtype)
-    )
-    conv.resize_inputs(3)
-    conv.replace_input_with(1, new_weight)
-    conv.replace_input_with(2, new_bias)
-    replaced, kept = norm.outputs[0], conv.outputs[0]
-    name, was_output = replaced.name, replaced.is_graph_output()
-    if was_output:
-        outputs = graph.outputs
-        outputs[outputs.index(replaced)] = kept
-        kept.shape, kept.type = replaced.shape, replaced.type
-    replaced.replace_all_uses_with(kept)
-    graph.remove(norm, safe=True)
-    kept.name = name
-    return True
 
 
 def tidy(model: ir.Model) -> bool:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from converters import passes, precision, steps
+from converters import folding, passes, precision, steps
 from converters.classifier import Classifier, build, logits_session
 from converters.conversion import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 from converters.edits import Edit, apply_edits, dequantized_names
@@ -88,7 +88,8 @@ def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     raised = passes.raise_opset(model, opset, str(classifier.path))
     model.ir_version = max(passes.least_ir(model), ir_version)  # older runtimes refuse what new exporters write
     passes.fold_constants(model)  # weights behind a Cast too are to take in what follows
-    passes.fold_batchnorm(model)
+    folding.fold_affine(model)
+    folding.fold_padding(model)
     turned = passes.untranspose_rows(model)
     passes.tidy(model)
     prepared = build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)

@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from converters import folding, graphs
 from converters.torch_module import Step, TorchClassifier
 from recipes.layer_norms import LayerNorm, layer_norms, shapes_of
 
 
 @dataclass(frozen=True)
 class EvenValue:
-    """A value [N, C, ...] or, of tokens, [N, ..., C]."""
+    """A value [N, C, ...] or, of tokens and of what is transposed, [N, ..., C]."""
 
     name: str
     axis: int
-    """That of its channels: 1 or -1."""
+    """That of its channels: 1, or a later one."""
 
 
 def even_values(module: TorchClassifier) -> list[EvenValue]:
@@ -33,7 +34,7 @@ def even_values(module: TorchClassifier) -> list[EvenValue]:
     """
     norms, other = layer_norms(module), {norm.input for norm in module.batchnorms()}
     other |= {norm.output for norm in norms if _read_in_part(norm.output, module)}
-    found = [EvenValue(name, 1) for name in _folded_convolutions(module, norms)]
+    found = _folded_convolutions(module, norms)
     found += [EvenValue(norm.output, norm.axis) for norm in norms if norm.output not in other]
     shapes = shapes_of(module, [value.name for value in found])
     return [value for value in found if shapes[value.name].numel() > shapes[value.name][value.axis]]
@@ -44,14 +45,27 @@ def _read_in_part(name: str, module: TorchClassifier) -> bool:
     return bool(readers) and all(op in ("Gather", "Slice") for op in readers)
 
 
-def _folded_convolutions(module: TorchClassifier, norms: Iterable[LayerNorm]) -> list[str]:
-    """Outputs of convolutions that have a bias, which folding leaves, and no sign of another normalisation.
+def biased_convolutions(module: TorchClassifier) -> dict[str, EvenValue]:
+    """By output of each convolution that has a bias, or is given one behind it: what it then comes to."""
+    values, found = graphs.values_by_name(module.classifier.normal.graph), {}
+    for layer in module.layers():
+        if layer.op != "Conv":
+            continue
+        if layer.bias is not None:
+            found[layer.output] = EvenValue(layer.output, 1)
+        elif end := folding.shifted_end(values[layer.output], layer.shape[layer.axis], len(layer.shape)):
+            found[layer.output] = EvenValue(str(end[0].name), end[1])
+    return found
+
+
+def _folded_convolutions(module: TorchClassifier, norms: Iterable[LayerNorm]) -> list[EvenValue]:
+    """What convolutions write that have a bias, which folding leaves, and no sign of another normalisation.
 
     Left out is what a BatchNorm comes after before the next weighted layer, as it was not folded; what is before or
     behind LayerNormalization with no sum of two values between, as that stands in its place; and what no weighted layer
     comes after at all, as its channels are classes.
     """
-    layers = {layer.output: layer for layer in module.layers()}
+    layers = {layer.output for layer in module.layers()}
     batches = {norm.input for norm in module.batchnorms()}
     before, behind = {norm.input for norm in norms}, {norm.output for norm in norms}
     leading: set[str] = set()
@@ -68,9 +82,9 @@ def _folded_convolutions(module: TorchClassifier, norms: Iterable[LayerNorm]) ->
             before.update(filter(None, step.inputs))
     other = batches | before | behind
     return [
-        name
-        for name, layer in layers.items()
-        if layer.op == "Conv" and layer.bias is not None and name in leading and name not in other
+        value
+        for name, value in biased_convolutions(module).items()
+        if name in leading and not other.intersection((name, value.name))
     ]
 
 

@@ -15,7 +15,7 @@ from converters.targets import MIN_BITS, PORTABLE
 from converters.torch_module import Layer, TorchClassifier
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import Block, find_blocks
-from recipes.evenness import even_values
+from recipes.evenness import biased_convolutions, even_values
 from recipes.patterns import NofM
 
 
@@ -108,7 +108,7 @@ def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspec
     norms = module.batchnorms()
     read = {norm.input for norm in norms}
     layers = module.layers()
-    folded = sum(layer.op == "Conv" and layer.bias is not None and layer.output not in read for layer in layers)
+    folded = sum(not read.intersection((name, end.name)) for name, end in biased_convolutions(module).items())
     values = layer_outputs(module)
     classes, macs = values[module.logits_name].shape[1], sum(_macs(module, values).values())
     shaping = len(even_values(module))

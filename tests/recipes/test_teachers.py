@@ -14,7 +14,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from converters import passes
+from converters import folding
 from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.input_spec import InputSpec
@@ -122,7 +122,7 @@ def partly_folded(path: Path) -> TorchClassifier:
     model = ir.load(zoo.model_path("plain"))
     first = next(node for node in model.graph if node.op_type == "BatchNormalization")
     first.op_type = "Held"
-    passes.fold_batchnorm(model)
+    folding.fold_affine(model)
     first.op_type = "BatchNormalization"
     ir.save(model, path)
     return to_torch(load_classifier(path))
