@@ -117,8 +117,14 @@ def _fold_behind(graph: ir.Graph, conv: ir.Node) -> bool:
         if like is not None:
             name = graphs.unused_name(graph, f"{like.name}.folded")
             conv.replace_input_with(place, graphs.add_initializer(graph, name, content.astype(array.dtype)))
+    end = steps[-1].node.outputs[0].name
     for step in steps:
         _leave_out(graph, step.node, step.reads)
+    value = conv.outputs[0]
+    while value.name != end:  # what a Transpose reads has other numbers now than what its name stands for in the file
+        value.name = graphs.unused_name(graph, f"{value.name}.folded")
+        (following,) = value.consumers()
+        value = following.outputs[0]
     return True
 
 
