@@ -8,7 +8,7 @@ to a user's file. What is: `fold_constants`, `untranspose_rows`, `tidy`, `raise_
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -102,6 +102,35 @@ def untranspose_rows(model: ir.Model) -> bool:
     return changed
 
 
+def join_biases(model: ir.Model, ranks: Mapping[str, int]) -> bool:
+    """A MatMul of rows whose result alone goes into the Add of a bias becomes a Gemm, as others export a Linear.
+
+    `ranks` are those of the values of the graph. onnxruntime does the same to a quantized graph, but only where it
+    knows the rank, and then leaves the product in float.
+    """
+    changed = False
+    for node in list(model.graph):
+        source, weight = (*node.inputs, None, None)[:2]
+        if node.op_type != "MatMul" or source is None or ranks.get(str(source.name)) != ROWS:
+            continue
+        product, matrix = node.outputs[0], graphs.constant_behind(weight)
+        readers = [reader for reader, _ in product.uses()]
+        if matrix is None or product.is_graph_output() or [r.op_type for r in readers] != ["Add"]:
+            continue
+        (add,) = readers
+        bias = next(value for value in add.inputs if value is not product)
+        constant, width = graphs.constant_behind(bias), graphs.to_numpy(matrix).shape[-1]
+        if constant is None or graphs.to_numpy(constant).shape != (width,) or add.graph is not model.graph:
+            continue
+        joined = ir.node("Gemm", [source, weight, bias], name=node.name)
+        old, new = [add.outputs[0]], [joined.outputs[0]]
+        ir.convenience.replace_nodes_and_values(model.graph, add, [add, node], [joined], old, new)
+        changed = True
+    return changed
+
+
+ROWS = 2
+"""Axes of what Gemm multiplies."""
 LAYERS = ("Conv", "Gemm", "MatMul")
 """Operators whose constant operand (MatMul: either) is the weight of a layer that can be quantized or pruned."""
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from converters import folding, passes, precision, steps
+from converters import folding, graphs, passes, precision, steps
 from converters.classifier import Classifier, build, logits_session
 from converters.conversion import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 from converters.edits import Edit, apply_edits, dequantized_names
@@ -91,11 +91,18 @@ def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     folding.fold_affine(model)
     folding.fold_padding(model)
     turned = passes.untranspose_rows(model)
+    joined = passes.join_biases(model, _ranks(classifier))
     passes.tidy(model)
     prepared = build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
-    if raised or turned:
+    if raised or turned or joined:
         _prove_same(classifier, prepared)
     return prepared
+
+
+def _ranks(classifier: Classifier) -> dict[str, int]:
+    """Of the values that the classifier's own graph knows the rank of."""
+    values = graphs.values_by_name(classifier.normal.graph)
+    return {name: len(value.shape) for name, value in values.items() if value.shape is not None}
 
 
 def _prove_same(classifier: Classifier, prepared: Classifier) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -248,3 +249,41 @@ def test_the_ir_version_of_a_new_exporter_is_not_kept(load: Load) -> None:
     assert prepare_for_quantization(load(proto), PORTABLE, 4).original.ir_version == 10
     assert prepare_for_quantization(load(proto), TARGETS["ort-cpu"], 8, 8).original.ir_version == 8
     assert prepare_for_pruning(load(proto)).original.ir_version == 8
+
+
+def linear(*, rank: int = 2, bias: tuple[int, ...] = (models.CLASSES,), first: bool = True) -> onnx.ModelProto:
+    """A MatMul of rows, or of more axes, and the Add of a bias."""
+    nodes = [
+        models.node("Flatten", "image", "rows"),
+        models.node("Reshape", "rows shape", "data"),
+        models.node("MatMul", "data w", "product"),
+        models.node("Add", "product bias" if first else "bias product", "sum"),
+        models.node("Flatten", "sum", "logits"),
+    ]
+    shape = np.array([-1, *[1] * (rank - 2), models.PIXELS], np.int64)
+    tensors = {"shape": shape, "w": models.weights(models.PIXELS, models.CLASSES), "bias": models.weights(*bias)}
+    return models.assemble(nodes, tensors)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bias_joins_the_rows_that_it_is_added_to(first: bool, load: Load) -> None:
+    classifier, x = load(linear(first=first)), models.images()
+    prepared = prepare_for_quantization(classifier, PORTABLE, 4)
+    found = [node for node in prepared.original.graph if node.op_type in ("MatMul", "Gemm", "Add")]
+    assert [node.op_type for node in found] == ["Gemm"]
+    assert found[0].outputs[0].name == "sum"
+    oracle.assert_close(oracle.run(prepared.original, x), oracle.run(classifier.original, x), ROUNDING)
+
+
+@pytest.mark.parametrize("how", [{"rank": 3}, {"bias": (1,)}, {"bias": (1, models.CLASSES)}])
+def test_other_sums_stay(how: dict[str, Any], load: Load) -> None:
+    prepared = prepare_for_quantization(load(linear(**how)), PORTABLE, 4)
+    assert "Gemm" not in {node.op_type for node in prepared.original.graph}
+
+
+def test_a_product_that_others_read_stays(load: Load) -> None:
+    proto = linear()
+    proto.graph.node.insert(4, models.node("Mul", "sum product", "more"))
+    proto.graph.node[5].input[0] = "more"
+    prepared = prepare_for_quantization(load(proto), PORTABLE, 4)
+    assert "Gemm" not in {node.op_type for node in prepared.original.graph}
