@@ -155,6 +155,74 @@ def weights_in_nodes() -> onnx.ModelProto:
     return model
 
 
+def tensorflow() -> onnx.ModelProto:
+    """As TensorFlow's exporter writes a MobileNet: channels last outside, BatchNorm as Mul and Add behind a depthwise
+    convolution and as a bias elsewhere, padding as a node, and what it could not transpose in between."""
+    side = models.SIDE
+    nodes = [
+        node("Transpose", "image", "planes", perm=[0, 3, 1, 2]),
+        node("Pad", "planes pads", "wide"),
+        node("Conv", "wide first.weight first.bias", "first", strides=[2, 2]),
+        node("Clip", "first zero six", "first.active"),
+        node("Conv", "first.active deep.weight", "deep", group=WIDTH, pads=[1, 1, 1, 1]),
+        node("Mul", "deep scale", "deep.scaled"),
+        node("Add", "deep.scaled shift", "deep.normed"),
+        node("Clip", "deep.normed zero six", "deep.active"),
+        node("Conv", "deep.active last.weight", "last"),
+        node("Transpose", "last", "last.rows", perm=[0, 2, 3, 1]),
+        node("Add", "last.rows rows.shift", "last.normed"),
+        node("Transpose", "last.normed", "last.planes", perm=[0, 3, 1, 2]),
+        node("Add", "first.active last.planes", "sum"),
+        node("GlobalAveragePool", "sum", "pooled"),
+        node("Squeeze", "pooled axes", "flat"),
+        node("MatMul", "flat head.weight", "scores"),
+        node("Add", "scores head.bias", "biased"),
+        node("Softmax", "biased", "logits"),
+    ]
+    tensors = {
+        "pads": ints(0, 0, 0, 0, 0, 0, 1, 1),
+        "axes": ints(2, 3),
+        "zero": np.float32(0),
+        "six": np.float32(6),
+        "first.weight": models.weights(WIDTH, models.CHANNELS, 3, 3),
+        "first.bias": vector(1),
+        "deep.weight": models.weights(WIDTH, 1, 3, 3),
+        "scale": vector(2).reshape(1, -1, 1, 1),
+        "shift": vector(3).reshape(1, -1, 1, 1),
+        "last.weight": models.weights(WIDTH, WIDTH, 1, 1),
+        "rows.shift": vector(4),
+        "head.weight": models.weights(WIDTH, models.CLASSES),
+        "head.bias": models.random(models.CLASSES, seed=5),
+    }
+    return models.assemble(nodes, tensors, inputs={"image": ("batch", side, side, models.CHANNELS)})
+
+
+def paddlepaddle() -> onnx.ModelProto:
+    """As PaddlePaddle's exporter ends a network: flattened by computed sizes, and a MatMul and the Add of a bias."""
+    nodes = [
+        node("Conv", "image conv.weight", "features"),
+        node("Relu", "features", "active"),
+        node("GlobalAveragePool", "active", "pooled"),
+        node("Shape", "pooled", "shape"),
+        node("Slice", "shape start end axes", "batch"),
+        node("Concat", "batch rest", "sizes", axis=0),
+        node("Reshape", "pooled sizes", "flat"),
+        node("MatMul", "flat head.weight", "scores"),
+        node("Add", "scores head.bias", "sum"),
+        node("Identity", "sum", "logits"),
+    ]
+    tensors = {
+        "conv.weight": models.weights(WIDTH, models.CHANNELS, 3, 3),
+        "start": ints(0),
+        "end": ints(1),
+        "axes": ints(0),
+        "rest": ints(-1),
+        "head.weight": models.weights(WIDTH, models.CLASSES),
+        "head.bias": models.random(models.CLASSES, seed=5),
+    }
+    return models.assemble(nodes, tensors)
+
+
 def transposed_weight() -> onnx.ModelProto:
     """A MatMul behind a Transpose of the weight, as an exporter without constant folding writes a linear layer."""
     nodes = [
@@ -351,6 +419,8 @@ CASES: dict[str, Build] = {
     "wide_image": lambda: between(node("Relu", "features", "out"), image=("batch", 3, 6, 20)),
     "open_sides": open_sides,
     "weights_in_nodes": weights_in_nodes,
+    "tensorflow": tensorflow,
+    "paddlepaddle": paddlepaddle,
     "weight_behind_identity": models.hidden_weight,
     "weight_shared": models.shared_weight,
     "weight_transposed": transposed_weight,

@@ -23,7 +23,8 @@ from recipes.quantize.engine import quantize
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.tables import Quantizers
 from recipes.validate import Verdict, _explained, decibels, validate
-from tests.recipes.test_quantize import Written, recipe, run, top1
+from tests import hard_cases, models
+from tests.recipes.test_quantize import Written, noise, recipe, run, top1
 
 Classifiers = Callable[[str], Classifier]
 Quantizer = Callable[..., Compression]
@@ -63,6 +64,17 @@ def test_every_layer_runs_in_integers_as_forecast(
     reference = run(classifier.path, classifier, calibration_images.pixels)
     compression = float(np.square(plain.astype(np.float64) - reference).sum())
     assert float(np.square(fused.astype(np.float64) - plain).sum()) < 0.1 * compression
+
+
+@pytest.mark.parametrize("case", ["tensorflow", "paddlepaddle"])
+def test_what_other_exporters_write_runs_in_integers(case: str, tmp_path: Path) -> None:
+    """Nothing but the image and the logits is in float, of what computes."""
+    classifier = load_classifier(models.write(hard_cases.CASES[case](), tmp_path / "model.onnx"))
+    output, target = tmp_path / "q.onnx", choose_target("ort-cpu", None, 8)
+    fusion = quantize(classifier, noise(), output, recipe("nearest"), 8, 8, target).fusion
+    assert fusion is not None
+    assert fusion.counted == fusion.forecast == fusion.layers, fusion.operators
+    assert not {"Conv", "Gemm", "MatMul", "Mul", "Add", "Clip", "Pad"}.intersection(fusion.operators)
 
 
 @pytest.mark.parametrize(
