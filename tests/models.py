@@ -161,9 +161,10 @@ def gemm(*, trans_b: int, bias: bool = True) -> onnx.ModelProto:
     return assemble([node("Flatten", "image", "flat"), last], tensors)
 
 
-def matmul() -> onnx.ModelProto:
-    """image -Flatten-> flat -MatMul [I, O]-> product -Add-> logits."""
-    nodes = [node("MatMul", "flat fc.weight", "product"), node("Add", "product fc.bias", "logits")]
+def matmul(*, bias: bool = True) -> onnx.ModelProto:
+    """image -Flatten-> flat -MatMul [I, O]-> product -Add-> logits; without a bias the product is the logits."""
+    nodes = [node("MatMul", "flat fc.weight", "product" if bias else "logits")]
+    nodes += [node("Add", "product fc.bias", "logits")] * bias
     tensors = {"fc.weight": weights(PIXELS, CLASSES, fan_in=PIXELS), "fc.bias": weights(CLASSES, seed=1)}
     return assemble([node("Flatten", "image", "flat"), *nodes], tensors)
 

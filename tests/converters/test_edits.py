@@ -32,7 +32,8 @@ CASES: dict[str, tuple[onnx.ModelProto, str, str, int]] = {
     "depthwise Conv": (models.depthwise(), "features", "conv.weight", 0),
     "Gemm transB=0": (models.gemm(trans_b=0), "logits", "fc.weight", 1),
     "Gemm transB=1": (models.gemm(trans_b=1), "logits", "fc.weight", 0),
-    "MatMul": (models.matmul(), "product", "fc.weight", 1),
+    "MatMul": (models.matmul(bias=False), "logits", "fc.weight", 1),
+    "MatMul and Add": (models.matmul(), "logits", "fc.weight", 1),
     "weight behind Identity": (models.hidden_weight(), "features", "conv.weight", 0),
 }
 """Model, the output of the node to edit, the initializer that it reads, its output-channel axis."""
