@@ -34,9 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from record import machine
 
-if TYPE_CHECKING:  # not to be had where a peer runs
+if TYPE_CHECKING:  # a peer runs without the modules beside this one
     from peer_subjects import Subject
 
 Array = NDArray[Any]
@@ -354,6 +353,7 @@ def cells(facts: dict[str, Any], took: dict[str, Any]) -> list[str]:
 
 def print_table(models: list[str], iterations: list[int], folder: Path, log: Callable[[str], None]) -> None:
     from peer_subjects import IMAGES, LITE0, embedded, embedded_images, lite0
+    from record import machine
 
     versions: dict[str, set[str]] = {}
     lines = []

@@ -8,6 +8,7 @@ size, goes the same way, so a model of many gigabytes is never twice in memory, 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import mmap
 import os
@@ -81,6 +82,7 @@ def read_model(path: Path) -> ModelFile:
         raise ModelError(f"{path} is not an ONNX model (no graph in it): fetch or export it again")
     if _has_sparse(proto):
         raise ModelError(f"{path} has sparse tensors, which are not supported: store its weights dense")
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # remarks on exporters' spelling, a line for each node
     model = ir.from_proto(proto)
     sources = {path.name: _Source(path, size, file)}
     for holder in _external_tensors(model):

@@ -158,7 +158,8 @@ def log_softmax(logits: Logits) -> Logits:
 
 def divergence(reference: Logits, other: Logits) -> float:
     """Mean KL(reference || other) in nats of the class distributions."""
-    return float((softmax(reference) * (log_softmax(reference) - log_softmax(other))).sum(1).mean())
+    found = float((softmax(reference) * (log_softmax(reference) - log_softmax(other))).sum(1).mean())
+    return max(found, 0.0)  # of equal distributions rounding leaves a little less than nothing
 
 
 def decibels(reference: Logits, other: Logits) -> float:

@@ -132,6 +132,9 @@ def test_what_quantizes_activations(classifier_of: Callable[[str], Classifier]) 
 def test_figures_by_hand() -> None:
     one, other = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     assert divergence(one, other) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
+    sure = 100 * np.random.default_rng(0).standard_normal((50, 10))
+    assert 0 <= divergence(sure, sure + 1e-9 * one.sum()) < 1e-9
+    assert np.isnan(divergence(np.full((1, 2), np.nan), np.zeros((1, 2))))
     assert decibels(np.array([[3.0, 4.0]]), np.array([[3.0, 4.5]])) == pytest.approx(20)
     assert decibels(one, one) == np.inf
 
