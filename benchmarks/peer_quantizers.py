@@ -240,36 +240,16 @@ def run_peer(row: Row, model: Path, images: Path, output: Path) -> None:
     output.with_suffix(".json").write_text(json.dumps(facts))
 
 
-def interpreter(name: str, folder: Path) -> str:
-    """The Python of a tool, installed where it is not yet. Raises RuntimeError with pip's reason where it cannot be."""
-    packages = TOOLS[name].packages
-    if not packages:
-        return sys.executable
-    home, done = folder / "env" / name, folder / "env" / f"{name}.json"
-    python = home / "bin" / "python"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
-        pip = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
-        done.write_text(json.dumps({"error": last_line(pip.stderr) if pip.returncode else None}))
-    error = json.loads(done.read_text())["error"]
-    if error:
-        raise RuntimeError(f"cannot be installed: {error}")
-    return str(python)
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no reason given"
-
-
 def quantized(row: Row, name: str, subject: Subject, images: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of one row and what it took, made or found in the folder; `error` says why there is none."""
+    from environments import interpreter, last_line
+
     output = folder / f"{name}-{row.stem}.onnx"
     facts = output.with_suffix(".json")
     if not facts.exists():
         output.unlink(missing_ok=True)
         try:
-            python = interpreter(row.tool, folder)
+            python = interpreter(row.tool, TOOLS[row.tool].packages, folder)
         except RuntimeError as error:
             return output, {"error": str(error)}
         act = [] if row.act_bits is None else ["--act-bits", str(row.act_bits)]
