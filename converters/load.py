@@ -22,7 +22,7 @@ from converters.precision import FLOATS, IMAGE_TYPES
 
 
 def load_classifier(
-    path: Path, options: Mapping[str, Any] | None = None, *, open_size: tuple[int, int] | None = None
+    path: Path | str, options: Mapping[str, Any] | None = None, *, open_size: tuple[int, int] | None = None
 ) -> Classifier:
     """Read, check and normalise the classifier at `path`; `options` are input-spec keys that the user gave.
 
@@ -30,6 +30,7 @@ def load_classifier(
     open are those of `open_size`. Raises ModelError when the file is missing, damaged, not ONNX or not an image
     classifier, and SpecError when its input spec cannot be used.
     """
+    path = Path(path)
     try:
         return _load(path, options, open_size)
     except MixMixError:

@@ -42,6 +42,11 @@ def test_missing_file(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.onnx", "does not exist", "check the path")
 
 
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    path = models.write(models.conv(), tmp_path / "model.onnx")
+    assert load_classifier(str(path)).path == path
+
+
 def test_folder(tmp_path: Path) -> None:
     assert_refused(tmp_path, "is a folder", "name the .onnx file")
 
