@@ -69,7 +69,7 @@ def check_goal(module: TorchClassifier, settings: PruneSettings, goal: Goal) -> 
         return
     fitting = fitting_layers(module, goal.pattern)
     if not isinstance(goal.pattern, NofM):
-        shares.check_reachable(fitting, goal.sparsity, settings)
+        shares.check_reachable(fitting, goal.sparsity, settings, shares.zeros_of(module, fitting))
     elif not goal.everywhere:
         _part(module, fitting, goal.pattern, goal.sparsity)
 
@@ -198,9 +198,9 @@ def _shares(
         return {layer.output: pattern.share for layer in layers}
     match settings.allocation:
         case "uniform":
-            return shares.uniform(layers, goal.sparsity, settings)
+            return shares.uniform(layers, goal.sparsity, settings, shares.zeros_of(module, layers))
         case "global":
             return shares.by_threshold(module, layers, goal.sparsity, settings)
         case "sensitivity":
-            shares.check_reachable(layers, goal.sparsity, settings)
+            shares.check_reachable(layers, goal.sparsity, settings, shares.zeros_of(module, layers))
             return measured(goal.sparsity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -29,11 +30,19 @@ FINE = 4
 """Choices between neighbours of the grid."""
 
 
-def uniform(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> Shares:
-    """The same for all, but for a first layer that stays dense. Raises MixMixError where that cannot be reached."""
+def zeros_of(module: TorchClassifier, layers: Sequence[Layer]) -> Shares:
+    """Part of the weights that is zero already, and stays so whatever is removed: those go first."""
+    return {layer.output: float((module.constant(layer.weight) == 0).float().mean()) for layer in layers}
+
+
+def uniform(layers: Sequence[Layer], sparsity: float, settings: PruneSettings, zeros: Shares) -> Shares:
+    """The same for all, but for a first layer that stays as it is: with the `zeros` there are, together `sparsity`.
+
+    Raises MixMixError where that cannot be reached.
+    """
     dense = 1 if settings.dense_first and len(layers) > 1 else 0
     pruned, most = layers[dense:], settings.most
-    share = sparsity * sum(layer.parameters for layer in layers) / sum(layer.parameters for layer in pruned)
+    share = _factor({layer.output: 1.0 for layer in pruned}, zeros, layers, sparsity)
     if share > most:
         helps = ["--set most=..."] * (sparsity > most) + ["--set dense_first=false"] * (sparsity <= most or share >= 1)
         would = f"would remove {share:.1%} of each layer{' but the first' * dense}"
@@ -86,6 +95,7 @@ def by_sensitivity(
             yield from ({layer.weight: torch.where(choose(weight.abs()), weight, 0.0)} for choose in choices)
 
     count = settings.sensitive_images
+    zeros = zeros_of(module, layers)
     noise = logit_noise(module, inputs if settled else inputs[:count], versions, count, settings, advance)
     measured = [0.0, *(share for _, share in stages)]
     total = sum(layer.parameters for layer in layers)
@@ -94,10 +104,14 @@ def by_sensitivity(
         rising = np.maximum.accumulate([0.0, *noise[layer.output]])  # removing more is never taken to do less harm
         curve = np.interp(offered, measured, rising)
         left = layer.parameters / total
-        choices.append([Choice(left * (1 - share), float(harm)) for share, harm in zip(offered, curve, strict=True)])
+        stays = [left * (1 - max(share, zeros[layer.output])) for share in offered]
+        choices.append([Choice(cost, float(harm)) for cost, harm in zip(stays, curve, strict=True)])
     chosen = allocate(choices, 1 - sparsity)
     found = {layer.output: offered[index] for layer, index in zip(layers, chosen, strict=True)}
-    return found if isinstance(pattern, NofM) else _exactly(found, layers, sparsity)
+    if isinstance(pattern, NofM):
+        return found
+    factor = min(1.0, _factor(found, zeros, layers, sparsity))  # from a little above what was asked for to just it
+    return {name: share * factor for name, share in found.items()}
 
 
 def _offers(pattern: Pattern, settings: PruneSettings) -> tuple[list[tuple[Pattern, float]], list[float]]:
@@ -125,10 +139,10 @@ def _compensated(
         yield tensors
 
 
-def check_reachable(layers: Sequence[Layer], sparsity: float, settings: PruneSettings) -> None:
+def check_reachable(layers: Sequence[Layer], sparsity: float, settings: PruneSettings, zeros: Shares) -> None:
     """Raise MixMixError where the layers cannot give up so much of their weights, however it is allocated."""
     if settings.allocation == "uniform":
-        uniform(layers, sparsity, settings)
+        uniform(layers, sparsity, settings, zeros)
     else:
         _check_most(sparsity, settings)
 
@@ -147,9 +161,21 @@ def _between(grid: Sequence[float]) -> list[float]:
     return [*fine, grid[-1]]
 
 
-def _exactly(shares: Mapping[str, float], layers: Sequence[Layer], sparsity: float) -> Shares:
-    """Shares scaled down, all alike, from a little above the sparsity asked for to just it."""
-    total = sum(layer.parameters for layer in layers)
-    removed = sum(shares[layer.output] * layer.parameters for layer in layers) / total
-    factor = sparsity / removed if removed > 0 else 0.0
-    return {name: share * factor for name, share in shares.items()}
+def _factor(shares: Mapping[str, float], zeros: Mapping[str, float], layers: Sequence[Layer], sparsity: float) -> float:
+    """What all shares are multiplied by for a sparsity of all layers, of which none gets below its `zeros`.
+
+    sum_l n_l max(f s_l, z_l) = sparsity sum_l n_l, which grows with f, in pieces that are straight: solved on the one
+    that it falls into. 0 where the zeros alone are as much, infinite where no layer has a share.
+    """
+    given = [(layer.parameters, shares.get(layer.output, 0.0), zeros[layer.output]) for layer in layers]
+    wanted = sparsity * sum(n for n, _, _ in given) - sum(n * z for n, _, z in given)
+    if wanted <= 0:
+        return 0.0
+    growing, started = 0.0, 0.0  # of the layers that give up more than they have lost: sum of n s, sum of n z
+    starts = sorted((z / s, n * s, n * z) for n, s, z in given if s > 0)
+    for index, (_, slope, lost) in enumerate(starts):
+        growing, started = growing + slope, started + lost
+        factor = (wanted + started) / growing
+        if index + 1 == len(starts) or factor <= starts[index + 1][0]:
+            return factor
+    return math.inf
