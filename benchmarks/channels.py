@@ -79,7 +79,7 @@ STEPS = 500
 TABLES = ("images", "time", "peer", "sparse")
 SPARSE = (("residual", 0.9), ("inverted", 0.8))
 SPEED = ("ms / ms of float", "convolutions in blocked layout %")
-COLUMNS = {"accuracy": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
+COLUMNS = {"top1": 2, "snr": 2, "macs": 1, "parameters": 1, "kb": 0, "latency": 2, "blocked": 0}
 """Digits of the figures."""
 Facts = dict[str, Any]
 

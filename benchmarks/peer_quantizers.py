@@ -305,7 +305,7 @@ def judged(path: Path, subject: Subject) -> dict[str, Any]:
         return facts | {"error": f"does not run: {reason(str(error))}"}
     milliseconds, of_float = latencies([loaded, session(subject.path)], subject.inputs[:1], subject.rounds)
     return facts | {
-        "accuracy": subject.accuracy(found),
+        "top1": subject.top1(found),
         "snr": subject.snr(found),
         "ms": milliseconds,
         "float_ms": of_float,
@@ -328,7 +328,7 @@ def cells(facts: dict[str, Any], took: dict[str, Any]) -> list[str]:
         return ["–", "–", *size, "–", *costs, facts["error"]]
     ms, of_float = facts["ms"], facts["float_ms"]
     snr = f"{facts['snr']:.1f}" if np.isfinite(facts["snr"]) else "–"
-    return [f"{facts['accuracy']:.2f}", snr, *size, f"{ms:.3f} / {of_float:.3f} = {ms / of_float:.2f}", *costs, "yes"]
+    return [f"{facts['top1']:.2f}", snr, *size, f"{ms:.3f} / {of_float:.3f} = {ms / of_float:.2f}", *costs, "yes"]
 
 
 def print_table(models: list[str], iterations: list[int], folder: Path, log: Callable[[str], None]) -> None:

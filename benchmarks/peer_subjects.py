@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from efficientnet_lite0 import SPEC, export
 from numpy.typing import NDArray
-from photographs import random_crops
 from synthesis_quality import classifier, judging, training
 
 from converters.classifier import Classifier
@@ -45,8 +43,8 @@ class Subject:
     def logits(self) -> Array:
         return logits(session(self.path), self.inputs)
 
-    def accuracy(self, found: Array) -> float:
-        """Top-1 or agreement, in per cent."""
+    def top1(self, found: Array) -> float:
+        """In per cent; agreement where there are no labels."""
         return 100 * top_k(found, self.logits.argmax(1) if self.labels is None else self.labels, 1)
 
     def snr(self, found: Array) -> float:
@@ -68,6 +66,9 @@ def embedded_images(name: str, folder: Path) -> Path:
 
 def lite0(folder: Path) -> tuple[Subject, Path]:
     """EfficientNet-Lite0, by crops of photographs, and images made from it."""
+    from efficientnet_lite0 import SPEC, export  # these two need packages that the embedded models do not
+    from photographs import random_crops
+
     model = load_classifier(export(folder)[0], SPEC)
     path, made = folder / f"{LITE0}.onnx", folder / f"{LITE0}-images"
     if not path.exists():  # so that the file says how it takes pixels

@@ -89,18 +89,28 @@ def _zeros_around(node: ir.Node) -> list[int] | None:
 def shifted_end(value: ir.Value, channels: int, rank: int) -> tuple[ir.Value, int] | None:
     """Where `fold_affine` would end behind a Conv that writes `value` [N, channels, ...]; the axis of channels there.
 
-    None where it would not give the Conv a bias.
+    None where nothing is added to each channel, or by a BatchNormalization, which has statistics of its own.
     """
-    steps = _chain(value, channels, rank)
-    shifts = any(step.affine.shift_from is not None for step in steps)
-    return (steps[-1].node.outputs[0], steps[-1].axis) if shifts else None
+    steps, conv = _chain(value, channels, rank), value.producer()
+    offsets = [step.affine.shift_from for step in steps if step.affine.shift_from is not None]
+    if all(graphs.to_numpy(offset).size == 1 for offset in offsets) or conv is None:
+        return None
+    if any(step.node.op_type == "BatchNormalization" for step in steps) or not _takes_bias(conv):
+        return None
+    return steps[-1].node.outputs[0], steps[-1].axis
+
+
+def _takes_bias(conv: ir.Node) -> bool:
+    """Whether a Conv has a constant bias, or room for one."""
+    given = conv.inputs[2] if len(conv.inputs) > 2 else None
+    return given is None or graphs.constant_behind(given) is not None
 
 
 def _fold_behind(graph: ir.Graph, conv: ir.Node) -> bool:
-    weight, given = graphs.constant_behind(conv.inputs[1]), conv.inputs[2] if len(conv.inputs) > 2 else None
-    bias = graphs.constant_behind(given)
-    if weight is None or (bias is None and given is not None):
+    weight = graphs.constant_behind(conv.inputs[1])
+    if weight is None or not _takes_bias(conv):
         return False
+    bias = graphs.constant_behind(conv.inputs[2]) if len(conv.inputs) > 2 else None
     array = graphs.to_numpy(weight)
     channels = len(array)
     steps = _chain(conv.outputs[0], channels, array.ndim)

@@ -2,7 +2,7 @@
 
 `NORMALISE` makes a private copy easy to convert (one spelling for everything, constants folded), which is never written
 to a user's file. What is: `fold_constants`, `untranspose_rows`, `tidy`, `raise_opset` and, by `quantize` and `prune`,
-`folding.fold_affine` change the graph that a file is made of.
+`join_biases` and those of `folding` change the graph that a file is made of.
 """
 
 from __future__ import annotations
@@ -102,31 +102,37 @@ def untranspose_rows(model: ir.Model) -> bool:
     return changed
 
 
-def join_biases(model: ir.Model, ranks: Mapping[str, int]) -> bool:
+def join_biases(model: ir.Model, ranks_of: Callable[[list[str]], Mapping[str, int]]) -> bool:
     """A MatMul of rows whose result alone goes into the Add of a bias becomes a Gemm, as others export a Linear.
 
-    `ranks` are those of the values of the graph. onnxruntime does the same to a quantized graph, but only where it
-    knows the rank, and then leaves the product in float.
+    `ranks_of` gives the ranks of named values, as far as it can. onnxruntime does the same to a quantized graph, but
+    only where it knows the rank, and then leaves the product in float.
     """
+    found = [(node, add) for node in model.graph if (add := _bias_behind(node)) is not None]
+    ranks = ranks_of([str(node.inputs[0].name) for node, _ in found if node.inputs[0] is not None]) if found else {}
     changed = False
-    for node in list(model.graph):
-        source, weight = (*node.inputs, None, None)[:2]
-        if node.op_type != "MatMul" or source is None or ranks.get(str(source.name)) != ROWS:
+    for node, add in found:
+        source, weight = node.inputs
+        if source is None or ranks.get(str(source.name)) != ROWS:
             continue
-        product, matrix = node.outputs[0], graphs.constant_behind(weight)
-        readers = [reader for reader, _ in product.uses()]
-        if matrix is None or product.is_graph_output() or [r.op_type for r in readers] != ["Add"]:
-            continue
-        (add,) = readers
-        bias = next(value for value in add.inputs if value is not product)
-        constant, width = graphs.constant_behind(bias), graphs.to_numpy(matrix).shape[-1]
-        if constant is None or graphs.to_numpy(constant).shape != (width,) or add.graph is not model.graph:
-            continue
+        bias = next(value for value in add.inputs if value is not node.outputs[0])
         joined = ir.node("Gemm", [source, weight, bias], name=node.name)
         old, new = [add.outputs[0]], [joined.outputs[0]]
         ir.convenience.replace_nodes_and_values(model.graph, add, [add, node], [joined], old, new)
         changed = True
     return changed
+
+
+def _bias_behind(node: ir.Node) -> ir.Node | None:
+    """The Add, of one number a column, that alone reads a MatMul with a constant matrix."""
+    matrix = graphs.constant_behind(node.inputs[1]) if node.op_type == "MatMul" else None
+    readers = [reader for reader, _ in node.outputs[0].uses()]
+    if matrix is None or node.outputs[0].is_graph_output() or [reader.op_type for reader in readers] != ["Add"]:
+        return None
+    bias = graphs.constant_behind(next(value for value in readers[0].inputs if value is not node.outputs[0]))
+    shape = graphs.to_numpy(matrix).shape
+    fits = bias is not None and len(shape) == ROWS and graphs.to_numpy(bias).shape == shape[1:]
+    return readers[0] if fits and readers[0].graph is node.graph else None
 
 
 ROWS = 2

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from converters import folding, graphs, passes, precision, steps
+from converters import folding, graphs, known_sizes, passes, precision, steps
 from converters.classifier import Classifier, build, logits_session
 from converters.conversion import OTHER_FLOAT_TOLERANCE, relative_difference, seeded_input
 from converters.edits import Edit, apply_edits, dequantized_names
@@ -50,16 +51,17 @@ class Proof:
 def prepare_for_quantization(
     classifier: Classifier, target: Target, bits: int, act_bits: int | None = None
 ) -> Classifier:
-    """The graph that quantization writes into: the original with BatchNorm folded, at the opset its types need.
+    """The graph that quantization writes into: the original at the opset its types need, with what layers can take in.
 
-    Per-channel weight quantization commutes with the fold, the file loses four vectors a layer, and Conv stands next
-    to what follows it, which is what fusing runtimes look for.
+    That is BatchNorm and its like (`folding`), zeros around an input, and the bias that is added to a product.
+    Per-channel weight quantization commutes with it, and layers stand next to what follows them, which is what fusing
+    runtimes look for.
     """
     return _prepare(classifier, *target.needs(bits, act_bits))
 
 
 def prepare_for_pruning(classifier: Classifier) -> Classifier:
-    """The graph that pruning writes into: the original with BatchNorm folded, so that a weight's size is its effect."""
+    """The graph that pruning writes into, with what layers can take in, so that a weight's size is its effect."""
     return _prepare(classifier, PLAIN_OPSET, PLAIN_IR)
 
 
@@ -89,20 +91,23 @@ def _prepare(classifier: Classifier, opset: int, ir_version: int) -> Classifier:
     model.ir_version = max(passes.least_ir(model), ir_version)  # older runtimes refuse what new exporters write
     passes.fold_constants(model)  # weights behind a Cast too are to take in what follows
     folding.fold_affine(model)
-    folding.fold_padding(model)
+    padded = folding.fold_padding(model)
     turned = passes.untranspose_rows(model)
-    joined = passes.join_biases(model, _ranks(classifier))
+    joined = passes.join_biases(model, partial(_ranks, classifier))
     passes.tidy(model)
     prepared = build(classifier.path, model, classifier.spec, classifier.sha256, size_bytes=classifier.size_bytes)
-    if raised or turned or joined:
+    if raised or turned or joined or padded:
         _prove_same(classifier, prepared)
     return prepared
 
 
-def _ranks(classifier: Classifier) -> dict[str, int]:
-    """Of the values that the classifier's own graph knows the rank of."""
+def _ranks(classifier: Classifier, names: Iterable[str]) -> dict[str, int]:
+    """Ranks of the named values that may be rows, from a run: what a file says of inner values may be stale."""
     values = graphs.values_by_name(classifier.normal.graph)
-    return {name: len(value.shape) for name, value in values.items() if value.shape is not None}
+    computed = [values[name] for name in names if name in values and values[name].producer() is not None]
+    rows = [value for value in computed if value.shape is None or len(value.shape) == passes.ROWS]
+    found = known_sizes.values_of_a_run(classifier.normal, list(dict.fromkeys(rows)))
+    return {str(value.name): array.ndim for value, array in found.items()}
 
 
 def _prove_same(classifier: Classifier, prepared: Classifier) -> None:

@@ -132,9 +132,11 @@ class Terminal:
         )
         if here != there:
             (height, width), channels, arithmetic = here
+            source = candidate.spec.source
+            known = f" ({source})" if source in ("assumed", "detected") else ", as it says"
             self.say(
-                f"{candidate.path} is given images as it says, otherwise than {reference.path}: {height}x{width}"
-                f" {channels}, {arithmetic}"
+                f"{candidate.path} is given images otherwise than {reference.path}: {height}x{width} {channels},"
+                f" {arithmetic}{known}"
             )
 
     def annotate(self, line: str) -> None:

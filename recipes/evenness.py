@@ -19,11 +19,11 @@ from recipes.layer_norms import LayerNorm, layer_norms, shapes_of
 
 @dataclass(frozen=True)
 class EvenValue:
-    """A value [N, C, ...] or, of tokens and of what is transposed, [N, ..., C]."""
+    """A value [N, C, ...] or, of tokens and of what is transposed, with its channels elsewhere."""
 
     name: str
     axis: int
-    """That of its channels: 1, or a later one."""
+    """That of its channels."""
 
 
 def even_values(module: TorchClassifier) -> list[EvenValue]:
@@ -46,15 +46,15 @@ def _read_in_part(name: str, module: TorchClassifier) -> bool:
 
 
 def biased_convolutions(module: TorchClassifier) -> dict[str, EvenValue]:
-    """By output of each convolution that has a bias, or is given one behind it: what it then comes to."""
+    """By output of each convolution that has a bias, or something added to each channel: what it then comes to."""
     values, found = graphs.values_by_name(module.classifier.normal.graph), {}
     for layer in module.layers():
         if layer.op != "Conv":
             continue
-        if layer.bias is not None:
-            found[layer.output] = EvenValue(layer.output, 1)
-        elif end := folding.shifted_end(values[layer.output], layer.shape[layer.axis], len(layer.shape)):
+        if end := folding.shifted_end(values[layer.output], layer.shape[layer.axis], len(layer.shape)):
             found[layer.output] = EvenValue(str(end[0].name), end[1])
+        elif layer.bias is not None:
+            found[layer.output] = EvenValue(layer.output, 1)
     return found
 
 

@@ -252,8 +252,8 @@ def check_quantizable(
 ) -> None:
     """Raise MixMixError for a model, or a budget, that it cannot be quantized to, whatever the images.
 
-    A file also says how many images there were: a budget that is a few bytes above what it refuses here may still be
-    refused afterwards.
+    A file also says how many images there were and, of activations of few bits, which channels were equalised: a
+    budget of bytes that is a little above what is refused here may still be refused afterwards.
     """
     classifier = request.classifier
     module = to_torch(prepare_for_quantization(classifier, target, least_bits(bits), act_bits))

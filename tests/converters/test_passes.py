@@ -281,6 +281,25 @@ def test_other_sums_stay(how: dict[str, Any], load: Load) -> None:
     assert "Gemm" not in {node.op_type for node in prepared.original.graph}
 
 
+def test_what_a_file_says_wrongly_of_ranks_joins_nothing(load: Load) -> None:
+    """Three axes by what onnxruntime computes, two by what the file says."""
+    proto, x = linear(rank=3), models.images()
+    said = onnx.helper.make_tensor_value_info("data", onnx.TensorProto.FLOAT, ["batch", models.PIXELS])
+    proto.graph.value_info.append(said)
+    classifier = load(proto)
+    prepared = prepare_for_quantization(classifier, PORTABLE, 4)
+    assert "Gemm" not in {node.op_type for node in prepared.original.graph}
+    oracle.assert_close(oracle.run(prepared.original, x), oracle.run(classifier.original, x), ROUNDING)
+
+
+def test_a_stack_of_matrices_joins_nothing(load: Load) -> None:
+    proto = linear()
+    weight = next(tensor for tensor in proto.graph.initializer if tensor.name == "w")
+    weight.dims[:] = [1, models.PIXELS, models.CLASSES]
+    prepared = prepare_for_quantization(load(proto), PORTABLE, 4)
+    assert "Gemm" not in {node.op_type for node in prepared.original.graph}
+
+
 def test_a_product_that_others_read_stays(load: Load) -> None:
     proto = linear()
     proto.graph.node.insert(4, models.node("Mul", "sum product", "more"))

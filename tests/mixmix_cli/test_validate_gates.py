@@ -61,7 +61,7 @@ def test_a_candidate_that_takes_pixels_otherwise(
             del candidate.metadata_props[:]
         onnx.save(candidate, other)
         _, _, err = run(capsys, "validate", model, other, *data)
-        told = f"{other} is given images as it says, otherwise than {model}: 28x28 gray, mean 0.5, std 0.353"
+        told = f"{other} is given images otherwise than {model}: 28x28 gray, mean 0.5, std 0.353, as it says"
         assert (told in " ".join(err.split())) is not silent
     _, _, err = run(capsys, "validate", model, model, *data)
     assert "otherwise" not in err

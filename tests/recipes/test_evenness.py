@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -16,6 +17,7 @@ from converters.torch_module import TorchClassifier
 from recipes.compare import compare
 from recipes.evenness import EvenValue, even_values
 from recipes.images import ImageSet, load_images
+from recipes.inspect import inspect_model
 from recipes.layer_norms import layer_norms
 from recipes.synth.engine import synthesize
 from recipes.synth.settings import load_synth_recipe
@@ -56,6 +58,56 @@ def test_convolutions_that_batchnorm_was_folded_into(load: Load, module_of: Modu
     assert even_values(module_of("plain")) == []
     assert even_values(to_torch(load(models.gemm(trans_b=1)))) == []
     assert even_values(to_torch(load(models.conv(bias=False)))) == []
+
+
+def shifted(*arithmetic: tuple[str, str], bias: str = "") -> onnx.ModelProto:
+    """image -Conv-> value0 -arithmetic with constants, or BatchNormalization-> ... -Conv-> head."""
+    nodes = [models.node("Conv", f"image w {bias}", "value0")]
+    for index, (op, operand) in enumerate(arithmetic):
+        value, result = f"value{index}", f"value{index + 1}"
+        normalises = op == "BatchNormalization"
+        nodes.append(
+            models.batchnorm_node(value, result) if normalises else models.node(op, f"{value} {operand}", result)
+        )
+    nodes.append(models.node("Conv", f"value{len(arithmetic)} w2", "second"))
+    vectors = {"m": models.weights(4, 1, 1), "s": models.weights(4, 1, 1, seed=1), "three": np.float32(3)}
+    tensors = {"w": models.weights(4, models.CHANNELS, 3, 3), "w2": models.weights(4, 4, 1, 1), "b": models.weights(4)}
+    return models.assemble(
+        [*nodes, *models.head("second")], {**tensors, **vectors, **models.statistics(4), **models.head_tensors(4)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (shifted(("Mul", "m"), ("Add", "s")), "value2"),
+        (shifted(("Sub", "s")), "value1"),
+        (shifted(("Mul", "m"), ("Add", "s"), bias="b"), "value2"),
+        (shifted(("Mul", "m"), bias="b"), "value0"),
+        (shifted(("Mul", "m")), None),
+        (shifted(("Add", "three")), None),
+        (shifted(("Mul", "m"), ("BatchNormalization", "")), None),
+        (shifted(("Mul", "m"), ("Add", "s"), ("BatchNormalization", "")), None),
+    ],
+    ids=["scale and shift", "shift", "bias before", "bias", "scale", "one number", "norm", "norm behind a shift"],
+)
+def test_what_is_added_to_each_channel_is_a_folded_norm(
+    model: onnx.ModelProto, expected: str | None, load: Load
+) -> None:
+    """Whose end is asked to be even, and `inspect` counts it."""
+    classifier = load(model)
+    assert even_values(to_torch(classifier)) == ([] if expected is None else [EvenValue(expected, 1)])
+    assert inspect_model(classifier).folded == (expected is not None)
+
+
+def test_a_bias_that_is_computed_is_none(load: Load) -> None:
+    proto = shifted(("Mul", "m"), ("Add", "s"), bias="computed")
+    proto.graph.node.insert(0, models.node("GlobalAveragePool", "image", "means"))
+    proto.graph.node.insert(1, models.node("ReduceMean", "means axes", "mean", keepdims=0))
+    proto.graph.node.insert(2, models.node("Mul", "b mean", "computed"))
+    proto.graph.node[1].ClearField("input")
+    proto.graph.node[1].input.extend(["means"])
+    assert even_values(to_torch(load(proto))) == []
 
 
 def normalised_after_activation() -> onnx.ModelProto:
