@@ -30,7 +30,7 @@ from recipes.prune.engine import check_goal, prune, prune_in_memory
 from recipes.prune.goal import PROVENANCE, Goal
 from recipes.prune.settings import PruneSettings
 from recipes.quantize.engine import check_bits, least_bits, quantize, what_was_asked
-from recipes.quantize.mixed import check_budget
+from recipes.quantize.mixed import find_placements
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.tables import file_size
 from recipes.ranks import ALONE, Ranks
@@ -261,7 +261,7 @@ def check_quantizable(
         asked = what_was_asked(settings, bits, act_bits, target, request.images or 0, request.seed)
         metadata = {**classifier.spec.to_metadata(), **asked, **request.provenance}
         size = partial(file_size, module, act_bits=act_bits, target=target, settings=settings, metadata=metadata)
-        check_budget(module, bits, act_bits, target, settings, size)
+        find_placements(module, bits, act_bits, target, settings, size)  # refuses what cannot be kept
 
 
 def quantizing(

@@ -83,6 +83,48 @@ class _Group:
         return [found[index] for _, (index,) in kept]
 
 
+@dataclass(frozen=True)
+class Placements:
+    """What a placement may choose among, and what that costs."""
+
+    layers: Sequence[Layer]
+    widths: Sequence[int]
+    groups: Sequence[_Group]
+    cost: Cost
+    fixed: float
+    """Of everything but weights, in the budget's unit."""
+
+
+def find_placements(
+    module: TorchClassifier,
+    budget: Budget,
+    act_bits: int | None,
+    target: Target,
+    settings: QuantizeSettings,
+    file_size: Callable[[Sequence[LayerPlan]], int],
+) -> Placements:
+    """What there is to choose among. Raises MixMixError as `plan_mixed` does, and needs no images."""
+    layers = layers_to_quantize(module)
+    widths = _widths(budget, target, settings, act_bits)
+    narrowest = [
+        LayerPlan(layer, widths[0], act)
+        for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
+    ]
+    groups = _groups(narrowest, budget, act_bits, settings)
+    cost = _cost(module, layers, budget, target, settings)
+    fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
+    fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0
+    least = fixed + fewest
+    if budget.kind == "size":  # the file says what was asked for, in more letters where that is more
+        least += len(str(replace(budget, amount=least))) - len(str(budget))
+    if fixed + fewest > budget.amount * (1 + ROUNDING):
+        raise MixMixError(
+            f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
+            f" {replace(budget, amount=least)}: allow more{_way_to_less(budget, act_bits, target)}"
+        )
+    return Placements(layers, widths, groups, cost, fixed)
+
+
 def plan_mixed(
     module: TorchClassifier,
     inputs: Tensor,
@@ -99,8 +141,8 @@ def plan_mixed(
     `file_size` gives the bytes of the file that a placement is written as. Raises MixMixError where the model has no
     layer, or where even the fewest bits cost more than the budget.
     """
-    open_ = _what_is_open(module, budget, act_bits, target, settings, file_size)
-    layers, widths, groups, fixed = open_.layers, open_.widths, open_.groups, open_.fixed
+    among = find_placements(module, budget, act_bits, target, settings, file_size)
+    layers, widths, groups, fixed = among.layers, among.widths, among.groups, among.fixed
     noise = keep(
         len(layers), lambda advance: measure_noise(module, inputs, widths, act_bits, target, settings, advance)
     )
@@ -113,7 +155,7 @@ def plan_mixed(
             lambda advance: measure_inputs(module, inputs, open_values, acts, target, settings, advance),
         )
     reason = f"least noise within {budget}"
-    options = [group.options(widths, open_.cost, noise, of_inputs) for group in groups]
+    options = [group.options(widths, among.cost, noise, of_inputs) for group in groups]
 
     def plans_of(taken: Sequence[_Option]) -> list[LayerPlan]:
         found = {
@@ -133,59 +175,6 @@ def plan_mixed(
     taken, spent = _choose(options, budget.amount, budget.amount - fixed, spent_on)
     binds = any(option is not row[-1] for row, option in zip(options, taken, strict=True))
     return plans_of(taken), Spending(budget, spent, binds)
-
-
-def check_budget(
-    module: TorchClassifier,
-    budget: Budget,
-    act_bits: int | None,
-    target: Target,
-    settings: QuantizeSettings,
-    file_size: Callable[[Sequence[LayerPlan]], int],
-) -> None:
-    """Raise MixMixError as `plan_mixed` does, before there is anything to measure on."""
-    _what_is_open(module, budget, act_bits, target, settings, file_size)
-
-
-@dataclass(frozen=True)
-class _Open:
-    """What a placement may choose among, and what that costs."""
-
-    layers: Sequence[Layer]
-    widths: Sequence[int]
-    groups: Sequence[_Group]
-    cost: Cost
-    fixed: float
-    """Of everything but weights, in the budget's unit."""
-
-
-def _what_is_open(
-    module: TorchClassifier,
-    budget: Budget,
-    act_bits: int | None,
-    target: Target,
-    settings: QuantizeSettings,
-    file_size: Callable[[Sequence[LayerPlan]], int],
-) -> _Open:
-    layers = layers_to_quantize(module)
-    widths = _widths(budget, target, settings, act_bits)
-    narrowest = [
-        LayerPlan(layer, widths[0], act)
-        for layer, act in zip(layers, activation_bits(layers, act_bits, settings), strict=True)
-    ]
-    groups = _groups(narrowest, budget, act_bits, settings)
-    cost = _cost(module, layers, budget, target, settings)
-    fewest = sum(cost(layer, widths[0], group.acts[0]) for group in groups for layer in group.layers)
-    fixed = file_size(narrowest) - fewest if budget.kind == "size" else 0.0
-    least = fixed + fewest
-    if budget.kind == "size":  # the file says what was asked for, in more letters where that is more
-        least += len(str(replace(budget, amount=least))) - len(str(budget))
-    if fixed + fewest > budget.amount * (1 + ROUNDING):
-        raise MixMixError(
-            f"--mixed {budget} cannot be reached: with {widths[0]} bits everywhere it is"
-            f" {replace(budget, amount=least)}: allow more{_way_to_less(budget, act_bits, target)}"
-        )
-    return _Open(layers, widths, groups, cost, fixed)
 
 
 def _choose(
