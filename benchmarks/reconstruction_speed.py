@@ -5,8 +5,8 @@
 The plain loop is written here on native torch modules, independently of the product: AdaRound's rectified sigmoid on
 two convolutions, learned activation steps, Adam, images as torch lays them out. Both train the same block with random
 weights on the same random input, in turn; what is compared are steps. Both do the same work in each, and the default
-also what its loss asks of the logits, whose slopes are taken before. The product's are timed in bfloat16 too, which
-pays on processors that multiply matrices in it (AMX).
+also what its loss asks of the logits, whose slopes are taken before. On processors that multiply matrices in bfloat16
+(AMX), the product's are timed in it too; elsewhere it is far slower than float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from converters.load import load_classifier
 from converters.targets import PORTABLE
 from converters.writeback import prepare_for_quantization
 from recipes.blocks import find_blocks
-from recipes.devices import choose_precision
+from recipes.devices import choose_precision, multiplies_bfloat16
 from recipes.memory import keep_freed_memory
 from recipes.quantize.quantizers import QuantizedActivation, QuantizedWeight
 from recipes.quantize.settings import PACKAGE, QuantizeSettings
@@ -40,7 +40,8 @@ from recipes.settings import load_recipe
 from recipes.slopes import Slopes
 
 IMAGES, BATCH, STEPS, ROUNDS = 64, 32, 12, 5
-PRODUCT = [(recipe, precision) for recipe in ("brecq", "qdrop") for precision in ("float32", "bfloat16")]
+PRECISIONS = ("float32", "bfloat16") if multiplies_bfloat16() else ("float32",)
+PRODUCT = [(recipe, precision) for recipe in ("brecq", "qdrop") for precision in PRECISIONS]
 STAGES = {"layer1": (64, 56), "layer2": (128, 28), "layer3": (256, 14)}
 """Channels and side of the input of each stage's second block."""
 
