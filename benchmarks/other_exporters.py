@@ -1,6 +1,6 @@
 """Files of other frameworks' exporters: Keras by tf2onnx, and PaddlePaddle by paddle2onnx.
 
-    OMP_NUM_THREADS=1 python benchmarks/other_exporters.py -o others/            # two hours on one core
+    OMP_NUM_THREADS=1 python benchmarks/other_exporters.py -o others/            # about an hour on one core
     OMP_NUM_THREADS=1 python benchmarks/other_exporters.py -o others/ --only keras/MobileNet
 
 Their architectures with random weights, BatchNorm's statistics those of four images of noise, each framework in a

@@ -48,8 +48,9 @@ def test_folding_of_embedded_models(embedded: Classifier) -> None:
     """Folded where a Conv's output goes nowhere else; all later values keep name and content."""
     model = embedded.original.clone()
     norms = [node for node in model.graph if node.op_type == "BatchNormalization"]
-    alone = [n for n in norms if _writer(n.inputs[0]) == "Conv" and len(list(n.inputs[0].uses())) == 1]  # type: ignore[union-attr]
-    lost = {str(node.inputs[0].name) for node in alone}  # type: ignore[union-attr]
+    read = [(norm, source) for norm in norms if (source := norm.inputs[0]) is not None]
+    alone = {norm: source for norm, source in read if _writer(source) == "Conv" and len(source.uses()) == 1}
+    lost = {str(source.name) for source in alone.values()}
     assert folding.fold_affine(model) is bool(alone)
     assert count(model) == len(norms) - len(alone)
     missing = names(embedded.original) - names(model)

@@ -24,8 +24,7 @@ from recipes import zoo
 from recipes.account import Compression
 from recipes.images import ImageSet, load_images
 from recipes.inspect import inspect_model
-from recipes.patterns import NofM, Unstructured, keep_largest
-from recipes.prune import shares
+from recipes.patterns import keep_largest
 from recipes.prune.channels import Limits, channel_harm, choose_channels
 from recipes.prune.engine import prune, prune_in_memory
 from recipes.prune.goal import make_goal, output_path
@@ -134,18 +133,6 @@ def test_what_is_zero_already_counts(
         output, goal = tmp_path / f"{sparsity}.onnx", make_goal("unstructured", sparsity)
         result = prune(sparse, calibration_images, output, settings, goal)
         assert result.sparsity == pytest.approx(expected, abs=0.003)
-
-
-def test_layers_that_hurt_give_up_less(
-    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
-) -> None:
-    """The share of a layer falls where its noise is made larger: its weights drive the logits more."""
-    module = module_of("residual")
-    x = module.spec.to_input(calibration_images.pixels)
-    found = shares.by_sensitivity(module, module.layers(), x, Unstructured(), 0.6, recipe("one-shot", 0))
-    assert set(found) == {layer.output for layer in module.layers()}
-    assert max(found.values()) - min(found.values()) > 0.1
-    assert found[module.layers()[0].output] < 0.6  # the image itself goes through the first layer
 
 
 def test_stages_beat_the_smallest_taken_out_and_optimal_brain_surgeon_beats_both(
@@ -339,25 +326,6 @@ def test_two_of_four_where_it_is_missed_least(
     assert some.snr > all_of_them.snr + 3
 
 
-def test_two_of_four_in_some_layers_leaves_those_where_noise_is_least(
-    module_of: Callable[[str], TorchClassifier], calibration_images: ImageSet
-) -> None:
-    module = module_of("inverted")
-    layers = [layer for layer in module.layers() if NofM(2, 4).fits(layer)]
-    x = module.spec.to_input(calibration_images.pixels[:16])
-    found = shares.by_sensitivity(module, layers, x, NofM(2, 4), 0.3, recipe("one-shot", 0))
-    assert set(found.values()) == {0.0, 0.5}
-    noise = {}
-    for layer in layers:
-        weight = module.constant(layer.weight)
-        cut = torch.where(NofM(2, 4).choose(weight.abs(), layer, 0.5), weight, 0.0)
-        answer = module.whole({module.input_name: x}, {layer.weight: cut})[module.logits_name]
-        noise[layer.output] = float((answer - module(x)).square().sum())
-    per_weight = {layer.output: noise[layer.output] / layer.parameters for layer in layers}
-    chosen = [per_weight[name] for name, share in found.items() if share]
-    assert np.median(chosen) < np.median([per_weight[name] for name, share in found.items() if not share])
-
-
 def test_output_names_of_budgets() -> None:
     """Weights, multiplications and time are not the same file."""
     goals = (make_goal("channel", 0.3), make_goal("channel", None, 0.7), make_goal("channel", None, latency=0.7))
@@ -392,28 +360,6 @@ def test_a_sparsity_that_no_layer_can_take_is_refused(
                 recipe("one-shot", 0, allocation=allocation, most=0.5), make_goal("unstructured", 0.6),
             )  # fmt: skip
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("sparsity", "changes"),
-    [
-        (0.5, {"dense_first": False}),  # 320 % of the only other layer
-        (0.99, {"most": 0.995, "dense_first": False}),
-        (0.15, {}),
-    ],
-)
-def test_uniform_advice_helps(sparsity: float, changes: dict[str, object], tmp_path: Path) -> None:
-    """A model of two layers, whose first is five times the second: what the message names, all of it and only that."""
-    module = to_torch(load_classifier(models.write(models.conv(), tmp_path / "model.onnx")))
-    layers, settings = module.layers(), recipe("one-shot", 0)
-    zeros = shares.zeros_of(module, layers)
-    if changes:
-        with pytest.raises(MixMixError) as refused:
-            shares.uniform(layers, sparsity, settings, zeros)
-        for key in ("most", "dense_first"):
-            assert (f"--set {key}=" in str(refused.value)) == (key in changes)
-    found = shares.uniform(layers, sparsity, settings.model_copy(update=changes), zeros)
-    assert sum(layer.parameters * found.get(layer.output, 0) for layer in layers) == pytest.approx(sparsity * 128)
 
 
 @pytest.mark.parametrize(
