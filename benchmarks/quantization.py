@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="only these (for several processes)")
     parser.add_argument("--only", default="", help="the row of this title, or rows that have it in theirs")
     parser.add_argument("--widths", nargs="+", help="only these columns, such as W2A4")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="these, where three are too few to tell")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = Results(options.output / "quantization.jsonl")
@@ -108,7 +109,7 @@ def main() -> None:
                         (row.method, str(row.images), target, *width, seed, _fingerprint(row)),
                         partial(measure, target, *width, row, seed, options.output),
                     )
-                    for seed in SEEDS
+                    for seed in options.seeds
                 ]
                 top1, snr = zip(*values, strict=True)
                 cells.append(spread(top1))

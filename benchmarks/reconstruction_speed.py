@@ -118,17 +118,18 @@ def product_loop(path: Path, channels: int, x: Tensor, settings: QuantizeSetting
     module = to_torch(prepare_for_quantization(load_classifier(path), PORTABLE, 4, 4), check=False)
     square = [(channels, channels, 3, 3)] * 2
     block = next(b for b in find_blocks(module, settings.max_chain) if [layer.shape for layer in b.layers] == square)
-    segment = module.segment([block.input], [block.output])
+    segment = module.segment(block.inputs, [block.output])
     x = x.contiguous(memory_format=torch.channels_last)
-    y = segment({block.input: x})[block.output].detach()
-    objective = Slopes(module, settings).objective(Stretch(block, segment, x, x, y), STEPS)
+    given = {block.inputs[0]: x}
+    y = segment(given)[block.output].detach()
+    objective = Slopes(module, settings).objective(Stretch(block, segment, given, given, y, {}), STEPS)
     weights: dict[str, QuantizedWeight] = {}
     values: dict[str, QuantizedActivation] = {}
     for layer in block.layers:
         weights[layer.weight] = QuantizedWeight(module.constant(layer.weight), layer.axis, 4, settings)
         values[layer.input] = QuantizedActivation(x.flatten()[:10000].abs(), 4, settings)
 
-    plain = block_error(segment, x, objective, weights, values, settings.batch)
+    plain = block_error(segment, given, objective, weights, values, settings.batch)
 
     def steps() -> None:
         for weight in weights.values():
@@ -136,7 +137,7 @@ def product_loop(path: Path, channels: int, x: Tensor, settings: QuantizeSetting
         generator = torch.Generator().manual_seed(0)
         precision = choose_precision(settings.precision, block.layers, module.device)
         loop = Loop(STEPS, BATCH, settings.input_drop, precision=precision)
-        reconstruct(segment, x, x, objective, weights, values, loop, plain, generator)
+        reconstruct(segment, given, given, objective, weights, values, loop, plain, generator)
 
     return steps
 

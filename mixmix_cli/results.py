@@ -275,7 +275,7 @@ def inspection_json(result: Inspection) -> dict[str, Any]:
         "macs": result.macs,
         "batchnorm": {"count": result.batchnorms, "folded": result.folded},
         "blocks": [
-            {"input": block.input, "output": block.output, "layers": [layer.name for layer in block.layers]}
+            {"inputs": list(block.inputs), "output": block.output, "layers": [layer.name for layer in block.layers]}
             for block in result.blocks
         ],
         "quantized": classifier.quantized,

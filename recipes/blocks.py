@@ -4,64 +4,173 @@ A value is a *cut* when every path from the image to the logits goes through it.
 either one node, or a stretch with branches: a residual, inverted-residual, dense or squeeze-excite unit, whatever its
 class was called. Blocks are such stretches; nodes without weights join the block before them, and runs of single
 layers are joined up to `max_chain`, as in an inverted residual without a shortcut.
+
+Some networks have hardly a cut: each cell of a NASNet reads the two before it, a CrossViT has two streams from end to
+end, every layer of a DenseNet reads all before it. A stretch of more than MOST_LAYERS is divided where one value alone
+is new; what is older is handed past the block, to those that read it. Only values with a row for each image are handed
+over: sizes, and windows of attention, are computed from them anew.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from converters.torch_module import Layer, Step, TorchClassifier
+
+MOST_LAYERS = 10
+"""In a stretch that is a block as it is: an Inception module has ten."""
+Live = tuple[str, ...]
+"""Values that are there and still read, the oldest first."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What lies between the values `input` and `output`, through both of which all paths go."""
+    """What computes the value `output` from the values `inputs`, all that it reads of what is there before it."""
 
-    input: str
+    inputs: tuple[str, ...]
     output: str
     layers: tuple[Layer, ...]
     branches: bool
 
     @property
     def name(self) -> str:
-        return self.layers[0].name if len(self.layers) == 1 else f"{self.layers[0].name} to {self.layers[-1].name}"
+        if len(self.layers) < 2:
+            return self.layers[0].name if self.layers else self.output
+        return f"{self.layers[0].name} to {self.layers[-1].name}"
 
 
-def find_cuts(steps: Sequence[Step], input_name: str, output_name: str) -> list[tuple[int, str]]:
-    """(number of steps before it, value) for every cut, from the input to the output, in order."""
-    last_read: dict[str, int] = {}
-    for index, step in enumerate(steps):
-        for name in step.inputs:
-            last_read[name] = index
+def live_values(steps: Sequence[Step], input_name: str, output_name: str) -> list[Live]:
+    """What is there and still read before each step, and after the last."""
+    last_read = {name: index for index, step in enumerate(steps) for name in step.inputs}
     last_read[output_name] = len(steps)
-    live = {input_name}
-    cuts = [(0, input_name)]
+    live: Live = (input_name,)
+    found = [live]
     for index, step in enumerate(steps):
-        live |= {name for name in step.outputs if last_read.get(name, -1) > index}
-        live -= {name for name in step.inputs if last_read.get(name, -1) == index}
-        if len(live) == 1:
-            cuts.append((index + 1, next(iter(live))))
-    return cuts
+        live = tuple(name for name in (*live, *step.outputs) if last_read.get(name, -1) > index)
+        found.append(live)
+    return found
 
 
-def find_blocks(module: TorchClassifier, max_chain: int = 3) -> list[Block]:
-    """Blocks that tile the way from the image to the logits, in order, each with at least one weighted layer."""
+def find_cuts(live: Sequence[Live]) -> list[int]:
+    """Numbers of steps after which one value alone is live, from the input to the output."""
+    return [index for index, values in enumerate(live) if len(values) == 1]
+
+
+def find_blocks(module: TorchClassifier, max_chain: int = 3, most: int = MOST_LAYERS) -> list[Block]:
+    """Blocks that tile the way from the image to the logits, in order.
+
+    Each has at least one weighted layer, but for some of a stretch that was divided.
+    """
     steps = module.whole.steps
     layers = {layer.output: layer for layer in module.layers()}
-    cuts = find_cuts(steps, module.input_name, module.logits_name)
+    inside = [[layers[name] for name in step.outputs if name in layers] for step in steps]
+    live = live_values(steps, module.input_name, module.logits_name)
     blocks: list[Block] = []
-    pending = module.input_name  # where weightless stretches before the first layer began
-    for (start, before), (end, after) in itertools.pairwise(cuts):
-        inside = tuple(layers[name] for step in steps[start:end] for name in step.outputs if name in layers)
-        branches = end - start > 1
-        if not inside and blocks:
-            blocks[-1] = Block(blocks[-1].input, after, blocks[-1].layers, blocks[-1].branches)
-        elif inside:
-            chains = blocks and not branches and not blocks[-1].branches
-            if chains and len(blocks[-1].layers) + len(inside) <= max_chain:
-                blocks[-1] = Block(blocks[-1].input, after, blocks[-1].layers + inside, False)
-            else:
-                blocks.append(Block(before if blocks else pending, after, inside, branches))
+    for start, end in itertools.pairwise(_without_beginnings(find_cuts(live), inside)):
+        found = tuple(itertools.chain(*inside[start:end]))
+        weighted = next((index for index in range(start, end) if inside[index]), end)
+        branches = any(len(values) > 1 for values in live[weighted:end])
+        after = live[end][0]
+        if not found:
+            blocks[-1:] = [replace(block, output=after) for block in blocks[-1:]]
+        elif not branches and blocks and not blocks[-1].branches and len(blocks[-1].layers) + len(found) <= max_chain:
+            blocks[-1] = replace(blocks[-1], output=after, layers=blocks[-1].layers + found)
+        elif len(found) <= most:
+            blocks.append(Block(live[start], after, found, branches))
+        else:
+            blocks += _divided(module, live, inside, (start, end), max_chain)
     return blocks
+
+
+def _without_beginnings(cuts: list[int], inside: Sequence[Sequence[Layer]]) -> list[int]:
+    """The cuts but for those between the input and the first layer: what has no weight there is of the first block."""
+    first = next((index for index, layers in enumerate(inside) if layers), 0)
+    return [cuts[0], *(cut for cut in cuts[1:] if cut > first)]
+
+
+def _divided(
+    module: TorchClassifier,
+    live: Sequence[Live],
+    inside: Sequence[Sequence[Layer]],
+    stretch: tuple[int, int],
+    max_chain: int,
+) -> list[Block]:
+    """The stretch between two cuts as several blocks."""
+    start, end = stretch
+    held = _held(module, live, inside)
+    held[start], held[end] = live[start], live[end]
+    blocks = []
+    for first, last in itertools.pairwise(divide(held, [len(layers) for layers in inside], stretch, max_chain)):
+        before, after = held[first], held[last]
+        assert before is not None
+        assert after is not None
+        steps = module.segment(before, after[-1:]).steps
+        read = {name for step in steps for name in step.inputs}
+        inputs = tuple(name for name in before if name in read)
+        blocks.append(Block(inputs, after[-1], tuple(itertools.chain(*inside[first:last])), True))
+    return blocks
+
+
+def divide(held: Sequence[Live | None], sizes: Sequence[int], stretch: tuple[int, int], max_chain: int) -> list[int]:
+    """Numbers of steps from one end of the stretch to the other, between any two of which one value is new.
+
+    `held` are the values to hand over after so many steps, None where that cannot be; `sizes` are layers by step. What
+    is least, of all ways, is the sum of the values handed over beyond one, and of the layers of each piece beyond
+    `max_chain`, squared.
+    """
+    start, end = stretch
+    born: dict[str, int] = {}
+    for index in range(start, end + 1):
+        for name in held[index] or ():
+            born.setdefault(name, index)
+    layers = [0, *itertools.accumulate(sizes)]
+    best = {start: (0, start)}
+    for index in range(start + 1, end + 1):
+        values = held[index]
+        if not values:
+            continue
+        *others, newest = (born[name] for name in values)
+        before = [other for other in range(max([start, *others]), newest) if other in best]
+        if before:
+            excess = {other: max(0, layers[index] - layers[other] - max_chain) for other in before}
+            cost, other = min((best[other][0] + excess[other] ** 2, other) for other in before)
+            best[index] = (cost + len(values) - 1, other)
+    borders = [end]
+    while borders[-1] != start:
+        borders.append(best[borders[-1]][1])
+    return borders[::-1]
+
+
+def _held(module: TorchClassifier, live: Sequence[Live], inside: Sequence[Sequence[Layer]]) -> list[Live | None]:
+    """What has to be handed over after so many steps, all with a row for each image, the oldest first.
+
+    What has none is computed anew from what has; None where that would take a layer.
+    """
+    steps = module.whole.steps
+    rows = with_rows(module, [name for step in steps for name in step.outputs])
+    origins: dict[str, frozenset[str] | None] = {module.input_name: frozenset([module.input_name])}
+    for step, layers in zip(steps, inside, strict=True):
+        of_inputs = [origins[name] for name in step.inputs if name in origins]
+        known = [names for names in of_inputs if names is not None]
+        anew = None if layers or len(known) < len(of_inputs) else frozenset().union(*known)
+        origins.update({name: frozenset([name]) if name in rows else anew for name in step.outputs})
+    found: list[Live | None] = []
+    for values in live:
+        of_values = [origins[name] for name in values]
+        needed = {name for names in of_values if names is not None for name in names}
+        found.append(None if None in of_values else tuple(name for name in origins if name in needed))
+    return found
+
+
+@torch.no_grad()
+def with_rows(module: TorchClassifier, names: Iterable[str]) -> set[str]:
+    """Those of the values that hold float numbers [N, ...] for N images."""
+    count = module.classifier.fixed_batch or 2
+    image = module.black_image()
+    images = image.expand(count, *image.shape[1:])
+    values = module.segment([module.input_name], names)({module.input_name: images})
+    return {name for name, x in values.items() if x.is_floating_point() and x.dim() and len(x) == count}

@@ -112,7 +112,7 @@ def inspect_model(classifier: Classifier, pattern: NofM | None = None) -> Inspec
     values = layer_outputs(module)
     classes, macs = values[module.logits_name].shape[1], sum(_macs(module, values).values())
     shaping = len(even_values(module))
-    blocks, obstacle = find_blocks(module), _obstacle(classifier)
+    blocks, obstacle = [block for block in find_blocks(module) if block.layers], _obstacle(classifier)
     zeros = [_zeros(layer, module.constant(layer.weight), pattern) for layer in layers]
     return Inspection(classifier, classes, parameters, macs, len(norms), folded, blocks, [], obstacle, zeros, shaping)
 

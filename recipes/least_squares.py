@@ -22,7 +22,7 @@ from torch import Tensor
 
 from converters.errors import MixMixError
 from converters.torch_module import Layer, TorchClassifier
-from recipes.reconstruct import Changed, Changes, LearnedTensor, Stretch, batches
+from recipes.reconstruct import Changed, Changes, LearnedTensor, Stretch, Values, batches
 from recipes.settings import LoopSettings
 
 DAMPING = 0.01
@@ -88,11 +88,11 @@ def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
 
 
 def operands(
-    module: TorchClassifier, layer: Layer, start: str, x: Tensor, settings: LoopSettings, changed: Changed | None = None
+    module: TorchClassifier, layer: Layer, values: Values, settings: LoopSettings, changed: Changed | None = None
 ) -> Iterator[Tensor]:
-    """Batches of the operand vectors [G, n, K] of a layer, from the values `x` [N, ...] of `start` before it."""
-    before = module.segment([start], [layer.input])
-    for part in batches(before, x, settings.batch, **(changed or Changed(parameters={}, transforms={}))):
+    """Batches of the operand vectors [G, n, K] of a layer, from `values` [N, ...] before it."""
+    before = module.segment(values, [layer.input])
+    for part in batches(before, values, settings.batch, **(changed or Changed(parameters={}, transforms={}))):
         yield module.operand_vectors(layer, part, settings.compensate_places)
 
 
@@ -103,11 +103,10 @@ def stretch_moments(
 
     Raises MixMixError where what the layer reads is not finite.
     """
-    start = stretch.block.input
-    changed = changes.of(module.segment([start], [layer.input]))
+    changed = changes.of(module.segment(stretch.block.inputs, [layer.input]))
     pairs = zip(
-        operands(module, layer, start, stretch.float_input, settings),
-        operands(module, layer, start, stretch.changed_input, settings, changed),
+        operands(module, layer, stretch.float_inputs, settings),
+        operands(module, layer, stretch.changed_inputs, settings, changed),
         strict=True,
     )
     return checked(moments(pairs), layer)

@@ -1,6 +1,6 @@
 """The one reconstruction loop: make a block with changed weights answer as the float block does.
 
-For a block with float input x and float output y, and an input x~ that comes through the blocks already changed,
+For a block with float inputs x and float output y, and inputs x~ that come through the blocks already changed,
 
     minimise over theta   objective(block(x~; theta) - y)  +  sum_l penalty_l(theta, t)
 
@@ -13,7 +13,7 @@ Elementwise mixing of x into x~ is QDrop's (Wei et al. 2022).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -26,6 +26,9 @@ from recipes.devices import computing_in, pick
 from recipes.memory import rows_like
 from recipes.objective import BlockError, Objective
 from recipes.settings import LoopSettings
+
+Values = Mapping[str, Tensor]
+"""By name, for all images [N, ...] or some of them."""
 
 
 @dataclass(frozen=True)
@@ -139,17 +142,22 @@ class Changes:
 
 @dataclass
 class Stretch:
-    """A block on its way: `float_input` and `changed_input` [N, ...] on the two streams, `target` its float output."""
+    """A block on its way: its inputs [N, ...] on the two streams, `target` its float output.
+
+    `beside` are the float values that blocks after it read, other than its output.
+    """
 
     block: Block
     segment: Segment
-    float_input: Tensor
-    changed_input: Tensor
+    float_inputs: Values
+    changed_inputs: Values
     target: Tensor
+    beside: Values
 
     def release(self) -> None:
         """Let go of the tensors: loops hold a stretch until they have the next, and these are large."""
-        self.float_input = self.changed_input = self.target = torch.empty(0)
+        self.float_inputs = self.changed_inputs = self.beside = {}
+        self.target = torch.empty(0)
 
 
 def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, settings: LoopSettings) -> Iterator[Stretch]:
@@ -157,16 +165,26 @@ def walk_blocks(module: TorchClassifier, inputs: Tensor, changes: Changes, setti
 
     What the caller changes in a block until it asks for the next is in the changed stream from there on.
     """
-    float_input = changed_input = inputs
-    for block in find_blocks(module, settings.max_chain):
-        segment = module.segment([block.input], [block.output])
-        target = run_batched(segment, float_input, settings.small_batch, settings.cache_limit)
-        stretch = Stretch(block, segment, float_input, changed_input, target)
+    floats = changed = {module.input_name: inputs}
+    blocks = find_blocks(module, settings.max_chain)
+    for number, block in enumerate(blocks, 1):
+        segment = module.segment(block.inputs, [block.output])
+        target = run_batched(segment, floats, settings.small_batch, settings.cache_limit)
+        later = blocks[number:]
+        beside = read_by(later, floats)
+        stretch = Stretch(block, segment, read_by([block], floats), read_by([block], changed), target, beside)
         yield stretch
         stretch.release()
-        float_input = target
+        floats = beside | {block.output: target}
         how = changes.of(segment)
-        changed_input = run_batched(segment, changed_input, settings.batch, settings.cache_limit, **how)
+        made = run_batched(segment, changed, settings.batch, settings.cache_limit, **how)
+        changed = read_by(later, changed) | {block.output: made}
+
+
+def read_by(blocks: Iterable[Block], values: Values) -> dict[str, Tensor]:
+    """Those of the values that any of the blocks reads from before it."""
+    names = {name for block in blocks for name in block.inputs}
+    return {name: value for name, value in values.items() if name in names}
 
 
 @dataclass(frozen=True)
@@ -218,43 +236,48 @@ class Reconstruction:
 
 def batches(
     segment: Segment,
-    x: Tensor,
+    values: Values,
     batch: int,
     *,
     parameters: Mapping[str, Tensor] | None = None,
     transforms: Mapping[str, Transform] | None = None,
 ) -> Iterator[Tensor]:
-    """The segment's only output for `x` [N, ...], batch by batch, the last partial one included."""
-    name, output = segment.inputs[0], segment.outputs[0]
-    for part in x.split(batch):
+    """The segment's only output for `values` [N, ...], its inputs among them; by batches, the last partial one too."""
+    for parts in zip(*(values[name].split(batch) for name in segment.inputs), strict=True):
         with torch.no_grad():  # left before it is yielded: of two that take turns, each would undo the other's
-            found = segment({name: part.to(segment.owner.device)}, parameters, transforms)[output]
+            given = {name: part.to(segment.owner.device) for name, part in zip(segment.inputs, parts, strict=True)}
+            found = segment(given, parameters, transforms)[segment.outputs[0]]
         yield found
 
 
 def run_batched(
     segment: Segment,
-    x: Tensor,
+    values: Values,
     batch: int,
     limit: float = math.inf,
     *,
     parameters: Mapping[str, Tensor] | None = None,
     transforms: Mapping[str, Transform] | None = None,
 ) -> Tensor:
-    """The segment's only output for all of `x` [N, ...]; on disk where it takes more than `limit` gigabytes."""
+    """The segment's only output for all of `values` [N, ...]; on disk where it takes more than `limit` gigabytes."""
     found, start = None, 0
-    for part in batches(segment, x, batch, parameters=parameters, transforms=transforms):
-        found = rows_like(part, len(x), limit) if found is None else found
+    for part in batches(segment, values, batch, parameters=parameters, transforms=transforms):
+        found = rows_like(part, rows_of(values), limit) if found is None else found
         found[start : start + len(part)] = part
         start += len(part)
     assert found is not None
     return found
 
 
+def rows_of(values: Values) -> int:
+    """N, the images that there are values [N, ...] of."""
+    return len(next(iter(values.values())))
+
+
 def reconstruct(
     segment: Segment,
-    float_input: Tensor,
-    changed_input: Tensor,
+    float_inputs: Values,
+    changed_inputs: Values,
     objective: Objective,
     weights: Mapping[str, ChangedWeight],
     values: Mapping[str, ChangedValue],
@@ -265,9 +288,9 @@ def reconstruct(
 ) -> None:
     """Train the changes of one block in place.
 
-    `float_input` and `changed_input` [N, ...] are the block's inputs on both streams, `objective` what it is to answer;
-    `weights` and `values` are its changes by initializer and value name. `plain` is the block's error with the changes
-    made the plain way (`block_error` before they learn); `advance` is told steps done and loss.
+    `float_inputs` and `changed_inputs` [N, ...] are the block's inputs on both streams, `objective` what it is to
+    answer; `weights` and `values` are its changes by initializer and value name. `plain` is the block's error with the
+    changes made the plain way (`block_error` before they learn); `advance` is told steps done and loss.
     """
     changes: list[Change] = [*weights.values(), *values.values()]
     groups = [group for change in changes for group in change.groups() if group.tensors]
@@ -280,20 +303,22 @@ def reconstruct(
     device = segment.owner.device
     order = torch.empty(0, dtype=torch.long)
     masks = DropMasks(loop.input_drop, generator)
-    name, output = segment.inputs[0], segment.outputs[0]
     for step in range(loop.steps):
         progress = step / loop.steps
         for entry, group in zip(optimizer.param_groups, groups, strict=True):
             entry["lr"] = loop.rate * group.rate * (0.5 * (1 + math.cos(math.pi * progress)) if group.decay else 1)
         if not len(order):
-            order = torch.randperm(len(changed_input), generator=generator)
+            order = torch.randperm(rows_of(changed_inputs), generator=generator)
         chosen, order = order[: loop.batch], order[loop.batch :]
-        x = pick(changed_input, chosen, device)
-        if loop.input_drop:
-            x = torch.lerp(x, pick(float_input, chosen, device), masks.like(x))
+        given = {}
+        for name in segment.inputs:
+            x = pick(changed_inputs[name], chosen, device)
+            if loop.input_drop:
+                x = torch.lerp(x, pick(float_inputs[name], chosen, device), masks.like(x))
+            given[name] = x
         parameters = {n: w.tensor() for n, w in weights.items()}
         with computing_in(loop.precision, device):
-            y = segment({name: x}, parameters, values)[output]
+            y = segment(given, parameters, values)[segment.outputs[0]]
         loss = objective.loss(y.to(objective.target.dtype), chosen, plain)
         for change in changes:
             penalty = change.penalty(progress)
@@ -309,13 +334,13 @@ def reconstruct(
 
 def block_error(
     segment: Segment,
-    x: Tensor,
+    inputs: Values,
     objective: Objective,
     weights: Mapping[str, ChangedWeight],
     values: Mapping[str, ChangedValue],
     batch: int,
 ) -> BlockError:
-    """The error of the block's output for `x` [N, ...] with its changes as they are."""
+    """The error of the block's output for `inputs` [N, ...] with its changes as they are."""
     with torch.no_grad():
         parameters = {name: weight.tensor() for name, weight in weights.items()}
-    return objective.error(batches(segment, x, batch, parameters=parameters, transforms=values), batch)
+    return objective.error(batches(segment, inputs, batch, parameters=parameters, transforms=values), batch)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from converters.torch_module import Layer, Segment, TorchClassifier, Transform
 from recipes.blocks import Block, find_blocks
-from recipes.reconstruct import run_batched
+from recipes.reconstruct import Values, read_by, run_batched
 from recipes.settings import LoopSettings
 
 
@@ -21,10 +21,15 @@ def noise_to_signal(reference: Tensor, other: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Before:
-    """What a layer's block reads in the float model: the value, for all inputs [N, ...]."""
+    """What is there before a layer's block in the float model, the block's inputs among it, for all images [N, ...]."""
 
     block: Block
-    x: Tensor
+    values: Values
+
+    @property
+    def read(self) -> Values:
+        """The block's inputs."""
+        return {name: self.values[name] for name in self.block.inputs}
 
 
 Versions = Callable[[Layer, Before], Iterable[Mapping[str, Tensor]]]
@@ -48,7 +53,7 @@ def logit_noise(
     found = {}
     reference = module(inputs[:count])
     for before, rest in _from_blocks(module, inputs, settings):
-        start = {before.block.input: before.x[:count].to(module.device)}
+        start = {name: x[:count].to(module.device) for name, x in before.values.items()}
         for layer in before.block.layers:
             found[layer.output] = [
                 noise_to_signal(reference, rest(start, version)[module.logits_name])
@@ -75,11 +80,11 @@ def value_noise(
     reference = module(inputs)
     for before, rest in _from_blocks(module, inputs, settings):
         block = before.block
-        start = {block.input: before.x.to(module.device)}
-        within = module.segment([block.input], [block.output])
-        made = [name for step in within.steps for name in step.outputs if name in values and name != block.output]
-        wanted = [block.input] * (block.input in values) + made
-        for name, value in module.segment([block.input], wanted)(start).items():
+        start = {name: x.to(module.device) for name, x in before.values.items()}
+        within = module.segment(block.inputs, [block.output])
+        there = [*block.inputs, *(name for step in within.steps for name in step.outputs if name != block.output)]
+        wanted = [name for name in there if name in values and name not in found]
+        for name, value in module.segment(block.inputs, wanted)(start).items():
             found[name] = [
                 noise_to_signal(reference, rest(start, transforms={name: version})[module.logits_name])
                 for version in versions(value)
@@ -89,8 +94,10 @@ def value_noise(
 
 
 def _from_blocks(module: TorchClassifier, inputs: Tensor, settings: LoopSettings) -> Iterator[tuple[Before, Segment]]:
-    """What each block reads, and all that comes from there on, up to the logits."""
-    x = inputs
-    for block in find_blocks(module, settings.max_chain):
-        yield Before(block, x), module.segment([block.input], [module.logits_name])
-        x = run_batched(module.segment([block.input], [block.output]), x, settings.batch, settings.cache_limit)
+    """What is there before each block, and all that comes from there on, up to the logits."""
+    values: Values = {module.input_name: inputs}
+    blocks = find_blocks(module, settings.max_chain)
+    for number, block in enumerate(blocks, 1):
+        yield Before(block, values), module.segment(values, [module.logits_name])
+        made = run_batched(module.segment(block.inputs, [block.output]), values, settings.batch, settings.cache_limit)
+        values = read_by(blocks[number:], values) | {block.output: made}

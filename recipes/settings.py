@@ -97,9 +97,9 @@ class LoopSettings(Settings):
         """
         return min(self.batch, self.least_batch)
 
-    def minibatch(self, x: Tensor) -> int:
-        """Images a step for a block with input `x` [N, ...]."""
-        return min(self.batch, max(self.least_batch, self.elements // max(1, x[0].numel())))
+    def minibatch(self, inputs: Iterable[Tensor]) -> int:
+        """Images a step for a block with inputs [N, ...]."""
+        return min(self.batch, max(self.least_batch, self.elements // max(1, sum(x[0].numel() for x in inputs))))
 
 
 S = TypeVar("S", bound=Settings)

@@ -8,6 +8,7 @@ was interrupted: images always go through in the same small batches.
 from __future__ import annotations
 
 import itertools
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from recipes.blocks import find_blocks
 from recipes.memory import GIGABYTE, rows_like
 from recipes.objective import Objective
 from recipes.progress import Progress, Silent
-from recipes.reconstruct import Stretch
+from recipes.reconstruct import Stretch, Values, rows_of
 from recipes.settings import LoopSettings
 
 PRECISION = torch.bfloat16  # a sum over thousands of elements does not feel three digits each
@@ -32,6 +33,11 @@ class Slopes:
         self.module, self.settings, self.progress = module, settings, progress or Silent()
         self._kept: dict[str, Tensor] = {}
 
+    @cached_property
+    def _outputs(self) -> list[str]:
+        """Those of the blocks, in order."""
+        return [block.output for block in find_blocks(self.module, self.settings.max_chain)]
+
     def objective(self, stretch: Stretch, steps: int) -> Objective:
         """What the block is held to in so many steps; for none, or with no share for the logits, its output alone."""
         slopes = self.of(stretch) if steps else None
@@ -43,49 +49,55 @@ class Slopes:
         if not self.settings.logit_share or name == self.module.logits_name:
             return None
         if name not in self._kept:
-            self._kept = self._pass_back(name, stretch.target)
+            self._kept = self._pass_back(name, {name: stretch.target, **stretch.beside})
         return self._kept.pop(name)
 
-    def _pass_back(self, first: str, x: Tensor) -> dict[str, Tensor]:
-        """The slopes of `first`, whose float values are `x` [N, ...], and of as many of the blocks after it as fit."""
-        names, count = self._fitting(first, x)
-        segment = self.module.segment([first], [*names, self.module.logits_name])
+    def _pass_back(self, first: str, values: Values) -> dict[str, Tensor]:
+        """The slopes of `first`, and of as many of the blocks after it as fit.
+
+        `values` [N, ...] are those of the float model that the logits are computed from once `first` is there, it too.
+        """
+        names, count = self._fitting(first, values)
+        segment = self.module.segment(values, [*names, self.module.logits_name])
         found: dict[str, Tensor] = {}
-        with self.progress.task("measuring what blocks do to logits", len(x)) as task:
-            for rows in torch.arange(len(x)).split(self.settings.small_batch):
-                slopes = self._of_batch(segment, x[rows].to(self.module.device), names, count)
-                for name, values in slopes.items():
+        images = rows_of(values)
+        with self.progress.task("measuring what blocks do to logits", images) as task:
+            for rows in torch.arange(images).split(self.settings.small_batch):
+                given = {name: x[rows].to(self.module.device) for name, x in values.items()}
+                for name, slopes in self._of_batch(segment, given, names, count).items():
                     if name not in found:
-                        found[name] = rows_like(values, len(x), self.settings.cache_limit)
-                    found[name][rows] = values.to(found[name].device)
+                        found[name] = rows_like(slopes, images, self.settings.cache_limit)
+                    found[name][rows] = slopes.to(found[name].device)
                 task.advance(len(rows))
         return found
 
-    def _of_batch(self, segment: Segment, x: Tensor, names: list[str], count: int) -> dict[str, Tensor]:
+    def _of_batch(self, segment: Segment, given: Values, names: list[str], count: int) -> dict[str, Tensor]:
         """[n, K, ...] for each name; where no gradient comes back from the logits, zeros for the first alone."""
-        values = segment({names[0]: x.detach().requires_grad_()})
+        values = segment({name: x.detach().requires_grad_() for name, x in given.items()})
         logits = values[self.module.logits_name]
         if not logits.requires_grad:  # a comparison or a cast lies between
+            x = given[names[0]]
             return {names[0]: torch.zeros(len(x), 1, *x.shape[1:], dtype=PRECISION, device=x.device)}
+        names = [name for name in names if values[name].requires_grad]  # the others are asked for again, alone
         largest = logits.detach().topk(count, dim=1).indices
         wanted, found = [values[name] for name in names], []
         for k in range(count):
             direction = torch.zeros_like(logits).scatter_(1, largest[:, k : k + 1], 1.0)
-            slopes = torch.autograd.grad(logits, wanted, direction, retain_graph=k + 1 < count)
+            slopes = torch.autograd.grad(logits, wanted, direction, retain_graph=k + 1 < count, materialize_grads=True)
             found.append([slope.to(PRECISION) for slope in slopes])
         return {name: torch.stack(each, 1) for name, each in zip(names, zip(*found, strict=True), strict=True)}
 
-    def _fitting(self, first: str, x: Tensor) -> tuple[list[str], int]:
+    def _fitting(self, first: str, given: Values) -> tuple[list[str], int]:
         """`first` and the outputs after it whose slopes stay within the limit of memory, and directions an image."""
-        outputs = [block.output for block in find_blocks(self.module, self.settings.max_chain)]
-        after = [name for name in outputs[outputs.index(first) :] if name != self.module.logits_name]
+        after = [name for name in self._outputs[self._outputs.index(first) :] if name != self.module.logits_name]
         with torch.no_grad():
-            values = self.module.segment([first], [*after, self.module.logits_name])(
-                {first: x[:1].to(self.module.device)}
+            values = self.module.segment(given, [*after, self.module.logits_name])(
+                {name: x[:1].to(self.module.device) for name, x in given.items()}
             )
-        each = max(1, round(self.settings.logit_directions / len(x)))
+        images = rows_of(given)
+        each = max(1, round(self.settings.logit_directions / images))
         count = min(values[self.module.logits_name].shape[1], MOST, each)
-        total = itertools.accumulate(values[name].numel() * count * len(x) * PRECISION.itemsize for name in after)
+        total = itertools.accumulate(values[name].numel() * count * images * PRECISION.itemsize for name in after)
         limit = self.settings.cache_limit * GIGABYTE
         fitting = [name for name, size in zip(after, total, strict=True) if size <= limit]
         return fitting or [first], count

@@ -1,4 +1,4 @@
-"""What the tests of all floors share: one thread, fixed seeds, the embedded models, files and folders."""
+"""What the tests of all floors share: one thread, fixed seeds, no deadlines, the embedded models, files and folders."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import settings
 
 from converters.classifier import Classifier
 from converters.conversion import to_torch
@@ -20,6 +21,8 @@ from recipes import zoo
 from tests import models
 
 torch.set_num_threads(1)
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 EMBEDDED_MODELS = sorted(zoo.EMBEDDED.glob("*.onnx"))
 assert EMBEDDED_MODELS, f"no embedded model in {zoo.EMBEDDED}: most tests would run on nothing"

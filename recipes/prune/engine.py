@@ -173,7 +173,8 @@ class _Run:
         with self.walk.kept(), self.progress.task("reconstructing", len(self.module.layers()) * steps) as task:
             stretches = walk_blocks(self.module, self.inputs, self.changes, self.settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * steps)):
-                self._reconstruct(stretch, task)
+                if stretch.block.layers:
+                    self._reconstruct(stretch, task)
 
     def _reconstruct(self, stretch: Stretch, task: Task) -> None:
         settings, layers = self.settings, stretch.block.layers
@@ -184,7 +185,7 @@ class _Run:
         objective = self.slopes.objective(stretch, steps)
 
         def error(objective: Objective) -> BlockError:
-            return block_error(stretch.segment, stretch.changed_input, objective, changed, {}, settings.batch)
+            return block_error(stretch.segment, stretch.changed_inputs, objective, changed, {}, settings.batch)
 
         before = now = error(objective)
         operable = [layer for layer in layers if layer.weight in weights and layer.output in self.settled]
@@ -221,14 +222,14 @@ class _Run:
         share, name = len(stretch.block.layers), stretch.block.name
         reconstruct(
             stretch.segment,
-            stretch.float_input,
-            stretch.changed_input,
+            stretch.float_inputs,
+            stretch.changed_inputs,
             objective,
             changed,
             {},
             Loop(
                 steps,
-                self.settings.minibatch(stretch.changed_input),
+                self.settings.minibatch(stretch.changed_inputs.values()),
                 self.settings.input_drop,
                 rate,
                 choose_precision(self.settings.precision, stretch.block.layers, self.module.device),
@@ -245,7 +246,8 @@ class _Run:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Logits of the pruned model in torch."""
-        return run_batched(self.module.whole, inputs, self.settings.batch, **self.changes.of(self.module.whole))
+        whole = self.module.whole
+        return run_batched(whole, {self.module.input_name: inputs}, self.settings.batch, **self.changes.of(whole))
 
     def layer_accounts(self, reasons: Mapping[str, str]) -> list[LayerAccount]:
         tensors = self.tensors()

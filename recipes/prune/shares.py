@@ -127,7 +127,7 @@ def _compensated(
 ) -> Iterator[dict[str, Tensor]]:
     """Weight and bias of a layer after each of `choices`, which are ever stricter, with what stays settled."""
     weight = module.constant(layer.weight)
-    vectors = operands(module, layer, before.block.input, before.x, settings)
+    vectors = operands(module, layer, before.read, settings)
     found = checked(moments((each, each) for each in vectors), layer)
     rules = surgeon.by_rows([sparing(choose, weight) for choose in choices], layer)
     whole = to_rows(weight, layer)

@@ -2,7 +2,7 @@
 
 The way: images -> model inputs -> placement of bits -> block by block: float input and output, input through the
 blocks quantized so far, reconstruction, hard rounding -> edits -> a copy of the original graph -> onnxruntime.
-Because a block has one input value and one output value, two tensors are all that is kept between blocks.
+Because a block has one output, and mostly one input, two tensors are nearly all that is kept between blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from converters.targets import MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
 from converters.torch_module import Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
 from recipes.account import Compression
+from recipes.blocks import with_rows
 from recipes.budget import Budget, Spending
 from recipes.checkpoint import Checkpoint, State
 from recipes.devices import choose_precision
@@ -57,6 +58,7 @@ from recipes.reconstruct import (
     block_error,
     learned_biases,
     reconstruct,
+    rows_of,
     run_batched,
     walk_blocks,
 )
@@ -279,10 +281,10 @@ class _Run:
         with self.walk.kept(), self.progress.task("reconstructing", total) as task:
             stretches = walk_blocks(self.module, self.inputs, self.quantizers.changes, settings)
             for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
-                self._calibrate(stretch)
                 units = self._units(stretch)
-                share = len(stretch.block.layers) / len(units)
+                self._calibrate(stretch)
                 for unit in units:
+                    share = len(stretch.block.layers) / len(units)
                     self._reconstruct(unit, stretch, steps, share, task)
 
     def _complete(self, found: State) -> None:
@@ -319,19 +321,25 @@ class _Run:
         account = []
         for stretch in walk_blocks(self.module, self.inputs, self.quantizers.changes, self.settings):
             found, how = stretch.segment, self.quantizers.changes.of(stretch.segment)
-            outputs = batches(found, stretch.changed_input, self.settings.batch, **how)
+            outputs = batches(found, stretch.changed_inputs, self.settings.batch, **how)
             error = Objective(stretch.target).error(outputs, self.settings.batch).output
             name = stretch.block.name
             account.append((name, Reconstruction(before[name].before if name in before else math.nan, error)))
         self.walk.account = account
 
     def _units(self, stretch: Stretch) -> list[_Unit]:
-        """The block itself, or one unit a layer."""
+        """The block itself, or one unit a layer where each can stand alone.
+
+        What a block before has read has been calibrated and learned there.
+        """
         block = stretch.block
         quantized = self._quantized_values(stretch)
-        if self.settings.unit != "layer":
-            return [_Unit(block.name, stretch.segment, block.layers, tuple(quantized))]
-        units, read = [], set[str]()
+        read = {name for name in quantized if name in self.quantizers.values}
+        if self.settings.unit != "layer" or not self._alone.issuperset(layer.output for layer in block.layers):
+            learned, frozen = (tuple(name for name in quantized if (name in read) == old) for old in (False, True))
+            unit = _Unit(block.name, stretch.segment, block.layers, learned, frozen)
+            return [unit] if block.layers or learned else []
+        units = []
         for layer in block.layers:
             values = (layer.input,) if layer.input in quantized else ()
             learned, frozen = (values, ()) if layer.input not in read else ((), values)
@@ -341,25 +349,35 @@ class _Run:
             read.add(layer.input)
         return units
 
+    @cached_property
+    def _alone(self) -> set[str]:
+        """Outputs of the layers that read and write a row for each image, and not windows or tokens of all images."""
+        layers = self.module.layers()
+        rows = with_rows(self.module, {name for layer in layers for name in (layer.input, layer.output)})
+        return {layer.output for layer in layers if rows.issuperset((layer.input, layer.output))}
+
     def _quantized_values(self, stretch: Stretch) -> dict[str, int]:
         """Values to quantize in the block and their bits, in order; its output is the next block's."""
-        inside = {stretch.block.input} | {name for step in stretch.segment.steps for name in step.outputs}
+        inside = {*stretch.block.inputs} | {name for step in stretch.segment.steps for name in step.outputs}
         inside.discard(stretch.block.output)
         return {name: bits for name, bits in self.widths.items() if name in inside}
 
     def _calibrate(self, stretch: Stretch) -> None:
-        """Search the ranges of the block's activations, in order, on its input as the blocks before leave it.
+        """Search the ranges of the block's activations, in order, on its inputs as the blocks before leave them.
 
-        Each is computed from those before it that it hangs on, which are kept for so long: a block may have hundreds.
+        Each is computed from those before it that it hangs on, which are kept for so long: a block may have dozens.
+        What a block before has read has its range.
         """
-        start, count = stretch.block.input, len(stretch.changed_input)
-        quantized = self._quantized_values(stretch)
-        names = [start, *(name for name in quantized if name != start)]
-        after = self._between(names)
+        inputs, count = stretch.block.inputs, rows_of(stretch.changed_inputs)
+        quantized = {
+            name: bits for name, bits in self._quantized_values(stretch).items() if name not in self.quantizers.values
+        }
+        names = [*inputs, *(name for name in quantized if name not in inputs)]
+        after = self._between(names, len(inputs))
         needed_last = {name: reader for reader, segment in after.items() for name in segment.inputs}
         spans = [(names.index(name), names.index(needed_last.get(name, name))) for name in names]
         at_once = max(sum(first <= index <= last for first, last in spans) for index in range(len(names)))
-        known = {start: list(stretch.changed_input.split(self.settings.batch))}
+        known = {name: list(x.split(self.settings.batch)) for name, x in stretch.changed_inputs.items()}
         for name, bits in quantized.items():
             if name in after:
                 known[name] = self._parts(after[name], known, self.settings.cache_limit / at_once)
@@ -370,10 +388,10 @@ class _Run:
             for done in [other for other in known if needed_last.get(other, name) == name]:
                 del known[done]
 
-    def _between(self, names: Sequence[str]) -> dict[str, Segment]:
-        """For every value but the first, how it is computed from those of the values before it that it hangs on."""
+    def _between(self, names: Sequence[str], given: int) -> dict[str, Segment]:
+        """For every value but the first `given`, how it is computed from those before it that it hangs on."""
         found = {}
-        for index, name in enumerate(names[1:], 1):
+        for index, name in enumerate(names[given:], given):
             steps = self.module.segment(names[:index], [name]).steps
             read = {operand for step in steps for operand in step.inputs}
             found[name] = self.module.segment([other for other in names[:index] if other in read], [name])
@@ -400,18 +418,19 @@ class _Run:
         settings, batch = self.settings, self.settings.batch
         start = unit.segment.inputs[0]
         if unit.segment is stretch.segment:
-            float_input, changed_input = stretch.float_input, stretch.changed_input
+            float_inputs, changed_inputs = stretch.float_inputs, stretch.changed_inputs
             objective = self.slopes.objective(stretch, steps)
         else:
-            before = self.module.segment([stretch.block.input], [start])
+            before = self.module.segment(stretch.block.inputs, [start])
             limit = settings.cache_limit
-            float_input = run_batched(before, stretch.float_input, batch, limit)
+            float_inputs = {start: run_batched(before, stretch.float_inputs, batch, limit)}
             inside = {name: value for name, value in self.quantizers.values.items() if name != start}
             parameters = self.quantizers.changes.of(before)["parameters"]
-            changed_input = run_batched(
-                before, stretch.changed_input, batch, limit, parameters=parameters, transforms=inside
+            changed = run_batched(
+                before, stretch.changed_inputs, batch, limit, parameters=parameters, transforms=inside
             )
-            objective = Objective(run_batched(unit.segment, float_input, batch, limit))
+            changed_inputs = {start: changed}
+            objective = Objective(run_batched(unit.segment, float_inputs, batch, limit))
         weights: dict[str, QuantizedWeight | LearnedTensor] = {}
         for layer in unit.layers:
             weights[layer.weight] = self.quantizers.weights[layer.weight]
@@ -419,13 +438,13 @@ class _Run:
                 weights[layer.bias] = self.quantizers.biases[layer.bias]
         values = {name: self.quantizers.values[name] for name in unit.values}
         transforms = values | {name: FrozenValue(self.quantizers.values[name]) for name in unit.frozen}
-        nearest = plain = block_error(unit.segment, changed_input, objective, weights, transforms, batch)
+        nearest = plain = block_error(unit.segment, changed_inputs, objective, weights, transforms, batch)
         if self.settled:
             for layer in unit.layers:
                 if layer.output in self.settled:
                     chosen, bias = self.quantizers.weights[layer.weight], self.quantizers.bias(layer)
                     compensate(self.module, layer, stretch, self.quantizers.changes, settings, chosen, bias)
-            plain = block_error(unit.segment, changed_input, objective, weights, transforms, batch)
+            plain = block_error(unit.segment, changed_inputs, objective, weights, transforms, batch)
         if steps:
             for weight in weights.values():
                 if isinstance(weight, QuantizedWeight):
@@ -434,14 +453,14 @@ class _Run:
                 value.drop = DropMasks(settings.activation_drop, self.generator) if settings.activation_drop else None
         reconstruct(
             unit.segment,
-            float_input,
-            changed_input,
+            float_inputs,
+            changed_inputs,
             objective,
             weights,
             transforms,
             Loop(
                 steps,
-                settings.minibatch(changed_input),
+                settings.minibatch(changed_inputs.values()),
                 settings.input_drop,
                 precision=choose_precision(settings.precision, unit.layers, self.module.device),
             ),
@@ -458,7 +477,7 @@ class _Run:
         for value in values.values():
             value.harden()
         self.quantizers.snap_biases(unit.layers)
-        after = block_error(unit.segment, changed_input, objective.of_output, weights, transforms, batch)
+        after = block_error(unit.segment, changed_inputs, objective.of_output, weights, transforms, batch)
         self.walk.account.append((unit.name, Reconstruction(nearest.output, after.output)))
 
     def spent(self, size: int) -> Spending | None:
@@ -469,9 +488,9 @@ class _Run:
 
     def fake_quantized(self, inputs: Tensor) -> Tensor:
         """Logits of the quantized model in torch."""
-        return run_batched(
-            self.module.whole, inputs, self.settings.batch, **self.quantizers.changes.of(self.module.whole)
-        )
+        whole = self.module.whole
+        given = {self.module.input_name: inputs}
+        return run_batched(whole, given, self.settings.batch, **self.quantizers.changes.of(whole))
 
     def fusion(self, path: Path) -> Fusion | None:
         """What the written file runs in integers, where that was forecast."""

@@ -61,7 +61,7 @@ def equalise(
     """Edits that equalise what can be, on model inputs [N, ...], and the units that they bring; the function stays."""
     scalings = find_scalings(module)
     ranges = {name: _Range(scaling.count, module.device) for scaling in scalings for name in scaling.read}
-    for _ in batches(module.whole, inputs, settings.batch, transforms=ranges):
+    for _ in batches(module.whole, {module.input_name: inputs}, settings.batch, transforms=ranges):
         pass
     tensors: dict[tuple[str, int], Tensor] = {}
     units = []

@@ -40,7 +40,7 @@ def test_a_thinned_frontier_keeps_the_budget_and_stays_near_the_best(monkeypatch
     assert coarse < uniform
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=ROWS, budget=st.integers(0, 60))
 def test_no_other_allocation_within_the_budget_does_less_harm(rows: list[list[Choice]], budget: int) -> None:
     within = [
@@ -57,7 +57,7 @@ def test_no_other_allocation_within_the_budget_does_less_harm(rows: list[list[Ch
     assert sum(choice.harm for choice in chosen) == pytest.approx(min(within), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=ROWS)
 def test_the_frontier_is_what_no_other_sum_beats(rows: list[list[Choice]]) -> None:
     sums = {

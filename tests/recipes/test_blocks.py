@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from converters.torch_module import TorchClassifier
-from recipes.blocks import find_blocks, find_cuts
+from recipes.blocks import find_blocks, find_cuts, live_values
 
 MODELS = ["inverted", "inverted_folded", "plain", "residual", "shuffle", "dense", "excite"]
 Modules = Callable[[str], TorchClassifier]
@@ -25,9 +25,9 @@ def inputs(module: TorchClassifier, count: int = 4) -> torch.Tensor:
 def test_blocks_tile_the_way_and_share_out_the_layers(name: str, max_chain: int, module_of: Modules) -> None:
     module = module_of(name)
     blocks = find_blocks(module, max_chain)
-    assert blocks[0].input == module.input_name
+    assert blocks[0].inputs == (module.input_name,)
     assert blocks[-1].output == module.logits_name
-    assert all(before.output == after.input for before, after in pairwise(blocks))
+    assert all(after.inputs == (before.output,) for before, after in pairwise(blocks))
     assert [layer for block in blocks for layer in block.layers] == module.layers()
     assert all(block.layers for block in blocks)
     assert all(len(block.layers) <= max_chain for block in blocks if not block.branches)
@@ -41,19 +41,20 @@ def test_blocks_in_turn_are_the_whole_model(name: str, max_chain: int, module_of
     x = inputs(module)
     expected, values = module(x), {module.input_name: x}
     for block in find_blocks(module, max_chain):
-        values = module.segment([block.input], [block.output])(values)  # nothing but the block's input is there
+        values = module.segment(block.inputs, [block.output])(values)  # nothing but the block's input is there
     torch.testing.assert_close(values[module.logits_name], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_information_goes_through_each_cut(name: str, module_of: Modules) -> None:
     module = module_of(name)
-    cuts = find_cuts(module.whole.steps, module.input_name, module.logits_name)
-    assert cuts[0] == (0, module.input_name)
-    assert cuts[-1] == (len(module.whole.steps), module.logits_name)
-    assert [index for index, _ in cuts] == sorted({index for index, _ in cuts})
+    live = live_values(module.whole.steps, module.input_name, module.logits_name)
+    cuts = find_cuts(live)
+    assert (cuts[0], live[0]) == (0, (module.input_name,))
+    assert (cuts[-1], live[-1]) == (len(module.whole.steps), (module.logits_name,))
+    assert cuts == sorted(set(cuts))
     x = inputs(module)
-    names = [name for _, name in cuts]
+    names = [live[cut][0] for cut in cuts]
     values = module.segment([module.input_name], names)({module.input_name: x})
     shuffled = torch.tensor([2, 0, 3, 1])
     expected = module(x)[shuffled]
@@ -71,9 +72,9 @@ def test_residual_blocks_hold_their_branches(name: str, sizes: list[int], module
     blocks = [block for block in find_blocks(module) if block.branches]
     assert [len(block.layers) for block in blocks] == sizes
     for block in blocks:
-        steps = module.segment([block.input], [block.output]).steps
+        steps = module.segment(block.inputs, [block.output]).steps
         assert [step.op for step in steps].count("Add") == 1
-        read = [step for step in steps if block.input in step.inputs]
+        read = [step for step in steps if block.inputs[0] in step.inputs]
         assert len(read) == 2  # the way through and the way around
 
 
@@ -81,7 +82,7 @@ def test_a_gate_lies_in_one_block_with_what_it_multiplies(module_of: Modules) ->
     module = module_of("excite")
     gated = 0
     for block in find_blocks(module):
-        ops = [step.op for step in module.segment([block.input], [block.output]).steps]
+        ops = [step.op for step in module.segment(block.inputs, [block.output]).steps]
         if "Mul" in ops:
             gated += 1
             assert block.branches

@@ -44,7 +44,7 @@ def by_loops(a: Tensor, b: Tensor) -> float:
     return within_a + within_b - 2 * sum(k(x, y) for x in a for y in b) / (m * n)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(m=st.integers(2, 6), n=st.integers(2, 6), seed=st.integers(0, 1000))
 def test_the_estimate_is_that_of_the_formula(m: int, n: int, seed: int) -> None:
     a, b = samples(m, seed), samples(n, seed + 1, shift=0.5)

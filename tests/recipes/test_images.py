@@ -33,7 +33,7 @@ from recipes.validate import validate
 from recipes.workpiece import model_inputs
 
 Bytes = NDArray[np.uint8]
-checked = settings(deadline=None, max_examples=50, derandomize=True)
+checked = settings(max_examples=50, derandomize=True)
 
 
 def random_bytes(count: int, height: int, width: int, channels: int, seed: int = 0) -> Bytes:

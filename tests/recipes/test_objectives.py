@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -97,7 +97,6 @@ def test_unevenness_loss_is_the_formula_in_numpy(generator: torch.Generator) -> 
     assert float(unevenness(a, b)) == pytest.approx(np.mean(expected), rel=1e-6)
 
 
-@settings(deadline=None)
 @given(size=st.floats(1e-2, 1e3))
 def test_unevenness_loss_is_zero_for_even_channels_of_any_size(size: float) -> None:
     x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

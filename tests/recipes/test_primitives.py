@@ -19,7 +19,7 @@ from torch import Tensor
 from recipes.quantize import primitives as q
 
 Floats = NDArray[np.float32]
-checked = settings(deadline=None, max_examples=60, derandomize=True)
+checked = settings(max_examples=60, derandomize=True)
 reals = st.floats(-100, 100, width=32, allow_subnormal=False)
 arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=2, max_side=8), elements=reals)
 rows = hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 12)), elements=reals)

@@ -147,9 +147,9 @@ def test_calibration_computes_what_lies_between_once_and_the_same(
         inside = False
         for name, bits in self._quantized_values(stretch).items():
             others = {other: value for other, value in self.quantizers.values.items() if other != name}
-            anew = self.module.segment([stretch.block.input], [name])
+            anew = self.module.segment(stretch.block.inputs, [name])
             parameters = self.quantizers.changes.of(anew)["parameters"]
-            seen = anew({stretch.block.input: stretch.changed_input}, parameters, others)[name]
+            seen = anew(stretch.changed_inputs, parameters, others)[name]
             again, found = (
                 self._activation(name, spread(seen, len(seen), ACTIVATION_SAMPLE), bits),
                 self.quantizers.values[name],

@@ -24,6 +24,7 @@ from recipes.reconstruct import (
     Loop,
     Reconstruction,
     Stretch,
+    Values,
     block_error,
     reconstruct,
     run_batched,
@@ -60,9 +61,13 @@ class Case:
                 found[name].learn()
         return found
 
+    def given(self, x: Tensor | None = None) -> Values:
+        """The block's input, or `x` in its place."""
+        return {self.segment.inputs[0]: self.x if x is None else x}
+
     def error(self, weights: dict[str, QuantizedWeight], x: Tensor | None = None) -> float:
         tensors = {name: weight.tensor() for name, weight in weights.items()}
-        return relative_error(run_batched(self.segment, self.x if x is None else x, 4, parameters=tensors), self.y)
+        return relative_error(run_batched(self.segment, self.given(x), 4, parameters=tensors), self.y)
 
     def train(
         self,
@@ -77,8 +82,8 @@ class Case:
         before = self.error(self.weights(learn=False), changed)
         reconstruct(
             segment or self.segment,
-            self.x,
-            changed,
+            self.given(),
+            self.given(changed),
             Objective(self.y),
             weights,
             {},
@@ -94,10 +99,11 @@ def case(module_of: Callable[[str], TorchClassifier], calibration_images: ImageS
     module = module_of("residual")
     block = [block for block in find_blocks(module) if block.branches][1]
     inputs = module.spec.to_input(calibration_images.pixels[:10])
-    x = run_batched(module.segment([module.input_name], [block.input]), inputs, 10)
-    segment = module.segment([block.input], [block.output])
+    given = {module.input_name: inputs}
+    x = run_batched(module.segment(given, block.inputs), given, 10)
+    segment = module.segment(block.inputs, [block.output])
     names, axes = [layer.weight for layer in block.layers], [layer.axis for layer in block.layers]
-    return Case(module, segment, x, run_batched(segment, x, 10), names, axes)
+    return Case(module, segment, x, run_batched(segment, {block.inputs[0]: x}, 10), names, axes)
 
 
 class Recorder(Segment):
@@ -143,10 +149,10 @@ def test_block_error_is_relative_to_the_float_output(case: Case) -> None:
     weights = case.weights(learn=False)
     expected = case.error(weights)
     assert expected > 0
-    assert block_error(case.segment, case.x, Objective(case.y), weights, {}, 3).output == pytest.approx(
+    assert block_error(case.segment, case.given(), Objective(case.y), weights, {}, 3).output == pytest.approx(
         expected, rel=1e-5
     )
-    assert block_error(case.segment, case.x, Objective(case.y), {}, {}, 3).output < 1e-10
+    assert block_error(case.segment, case.given(), Objective(case.y), {}, {}, 3).output < 1e-10
 
 
 def test_zero_steps_change_nothing(case: Case) -> None:
@@ -236,10 +242,10 @@ def test_a_bias_learns_to_undo_a_shift(case: Case) -> None:
     name = next(step.inputs[2] for step in segment.steps if step.op == "BatchNormalization")
     bias = LearnedTensor(case.module.constant(name) + 0.3, 0.02)
     objective = Objective(case.y)
-    before = block_error(segment, case.x, objective, {name: bias}, {}, 4)
+    before = block_error(segment, case.given(), objective, {name: bias}, {}, 4)
     generator = torch.Generator().manual_seed(0)
-    reconstruct(segment, case.x, case.x, objective, {name: bias}, {}, Loop(200, 4), before, generator)
-    assert block_error(segment, case.x, objective, {name: bias}, {}, 4).output < 1e-3 * before.output
+    reconstruct(segment, case.given(), case.given(), objective, {name: bias}, {}, Loop(200, 4), before, generator)
+    assert block_error(segment, case.given(), objective, {name: bias}, {}, 4).output < 1e-3 * before.output
     torch.testing.assert_close(bias.tensor(), case.module.constant(name), rtol=0, atol=0.05)
 
 
@@ -279,8 +285,8 @@ def test_decaying_rates_fall_to_zero_and_others_stay(case: Case) -> None:
         generator = torch.Generator().manual_seed(0)
         reconstruct(
             case.segment,
-            case.x,
-            case.x,
+            case.given(),
+            case.given(),
             Objective(case.y),
             {},
             {case.segment.inputs[0]: change},
@@ -297,20 +303,22 @@ def test_progress_is_told_every_step(case: Case) -> None:
     told: list[tuple[int, float]] = []
     generator = torch.Generator().manual_seed(0)
     weights = case.weights()
-    before = block_error(case.segment, case.x, Objective(case.y), weights, {}, 4)
+    before = block_error(case.segment, case.given(), Objective(case.y), weights, {}, 4)
 
     def tell(steps: int, loss: float) -> None:
         told.append((steps, loss))
 
-    reconstruct(case.segment, case.x, case.x, Objective(case.y), weights, {}, Loop(7, 4), before, generator, tell)
+    reconstruct(
+        case.segment, case.given(), case.given(), Objective(case.y), weights, {}, Loop(7, 4), before, generator, tell
+    )
     assert sum(steps for steps, _ in told) == 7
     assert told[0][1] == pytest.approx(1, rel=0.5)  # the loss is in units of e0, up to the minibatch
 
 
 def test_batches_are_put_together_again(case: Case) -> None:
-    whole = run_batched(case.segment, case.x, 10)
+    whole = run_batched(case.segment, case.given(), 10)
     for batch in (1, 3, 64):
-        torch.testing.assert_close(run_batched(case.segment, case.x, batch), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run_batched(case.segment, case.given(), batch), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -318,17 +326,17 @@ def test_errors_are_those_of_the_whole_whatever_the_batch(case: Case, batch: int
     weights = case.weights(learn=False)
     expected = case.error(weights)
     assert expected > 0
-    assert block_error(case.segment, case.x, Objective(case.y), weights, {}, batch).output == pytest.approx(
+    assert block_error(case.segment, case.given(), Objective(case.y), weights, {}, batch).output == pytest.approx(
         expected, rel=1e-5
     )
-    assert block_error(case.segment, case.x, Objective(case.y), {}, {}, batch).output < 1e-10
+    assert block_error(case.segment, case.given(), Objective(case.y), {}, {}, batch).output < 1e-10
     assert mean_square(case.y, batch) == pytest.approx(float(case.y.square().mean()), rel=1e-5)
 
 
 def test_values_beyond_the_limit_lie_on_disk_and_train_alike(case: Case) -> None:
     """Bit for bit, in the memory order that they would have had."""
-    here = run_batched(case.segment, case.x, 4)
-    there = run_batched(case.segment, case.x, 4, 1e-9)
+    here = run_batched(case.segment, case.given(), 4)
+    there = run_batched(case.segment, case.given(), 4, 1e-9)
     assert torch.equal(here, there)
     assert there.is_contiguous(memory_format=torch.channels_last) == here.is_contiguous(
         memory_format=torch.channels_last
@@ -339,7 +347,15 @@ def test_values_beyond_the_limit_lie_on_disk_and_train_alike(case: Case) -> None
     for y in (here, there):
         weights, generator = case.weights(settings=OFFSET), torch.Generator().manual_seed(0)
         reconstruct(
-            case.segment, case.x, case.x, Objective(y), weights, {}, Loop(5, 4, 0.5), BlockError(1.0), generator
+            case.segment,
+            case.given(),
+            case.given(),
+            Objective(y),
+            weights,
+            {},
+            Loop(5, 4, 0.5),
+            BlockError(1.0),
+            generator,
         )
         learned.append([weight.tensor() for weight in weights.values()])
     assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
@@ -351,6 +367,6 @@ def test_what_is_behind_is_let_go_of(module_of: Callable[[str], TorchClassifier]
     x = module.spec.to_input(torch.rand(4, 1, 28, 28))
     last: Stretch | None = None
     for stretch in walk_blocks(module, x, Changes((), {}), SETTINGS):
-        assert stretch.float_input.numel() == stretch.changed_input.numel() > 0
-        assert last is None or last.float_input.numel() == last.changed_input.numel() == last.target.numel() == 0
+        assert len(stretch.float_inputs) == len(stretch.changed_inputs) == 1
+        assert last is None or not (last.float_inputs or last.changed_inputs or last.beside or last.target.numel())
         last = stretch

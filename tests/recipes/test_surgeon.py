@@ -182,8 +182,8 @@ def test_biases_keep_the_mean(shape: tuple[int, ...], beta: float, alpha: float,
     classifier = load_classifier(path)
     generator = torch.Generator().manual_seed(0)
     images = ImageSet(torch.rand(64, *models.IMAGE[1:], generator=generator))
-    settings = SETTINGS.model_copy(update={"mask_steps": 0, "steps": 0, "allocation": "uniform", "dense_first": False})
-    prune(classifier, images, tmp_path / "o.onnx", settings, make_goal("unstructured", 0.5))
+    how = SETTINGS.model_copy(update={"mask_steps": 0, "steps": 0, "allocation": "uniform", "dense_first": False})
+    prune(classifier, images, tmp_path / "o.onnx", how, make_goal("unstructured", 0.5))
     x = classifier.spec.to_input(images.pixels).contiguous().numpy()
     before, after = (Session(file, threads=1).run(x)[0] for file in (path, tmp_path / "o.onnx"))
     moved = float(np.abs((after - before).mean(0)).max() / np.abs(before).mean())
@@ -236,7 +236,7 @@ def test_every_layer_of_a_block_is_nearer_to_the_float_one(inverted: TorchClassi
             pruned = PrunedWeight(weight, [partial(keep_largest, share=0.7)], SETTINGS)
             smallest = pruned.tensor()
             shift = pruned.compensate(layer, stretch_moments(inverted, layer, stretch, Changes((), {}), SETTINGS))
-            vectors = torch.cat([*operands(inverted, layer, stretch.block.input, stretch.float_input, SETTINGS)], 1)
+            vectors = torch.cat([*operands(inverted, layer, stretch.float_inputs, SETTINGS)], 1)
             settled, plain = (
                 vectors @ (to_rows(changed, layer) - to_rows(weight, layer)).mT
                 for changed in (pruned.tensor(), smallest)
@@ -256,6 +256,6 @@ def test_operands_in_turns_leave_gradients_on(inverted: TorchClassifier) -> None
     x = torch.zeros(4, 1, 28, 28)
     few = SETTINGS.model_copy(update={"batch": 2})
     layer = inverted.layers()[0]
-    two = (operands(inverted, layer, inverted.input_name, x, few) for _ in range(2))
+    two = (operands(inverted, layer, {inverted.input_name: x}, few) for _ in range(2))
     assert moments(zip(*two, strict=True)).count > 0
     assert torch.is_grad_enabled()
