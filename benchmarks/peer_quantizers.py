@@ -89,6 +89,7 @@ def rows(iterations: list[int]) -> list[Row]:
             for count in iterations
         ),
         Row("mixmix", 4, None, "portable", "MixMix, target portable"),
+        Row("mixmix", 4, None, "portable-even", "MixMix, the same, no layer above 4 bits (`extra_share=0`)"),
         Row("onnxruntime", 4, None, "nbits", "onnxruntime, MatMulNBits"),
         Row("nncf", 4, None, "given", "NNCF, INT4_SYM"),
         Row("nncf", 4, None, "opset21", "NNCF, INT4_SYM, opset raised to 21 before"),
@@ -120,8 +121,9 @@ def run_mixmix(model: Path, images: Path, output: Path, row: Row) -> None:
     from recipes.quantize.settings import PACKAGE, QuantizeSettings
     from recipes.settings import load_recipe
 
-    settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop")
-    target = choose_target(row.how, None, row.act_bits)
+    name, even, _ = row.how.partition("-even")
+    settings = load_recipe(QuantizeSettings, PACKAGE, "qdrop", overrides=["extra_share=0"] if even else [])
+    target = choose_target(name, None, row.act_bits)
     quantize(load_classifier(model), load_images(images), output, settings, row.bits, row.act_bits, target, seed=0)
 
 

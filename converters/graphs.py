@@ -86,7 +86,10 @@ class Names:
 
     @classmethod
     def of_values(cls, graph: ir.Graph) -> Names:
-        return cls([*graph.initializers, *(str(value.name) for value in graph.inputs), *value_names(graph)])
+        """Of the graph and of those that its nodes hold: branches of an If see its values, and hide none of them."""
+        graphs = [graph, *graph.subgraphs()]
+        inputs = [str(value.name) for each in graphs for value in each.inputs]
+        return cls([*inputs, *(name for each in graphs for name in (*each.initializers, *value_names(each)))])
 
     @classmethod
     def of_nodes(cls, graph: ir.Graph) -> Names:
@@ -103,7 +106,7 @@ class Names:
 
 
 def unused_name(graph: ir.Graph, name: str) -> str:
-    """`name`, or `name.N` with the least N that no value of the graph has."""
+    """`name`, or `name.N` with the least N that no value of the graph, or of one in it, has."""
     return Names.of_values(graph).unused(name)
 
 

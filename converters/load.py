@@ -83,7 +83,12 @@ def _image_input(model: ir.Model, path: Path) -> ir.Value:
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     if len(inputs) != 1:
         names = ", ".join(str(value.name) for value in inputs) or "none"
-        raise ModelError(f"{path} has {len(inputs)} inputs ({names}): an image classifier takes exactly one")
+        fixed = [value for value in inputs if value.shape is not None and value.shape.is_static()]
+        hint = ""
+        if fixed and len(fixed) == len(inputs) - 1:  # such as mean and variance of Keras's Normalization
+            constants = " and ".join(f"{value.name} {list(value.shape or ())}" for value in fixed)
+            hint = f"; {constants} may be constants that the exporter left without values: export it with them inside"
+        raise ModelError(f"{path} has {len(inputs)} inputs ({names}): an image classifier takes exactly one{hint}")
     image = inputs[0]
     if image.shape is None or len(image.shape) != 4:
         raise ModelError(f"{path}: input {image.name} has shape {image.shape}: an image batch has 4 dimensions")

@@ -327,9 +327,9 @@ def detector() -> onnx.ModelProto:
     )
 
 
-def two_inputs() -> onnx.ModelProto:
-    """The sum of two images, classified."""
-    inputs = {"image": IMAGE, "other": IMAGE}
+def two_inputs(other: Shape = IMAGE) -> onnx.ModelProto:
+    """The sum of an image and another input, classified."""
+    inputs = {"image": IMAGE, "other": other}
     return assemble([node("Add", "image other", "sum"), *head("sum")], head_tensors(3), inputs=inputs)
 
 

@@ -81,12 +81,22 @@ def test_no_truncation_loads(tmp_path_factory: pytest.TempPathFactory) -> None:
         (models.detector(), ["2 outputs", "boxes", "detector", "classifier has one"]),
         (models.feature_map(), ["output features has shape [batch,4,6,6]", "not an image classifier"]),
         (models.two_inputs(), ["2 inputs (image, other)", "exactly one"]),
+        (models.two_inputs([1, 3, 1, 1]), ["other [1, 3, 1, 1] may be constants", "without values"]),
         (models.flat_input(), ["input image has shape [batch,6,7]", "4 dimensions"]),
         (models.nan_weights(), ["fc.weight", "NaN", "export the model again"]),
         (models.nan_weights(constant_node=True), ["fc.weight", "NaN", "export the model again"]),
         (models.broken_graph(), ["not a valid ONNX model", "nowhere", "export it again"]),
     ],
-    ids=["detector", "rank 4 output", "two inputs", "rank 3 input", "NaN", "NaN in a Constant", "invalid graph"],
+    ids=[
+        "detector",
+        "rank 4 output",
+        "two inputs",
+        "a constant without its value",
+        "rank 3 input",
+        "NaN",
+        "NaN in a Constant",
+        "invalid graph",
+    ],
 )
 def test_not_a_sound_classifier(write: Write, model: onnx.ModelProto, parts: list[str]) -> None:
     assert_refused(write(model), *parts)

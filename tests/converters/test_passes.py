@@ -15,7 +15,7 @@ from converters.classifier import Classifier
 from converters.errors import ModelError
 from converters.targets import PORTABLE, TARGETS, choose_target
 from converters.writeback import prepare_for_pruning, prepare_for_quantization
-from tests import models
+from tests import hard_cases, models
 from tests.converters import oracle
 
 ROUNDING = 1e-5  # of the largest magnitude: a folded weight is rounded to float32 once more
@@ -226,6 +226,13 @@ def test_unused_name() -> None:
     graph = ir.from_proto(models.conv()).graph
     assert graphs.unused_name(graph, "new") == "new"
     for taken in ("image", "conv.weight", "features"):
+        assert graphs.unused_name(graph, taken) == f"{taken}.1"
+
+
+def test_a_name_in_a_branch_is_taken() -> None:
+    """A branch may not hide a value of the graph around it."""
+    graph = ir.from_proto(hard_cases.constant_if()).graph
+    for taken in ("a", "b", "features"):
         assert graphs.unused_name(graph, taken) == f"{taken}.1"
 
 
