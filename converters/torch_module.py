@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from converters.ops import registry
 from converters.ops.layers import convolution_geometry, torch_pads
 
 Transform = Callable[[Tensor], Tensor]
+ROWS = (2, 3)
+"""Images, by which values with a row for each are told."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,26 @@ class TorchClassifier(nn.Module):
     def device(self) -> torch.device:
         return next((b.device for b in self.buffers()), torch.device("cpu"))
 
+    @cached_property
+    def with_rows(self) -> frozenset[str]:
+        """Values that hold a row of float numbers for each image [N, ...]: no sizes, nor windows of all images.
+
+        Told from two numbers of black images, as a dimension of one may be that number by chance.
+        """
+        shapes: list[dict[str, tuple[int, ...]]] = []
+        image = self.black_image()
+        for count in ROWS:
+            seen: dict[str, tuple[int, ...]] = {}
+            shapes.append(seen)
+            with torch.no_grad():
+                notes = {name: partial(_note, name, seen) for name in self.values}
+                self.whole({self.input_name: image.expand(count, *image.shape[1:])}, transforms=notes)
+        return frozenset(
+            name
+            for name, shape in shapes[0].items()
+            if shape[:1] == ROWS[:1] and shapes[1].get(name, ())[:1] == ROWS[1:]
+        )
+
     def segment(self, inputs: Iterable[str], outputs: Iterable[str]) -> Segment:
         """The stretch of the graph that computes `outputs` from `inputs`."""
         return Segment(self, list(inputs), list(outputs))
@@ -229,6 +252,12 @@ class TorchClassifier(nn.Module):
             for step in self.whole.steps
             if step.op == "BatchNormalization" and all(self.is_constant(name) for name in step.inputs[3:5])
         ]
+
+
+def _note(name: str, shapes: dict[str, tuple[int, ...]], x: Tensor) -> Tensor:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        shapes[name] = tuple(x.shape)
+    return x
 
 
 def _spread(length: int, count: int) -> Tensor:

@@ -14,10 +14,8 @@ over: sizes, and windows of attention, are computed from them anew.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from converters.torch_module import Layer, Step, TorchClassifier
 
@@ -55,9 +53,11 @@ def live_values(steps: Sequence[Step], input_name: str, output_name: str) -> lis
     return found
 
 
-def find_cuts(live: Sequence[Live]) -> list[int]:
-    """Numbers of steps after which one value alone is live, from the input to the output."""
-    return [index for index, values in enumerate(live) if len(values) == 1]
+def find_cuts(module: TorchClassifier, live: Sequence[Live]) -> list[int]:
+    """Numbers of steps after which one value alone is live, with a row for each image, from the input to the output."""
+    ends = (0, len(live) - 1)
+    alone = [index for index, values in enumerate(live) if len(values) == 1]
+    return [index for index in alone if index in ends or live[index][0] in module.with_rows]
 
 
 def find_blocks(module: TorchClassifier, max_chain: int = 3, most: int = MOST_LAYERS) -> list[Block]:
@@ -70,7 +70,7 @@ def find_blocks(module: TorchClassifier, max_chain: int = 3, most: int = MOST_LA
     inside = [[layers[name] for name in step.outputs if name in layers] for step in steps]
     live = live_values(steps, module.input_name, module.logits_name)
     blocks: list[Block] = []
-    for start, end in itertools.pairwise(_without_beginnings(find_cuts(live), inside)):
+    for start, end in itertools.pairwise(_without_beginnings(find_cuts(module, live), inside)):
         found = tuple(itertools.chain(*inside[start:end]))
         weighted = next((index for index in range(start, end) if inside[index]), end)
         branches = any(len(values) > 1 for values in live[weighted:end])
@@ -100,9 +100,8 @@ def _divided(
     max_chain: int,
 ) -> list[Block]:
     """The stretch between two cuts as several blocks."""
-    start, end = stretch
     held = _held(module, live, inside)
-    held[start], held[end] = live[start], live[end]
+    held[stretch[1]] = live[stretch[1]]  # which may be the logits, whatever they hold
     blocks = []
     for first, last in itertools.pairwise(divide(held, [len(layers) for layers in inside], stretch, max_chain)):
         before, after = held[first], held[last]
@@ -151,26 +150,15 @@ def _held(module: TorchClassifier, live: Sequence[Live], inside: Sequence[Sequen
     What has none is computed anew from what has; None where that would take a layer.
     """
     steps = module.whole.steps
-    rows = with_rows(module, [name for step in steps for name in step.outputs])
     origins: dict[str, frozenset[str] | None] = {module.input_name: frozenset([module.input_name])}
     for step, layers in zip(steps, inside, strict=True):
         of_inputs = [origins[name] for name in step.inputs if name in origins]
         known = [names for names in of_inputs if names is not None]
         anew = None if layers or len(known) < len(of_inputs) else frozenset().union(*known)
-        origins.update({name: frozenset([name]) if name in rows else anew for name in step.outputs})
+        origins.update({name: frozenset([name]) if name in module.with_rows else anew for name in step.outputs})
     found: list[Live | None] = []
     for values in live:
         of_values = [origins[name] for name in values]
         needed = {name for names in of_values if names is not None for name in names}
         found.append(None if None in of_values else tuple(name for name in origins if name in needed))
     return found
-
-
-@torch.no_grad()
-def with_rows(module: TorchClassifier, names: Iterable[str]) -> set[str]:
-    """Those of the values that hold float numbers [N, ...] for N images."""
-    count = module.classifier.fixed_batch or 2
-    image = module.black_image()
-    images = image.expand(count, *image.shape[1:])
-    values = module.segment([module.input_name], names)({module.input_name: images})
-    return {name for name, x in values.items() if x.is_floating_point() and x.dim() and len(x) == count}

@@ -29,7 +29,8 @@ from recipes.progress import Progress
 from recipes.prune.engine import check_goal, prune, prune_in_memory
 from recipes.prune.goal import PROVENANCE, Goal
 from recipes.prune.settings import PruneSettings
-from recipes.quantize.engine import check_bits, least_bits, quantize, what_was_asked
+from recipes.quantize.asked import check_bits, least_bits, what_was_asked
+from recipes.quantize.engine import quantize
 from recipes.quantize.mixed import find_placements
 from recipes.quantize.settings import QuantizeSettings
 from recipes.quantize.tables import file_size

@@ -295,6 +295,7 @@ def reconstruct(
     changes: list[Change] = [*weights.values(), *values.values()]
     groups = [group for change in changes for group in change.groups() if group.tensors]
     if not groups or loop.steps == 0:
+        advance(loop.steps, math.nan)
         return
     for group in groups:
         for tensor in group.tensors:

@@ -35,12 +35,12 @@ class Slopes:
 
     @cached_property
     def _outputs(self) -> list[str]:
-        """Those of the blocks, in order."""
-        return [block.output for block in find_blocks(self.module, self.settings.max_chain)]
+        """Those of the blocks with layers, in order."""
+        return [block.output for block in find_blocks(self.module, self.settings.max_chain) if block.layers]
 
     def objective(self, stretch: Stretch, steps: int) -> Objective:
-        """What the block is held to in so many steps; for none, or with no share for the logits, its output alone."""
-        slopes = self.of(stretch) if steps else None
+        """What the block is held to in so many steps; its output alone for none, without layers, or without a share."""
+        slopes = self.of(stretch) if steps and stretch.block.layers else None
         return Objective(stretch.target, slopes, self.settings.logit_share)
 
     def of(self, stretch: Stretch) -> Tensor | None:

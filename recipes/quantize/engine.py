@@ -7,7 +7,6 @@ Because a block has one output, and mostly one input, two tensors are nearly all
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -22,13 +21,11 @@ from torch import Tensor
 import converters.writeback as writeback
 from converters.classifier import Classifier
 from converters.conversion import FLIP_TOLERANCE
-from converters.errors import MixMixError
 from converters.kernels import Forecast, Fusion, clipped_to, count_fusion, forecast
-from converters.targets import MAX_BITS, MIN_BITS, PORTABLE, WIDE, Target
+from converters.targets import PORTABLE, Target
 from converters.torch_module import Layer, Segment, TorchClassifier
 from converters.units import Rescaled, to_metadata
 from recipes.account import Compression
-from recipes.blocks import with_rows
 from recipes.budget import Budget, Spending
 from recipes.checkpoint import Checkpoint, State
 from recipes.devices import choose_precision
@@ -38,6 +35,7 @@ from recipes.memory import rows_like
 from recipes.objective import Objective
 from recipes.progress import Progress, Silent, Task
 from recipes.quantize.activations import place_activations
+from recipes.quantize.asked import check_bits, least_bits, what_was_asked
 from recipes.quantize.equalise import FEW_BITS, equalise
 from recipes.quantize.mixed import plan_mixed
 from recipes.quantize.plan import Advance, LayerPlan, Noise, plan_bits, plan_values, quantized_weight
@@ -67,36 +65,6 @@ from recipes.slopes import Slopes
 from recipes.workpiece import WRITTEN_TOLERANCE, Result, begin, model_inputs, sample_for_proof
 
 ACTIVATION_SAMPLE = 1 << 20  # elements that an activation's range is searched on
-
-
-def least_bits(bits: int | Budget) -> int:
-    """The fewest bits that a weight may get."""
-    return MIN_BITS if isinstance(bits, Budget) else bits
-
-
-def check_bits(bits: int | Budget, act_bits: int | None) -> None:
-    """Raise MixMixError for widths that cannot be written."""
-    if not MIN_BITS <= least_bits(bits) <= MAX_BITS:
-        raise MixMixError(f"--bits {bits} cannot be used: choose {MIN_BITS} to {MAX_BITS} bits for weights")
-    if act_bits is not None and not (2 <= act_bits <= MAX_BITS or act_bits == WIDE):
-        raise MixMixError(
-            f"--act-bits {act_bits} cannot be used: choose 2 to {MAX_BITS} bits for activations, or {WIDE}"
-        )
-
-
-def what_was_asked(
-    settings: QuantizeSettings, bits: int | Budget, act_bits: int | None, target: Target, images: int, seed: int
-) -> dict[str, str]:
-    """What the written file says of how it was made: an entry of its metadata."""
-    asked = {
-        "bits": str(bits) if isinstance(bits, Budget) else bits,
-        "act_bits": act_bits,
-        "target": target.name,
-        "images": images,
-        "seed": seed,
-        "settings": settings.changed(),
-    }
-    return {"mixmix.quantize": json.dumps(asked)}
 
 
 def quantize(
@@ -213,6 +181,8 @@ class _Run:
         self.walk = Walk(checkpoint, self.quantizers.tables, self.generator, self._complete)
         self.slopes = Slopes(module, settings, progress)
         self._found: State | None = None
+        self._learned: set[str] = set()
+        """Values whose steps are learned in a unit that has been asked for."""
 
     def place(self) -> None:
         self.quantizers.plans = self.ranks.lead(self._plan)
@@ -280,7 +250,12 @@ class _Run:
         total = len(self.quantizers.plans) * max(steps, 1)
         with self.walk.kept(), self.progress.task("reconstructing", total) as task:
             stretches = walk_blocks(self.module, self.inputs, self.quantizers.changes, settings)
-            for stretch in self.walk.through(stretches, lambda s: task.advance(len(s.block.layers) * max(steps, 1))):
+
+            def passed(stretch: Stretch) -> None:
+                self._units(stretch)
+                task.advance(len(stretch.block.layers) * max(steps, 1))
+
+            for stretch in self.walk.through(stretches, passed):
                 units = self._units(stretch)
                 self._calibrate(stretch)
                 for unit in units:
@@ -324,40 +299,43 @@ class _Run:
             outputs = batches(found, stretch.changed_inputs, self.settings.batch, **how)
             error = Objective(stretch.target).error(outputs, self.settings.batch).output
             name = stretch.block.name
+            if not stretch.block.layers and name not in before:
+                continue
             account.append((name, Reconstruction(before[name].before if name in before else math.nan, error)))
         self.walk.account = account
 
     def _units(self, stretch: Stretch) -> list[_Unit]:
-        """The block itself, or one unit a layer where each can stand alone.
+        """The block itself, or one unit a layer where each can stand alone; to be asked of every block once, in order.
 
-        What a block before has read has been calibrated and learned there.
+        A value is learned in the first unit that has it, and stays so.
         """
         block = stretch.block
         quantized = self._quantized_values(stretch)
-        read = {name for name in quantized if name in self.quantizers.values}
         if self.settings.unit != "layer" or not self._alone.issuperset(layer.output for layer in block.layers):
-            learned, frozen = (tuple(name for name in quantized if (name in read) == old) for old in (False, True))
+            learned, frozen = (
+                tuple(name for name in quantized if (name in self._learned) == before) for before in (False, True)
+            )
+            self._learned.update(learned)
             unit = _Unit(block.name, stretch.segment, block.layers, learned, frozen)
             return [unit] if block.layers or learned else []
         units = []
         for layer in block.layers:
             values = (layer.input,) if layer.input in quantized else ()
-            learned, frozen = (values, ()) if layer.input not in read else ((), values)
+            learned, frozen = (values, ()) if layer.input not in self._learned else ((), values)
             units.append(
                 _Unit(layer.name, self.module.segment([layer.input], [layer.output]), (layer,), learned, frozen)
             )
-            read.add(layer.input)
+            self._learned.update(learned)
         return units
 
     @cached_property
     def _alone(self) -> set[str]:
         """Outputs of the layers that read and write a row for each image, and not windows or tokens of all images."""
         layers = self.module.layers()
-        rows = with_rows(self.module, {name for layer in layers for name in (layer.input, layer.output)})
-        return {layer.output for layer in layers if rows.issuperset((layer.input, layer.output))}
+        return {layer.output for layer in layers if self.module.with_rows.issuperset((layer.input, layer.output))}
 
     def _quantized_values(self, stretch: Stretch) -> dict[str, int]:
-        """Values to quantize in the block and their bits, in order; its output is the next block's."""
+        """Values to quantize in the block and their bits, in order; its output is of the blocks that read it."""
         inside = {*stretch.block.inputs} | {name for step in stretch.segment.steps for name in step.outputs}
         inside.discard(stretch.block.output)
         return {name: bits for name, bits in self.widths.items() if name in inside}
@@ -365,7 +343,7 @@ class _Run:
     def _calibrate(self, stretch: Stretch) -> None:
         """Search the ranges of the block's activations, in order, on its inputs as the blocks before leave them.
 
-        Each is computed from those before it that it hangs on, which are kept for so long: a block may have dozens.
+        Each is computed from those before it that it hangs on, which are kept for so long: a block may have many.
         What a block before has read has its range.
         """
         inputs, count = stretch.block.inputs, rows_of(stretch.changed_inputs)
@@ -374,7 +352,8 @@ class _Run:
         }
         names = [*inputs, *(name for name in quantized if name not in inputs)]
         after = self._between(names, len(inputs))
-        needed_last = {name: reader for reader, segment in after.items() for name in segment.inputs}
+        needed_last = {name: name for name in quantized}
+        needed_last |= {name: reader for reader in quantized if reader in after for name in after[reader].inputs}
         spans = [(names.index(name), names.index(needed_last.get(name, name))) for name in names]
         at_once = max(sum(first <= index <= last for first, last in spans) for index in range(len(names)))
         known = {name: list(x.split(self.settings.batch)) for name, x in stretch.changed_inputs.items()}

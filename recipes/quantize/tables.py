@@ -76,7 +76,7 @@ class Quantizers:
         return quantized_values(self.module, self.values, self.changes) if self.values else None
 
     def edits(self) -> list[Edit]:
-        """What to write into the graph."""
+        """What to write into the graph, in its order."""
         found: list[Edit] = []
         for plan in self.plans:
             layer, weight = plan.layer, self.weights[plan.layer.weight]
@@ -85,7 +85,10 @@ class Quantizers:
             scale = weight.current_scale().cpu().numpy()
             found.append(_weight_edit(layer, integers, scale, zero, weight.granularity, weight.bits, container))
             found += self._bias_edits(layer)
-        for name, value in self.values.items():
+        for name in self.module.values:
+            value = self.values.get(name)
+            if value is None:
+                continue
             container = self.target.activation_container(value.bits)
             found.append(ActivationEdit(name, float(value.scale), int(value.zero), value.bits, container))
         return found

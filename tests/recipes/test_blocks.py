@@ -49,7 +49,7 @@ def test_blocks_in_turn_are_the_whole_model(name: str, max_chain: int, module_of
 def test_all_information_goes_through_each_cut(name: str, module_of: Modules) -> None:
     module = module_of(name)
     live = live_values(module.whole.steps, module.input_name, module.logits_name)
-    cuts = find_cuts(live)
+    cuts = find_cuts(module, live)
     assert (cuts[0], live[0]) == (0, (module.input_name,))
     assert (cuts[-1], live[-1]) == (len(module.whole.steps), (module.logits_name,))
     assert cuts == sorted(set(cuts))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 from converters.classifier import Classifier
 from converters.conversion import to_torch
 from converters.load import load_classifier
+from converters.targets import choose_target
 from converters.torch_module import TorchClassifier
 from recipes.blocks import Block, divide, find_blocks
 from recipes.images import ImageSet
 from recipes.objective import moved
+from recipes.progress import Silent, Task
 from recipes.prune.engine import prune
 from recipes.prune.goal import make_goal
 from recipes.prune.settings import PACKAGE as PRUNE
@@ -235,6 +238,8 @@ def test_slopes_are_those_of_the_block_beside_what_is_handed_past_it(module: Tor
     slopes, generator = Slopes(module, SETTINGS), torch.Generator().manual_seed(0)
     beside = 0
     for stretch in walk_blocks(module, torch.from_numpy(models.images(4)), Changes((), {}), SETTINGS):
+        if not stretch.block.layers:
+            continue
         found = slopes.of(stretch)
         if found is None:
             break
@@ -290,53 +295,132 @@ def test_it_is_quantized_better_than_by_rounding(
     assert noise[1] < noise[0]
 
 
-def test_a_value_that_two_blocks_read_is_learned_in_the_first(
-    load: Load, small_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("target", ["portable", "ort-cpu"])
+@pytest.mark.parametrize("method", ["qdrop", "adaround"])
+def test_what_layers_read_is_learned_once_by_whom_it_is_read_first(
+    classifier: Classifier,
+    small_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    target: str,
 ) -> None:
-    """Whatever reads it later finds the steps that the weights before were rounded for."""
-    reconstruct, settled, again = _Run._reconstruct, dict[str, float](), set[str]()
+    """Whatever has it later finds the steps that the weights before were rounded for."""
+    reconstruct, settled, again = _Run._reconstruct, dict[str, float](), dict[str, float]()
+    read = set[str]()
 
     def watched(self: _Run, unit: Any, *others: Any) -> None:
         assert not settled.keys() & set(unit.values)
         assert set(unit.frozen) <= settled.keys()
-        again.update(unit.frozen)
         reconstruct(self, unit, *others)
+        read.update(layer.input for layer in self.module.layers() if layer.input in self.widths)
         settled.update((name, float(self.quantizers.values[name].scale)) for name in unit.values)
+        again.update((name, float(self.quantizers.values[name].scale)) for name in settled)
 
     monkeypatch.setattr(_Run, "_reconstruct", watched)
-    how = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=["steps=5"])
-    quantize(load(cells()), small_images, tmp_path / "out.onnx", how, 4, 4)
-    assert again
+    how = load_recipe(QuantizeSettings, PACKAGE, method, "fast", overrides=["steps=3"])
+    quantize(classifier, small_images, tmp_path / "out.onnx", how, 4, 8, choose_target(target, None, 8))
+    assert read <= settled.keys()
+    assert again == settled
 
 
+@pytest.mark.parametrize("stop", [1, 4, 6])
 def test_a_run_that_was_interrupted_comes_to_the_same(
-    load: Load, small_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, small_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    classifier = load(cells())
-    how = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=["steps=5", "logit_share=0.25"])
+    how = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=["steps=3", "logit_share=0.25"])
 
     def run(output: Path) -> bytes:
         quantize(classifier, small_images, output, how, 4, 4)
         return output.read_bytes()
 
     expected = run(tmp_path / "whole.onnx")
-    reconstruct, done = _Run._reconstruct, itertools.count()
+    reconstruct, done = _Run._reconstruct, itertools.count(1)
 
     def interrupted(self: _Run, *what: Any) -> None:
-        if next(done) == 5:
+        if next(done) > stop:
             raise KeyboardInterrupt
         reconstruct(self, *what)
 
-    monkeypatch.setattr(_Run, "_reconstruct", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "again.onnx")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_reconstruct", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "again.onnx")
     assert run(tmp_path / "again.onnx") == expected
+
+
+class Counted(Silent):
+    """How far each task came of how far it was to come."""
+
+    def __init__(self) -> None:
+        self.tasks: list[list[float]] = []
+
+    @contextmanager
+    def task(self, name: str, total: float) -> Iterator[Task]:
+        self.tasks.append([total, 0.0])
+        yield self
+
+    def advance(self, steps: float = 1, note: str | None = None) -> None:
+        self.tasks[-1][1] += steps
 
 
 def test_it_is_pruned(classifier: Classifier, small_images: ImageSet, tmp_path: Path) -> None:
     overrides = ["mask_steps=5", "steps=10", "sensitive_images=8"]
     how = load_recipe(PruneSettings, PRUNE, "obs", "fast", overrides=overrides)
-    found = prune(classifier, small_images, tmp_path / "out.onnx", how, make_goal("unstructured", 0.5))
+    counted, goal = Counted(), make_goal("unstructured", 0.5)
+    found = prune(classifier, small_images, tmp_path / "out.onnx", how, goal, progress=counted)
+    assert all(done == pytest.approx(total) for total, done in counted.tasks)
     assert found.sparsity == pytest.approx(0.5, abs=0.02)
     assert all(after.after < 1 for _, after in found.blocks)
+
+
+def test_a_dimension_of_two_is_not_the_number_of_images(load: Load, small_images: ImageSet, tmp_path: Path) -> None:
+    """Halves of the channels in front of the images [2, N, ...], as keys and values of attention are."""
+    nodes = [models.node("Conv", "image first.weight", "a0", pads=[1] * 4)]
+    tensors: dict[str, Any] = {"first.weight": models.weights(WIDTH, models.CHANNELS, 3, 3)}
+    tensors |= {
+        "halves": np.array([-1, 2, WIDTH // 2, models.SIDE, models.SIDE]),
+        "one": np.array(1),
+        "zero": np.array(0),
+    }
+    for number in range(1, 7):
+        last = f"a{number - 1}"
+        nodes += [
+            models.node("Conv", f"{last} u{number}.weight", f"u{number}", pads=[1] * 4),
+            models.node("Reshape", f"u{number} halves", f"apart{number}"),
+            models.node("Transpose", f"apart{number}", f"front{number}", perm=[1, 0, 2, 3, 4]),
+            models.node("Gather", f"front{number} zero", f"k{number}", axis=0),
+            models.node("Gather", f"front{number} one", f"v{number}", axis=0),
+            models.node("Mul", f"k{number} v{number}", f"m{number}"),
+            models.node("Conv", f"m{number} w{number}.weight", f"w{number}", pads=[1] * 4),
+            models.node("Add", f"w{number} a{max(0, number - 2)}", f"a{number}"),
+        ]
+        tensors[f"u{number}.weight"] = models.weights(WIDTH, WIDTH, 3, 3, seed=number)
+        tensors[f"w{number}.weight"] = models.weights(WIDTH, WIDTH // 2, 3, 3, seed=number + 20)
+    classifier = load(models.assemble([*nodes, *models.head("a6")], {**tensors, **models.head_tensors(WIDTH)}))
+    blocks = find_blocks(to_torch(classifier))
+    assert max(sizes(blocks)) <= 4
+    assert not [block.output for block in blocks if block.output.startswith("front")]
+    how = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=["steps=3"])
+    quantize(classifier, small_images, tmp_path / "out.onnx", how, 4, 8)
+
+
+def test_a_block_does_not_end_at_windows(load: Load, small_images: ImageSet, tmp_path: Path) -> None:
+    """Where they are all there is."""
+    rows = models.SIDE * WIDTH
+    nodes = [
+        models.node("Conv", "image first.weight", "a", pads=[1] * 4),
+        models.node("Transpose", "a", "upright", perm=[0, 2, 3, 1]),
+        models.node("Reshape", "upright apart", "b0"),
+        *(models.node("MatMul", f"b{number} u{number}.weight", f"b{number + 1}") for number in range(3)),
+        models.node("Reshape", "b3 together", "back"),
+        models.node("Transpose", "back", "c", perm=[0, 3, 1, 2]),
+    ]
+    tensors: dict[str, Any] = {f"u{number}.weight": models.weights(rows, rows, seed=number) for number in range(3)}
+    tensors["first.weight"] = models.weights(WIDTH, models.CHANNELS, 3, 3)
+    tensors["apart"] = np.array([-1, models.SIDE // 2, rows])
+    tensors["together"] = np.array([-1, models.SIDE, models.SIDE, WIDTH])
+    classifier = load(models.assemble([*nodes, *models.head("c")], {**tensors, **models.head_tensors(WIDTH)}))
+    assert [block.output for block in find_blocks(to_torch(classifier))] == ["upright", "flat", "logits"]
+    how = load_recipe(QuantizeSettings, PACKAGE, "qdrop", "fast", overrides=["steps=3"])
+    quantize(classifier, small_images, tmp_path / "out.onnx", how, 4, 8)
