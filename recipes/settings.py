@@ -73,7 +73,7 @@ class LoopSettings(Settings):
     max_chain: int = Field(default=3, ge=1)
     """Single layers in a row that are joined into one block."""
     cache_limit: float = Field(default=2.0, gt=0, exclude=True)  # which changes nothing of what is written
-    """Gigabytes of memory for one value of all images, of the one or few that go from block to block; more lie on disk."""
+    """Gigabytes of memory for one value of all images, of the few that go from block to block; more lie on disk."""
     logit_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of a block's loss that is what its error does to the logits, to first order, and not the error itself.
     Of whole blocks alone: nobody asks what a layer within one does to the logits."""
