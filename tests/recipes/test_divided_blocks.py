@@ -280,13 +280,13 @@ def test_the_noise_of_a_layer_and_of_a_value_is_that_of_the_whole_network(module
         assert noise[name] == [pytest.approx(expected, rel=1e-3, abs=1e-9)]
 
 
-@pytest.mark.parametrize(("method", "act_bits"), [("qdrop", 4), ("brecq", None), ("adaround", 4)])
+@pytest.mark.parametrize(("method", "act_bits"), [("qdrop", 4), ("adaround", None)])
 def test_it_is_quantized_better_than_by_rounding(
     classifier: Classifier, small_images: ImageSet, tmp_path: Path, method: str, act_bits: int | None
 ) -> None:
     noise = []
     for name in ("nearest", method):
-        overrides = ["extra_share=0", *["steps=40"] * (name != "nearest")]
+        overrides = ["extra_share=0", *["steps=30"] * (name != "nearest")]
         how = load_recipe(QuantizeSettings, PACKAGE, name, overrides=overrides)
         quantize(classifier, small_images, tmp_path / f"{name}.onnx", how, 3, act_bits)
         x = classifier.spec.to_input(small_images.pixels).numpy()
@@ -324,7 +324,7 @@ def test_what_layers_read_is_learned_once_by_whom_it_is_read_first(
     assert again == settled
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6])
+@pytest.mark.parametrize("stop", [1, 5])
 def test_a_run_that_was_interrupted_comes_to_the_same(
     classifier: Classifier, small_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
