@@ -60,7 +60,7 @@ def find_cuts(module: TorchClassifier, live: Sequence[Live]) -> list[int]:
     return [index for index in alone if index in ends or live[index][0] in module.with_rows]
 
 
-def find_blocks(module: TorchClassifier, max_chain: int = 3, most: int = MOST_LAYERS) -> list[Block]:
+def find_blocks(module: TorchClassifier, max_chain: int = 3) -> list[Block]:
     """Blocks that tile the way from the image to the logits, in order.
 
     Each has at least one weighted layer, but for some of a stretch that was divided.
@@ -79,7 +79,7 @@ def find_blocks(module: TorchClassifier, max_chain: int = 3, most: int = MOST_LA
             blocks[-1:] = [replace(block, output=after) for block in blocks[-1:]]
         elif not branches and blocks and not blocks[-1].branches and len(blocks[-1].layers) + len(found) <= max_chain:
             blocks[-1] = replace(blocks[-1], output=after, layers=blocks[-1].layers + found)
-        elif len(found) <= most:
+        elif len(found) <= MOST_LAYERS:
             blocks.append(Block(live[start], after, found, branches))
         else:
             blocks += _divided(module, live, inside, (start, end), max_chain)
@@ -156,9 +156,10 @@ def _held(module: TorchClassifier, live: Sequence[Live], inside: Sequence[Sequen
         known = [names for names in of_inputs if names is not None]
         anew = None if layers or len(known) < len(of_inputs) else frozenset().union(*known)
         origins.update({name: frozenset([name]) if name in module.with_rows else anew for name in step.outputs})
+    age = {name: index for index, name in enumerate(origins)}
     found: list[Live | None] = []
     for values in live:
         of_values = [origins[name] for name in values]
         needed = {name for names in of_values if names is not None for name in names}
-        found.append(None if None in of_values else tuple(name for name in origins if name in needed))
+        found.append(None if None in of_values else tuple(sorted(needed, key=age.__getitem__)))
     return found

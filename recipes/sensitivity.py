@@ -29,7 +29,7 @@ class Before:
     @property
     def read(self) -> Values:
         """The block's inputs."""
-        return {name: self.values[name] for name in self.block.inputs}
+        return read_by([self.block], self.values)
 
 
 Versions = Callable[[Layer, Before], Iterable[Mapping[str, Tensor]]]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from converters.torch_module import Segment, TorchClassifier
+from converters.ops.registry import Body
+from converters.torch_module import Segment, TorchClassifier, Transform
 from recipes.blocks import find_blocks
 from recipes.images import ImageSet
 from recipes.objective import BlockError, Objective, mean_square
@@ -113,11 +114,16 @@ class Recorder(Segment):
         super().__init__(segment.owner, segment.inputs, segment.outputs)
         self.seen: list[Tensor] = []
 
-    # whatever else a Segment is called with goes on as it is
-    def __call__(self, values: dict[str, Tensor], *how: object, **more: object) -> dict[str, Tensor]:  # type: ignore[override]
+    def __call__(
+        self,
+        values: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor] | None = None,
+        transforms: Mapping[str, Transform] | None = None,
+        bodies: Mapping[str, Body] | None = None,
+    ) -> dict[str, Tensor]:
         if torch.is_grad_enabled():
             self.seen.append(values[self.inputs[0]].clone())
-        return super().__call__(values, *how, **more)  # type: ignore[arg-type]
+        return super().__call__(values, parameters, transforms, bodies)
 
 
 def indices(batch: Tensor, among: Tensor) -> list[int]:
